@@ -1,0 +1,414 @@
+"""Every setting of a run: type, unit, default and check in one place; also the DeepSpeed dict that follows from them.
+
+A run is a YAML file that holds only what differs from here, plus `key=value` overrides with dotted keys.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from .errors import UserError
+from .models.layers import STYLES
+from .schedule import SCHEDULES, WEIGHTINGS
+
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def one_of(*choices: str) -> Check:
+    return "one of " + ", ".join(choices), lambda value: value in choices
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Check:
+    """A number, or a list of numbers, in [low, high] or (low, high]."""
+
+    def inside(value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return all(math.isfinite(v) and (low < v if open_low else low <= v) and v <= high for v in values)
+
+    bound = f"above {low:g}" if open_low else f"at least {low:g}"
+    if math.isinf(low):
+        return "finite", inside
+    return (bound if math.isinf(high) else f"{bound} and at most {high:g}"), inside
+
+
+def interval(low: float, high: float) -> Check:
+    """A [low, high] pair inside bounds."""
+    return (
+        f"two numbers [low, high] with {low:g} <= low <= high <= {high:g}",
+        lambda v: len(v) == 2 and low <= v[0] <= v[1] <= high,
+    )
+
+
+ANYTHING: Check = ("anything", lambda value: True)
+
+
+def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") -> Any:
+    """A dataclass field with its meaning, unit and check."""
+    metadata = {"help": help, "check": check, "unit": unit}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Section:
+    """Checks every field on construction; a failure names the dotted key, what was expected and what came."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            if "check" not in item.metadata:
+                continue
+            value = getattr(self, item.name)
+            expected, passes = item.metadata["check"]
+            if not passes(value):
+                raise UserError(f"{self.key(item.name)}: expected {expected}, found {value!r}")
+
+    def key(self, name: str) -> str:
+        return f"{self.section}.{name}" if self.section else name
+
+
+@dataclass(frozen=True)
+class DisksConfig(Section):
+    section = "data.disks"
+    x: list[float] = setting([0.23, 0.77], "range of the centre's x", interval(0, 1), "image sides")
+    y: list[float] = setting([0.40, 0.60], "range of the centre's y", interval(0, 1), "image sides")
+    background: list[float] = setting([0.0, 0.5], "range of the background's intensity", interval(0, 1))
+    radius: list[float] = setting([0.25, 0.25], "range of the radius", interval(0.01, 0.5), "image sides")
+    brightness: list[float] = setting([1.0, 1.0], "range of the disk's intensity", interval(0, 1))
+    edge_slope: float = setting(1.5, "steepness of the antialiased edge", number(0, open_low=True), "per pixel")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    section = "data"
+    kind: str = setting("disks", "where images come from", one_of("disks", "array"))
+    path: str = setting("", "array: an .npy or .npz file of images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in [-1, 1]")
+    array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
+    holdout: float = setting(0.1, "array: share of the images kept for evaluation", number(0, 0.9))
+    image_size: int = setting(16, "disks: height and width", number(4, 4096), "pixels")
+    channels: int = setting(1, "disks: identical channels", number(1, 64))
+    disks: DisksConfig = field(default_factory=DisksConfig)
+
+
+@dataclass(frozen=True)
+class EncoderConfig(Section):
+    section = "encoder"
+    latent_size: int = setting(8, "Z, latent dimensions", number(1, 4096))
+    channels: list[int] = setting([64, 64, 64], "width of each level; each halves the resolution", number(1, 8192))
+    blocks: int = setting(0, "residual blocks per level", number(0, 16))
+    attention: list[int] = setting([], "resolutions with self-attention", number(1), "pixels")
+    groups: int = setting(4, "groups of the norms", number(1, 1024))
+    style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
+    init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(Section):
+    section = "denoiser"
+    channels: list[int] = setting([16, 32, 32, 32], "width of each resolution, full resolution first", number(1, 8192))
+    blocks: int = setting(1, "residual blocks per resolution", number(1, 16))
+    attention: list[int] = setting([], "resolutions with self-attention", number(1), "pixels")
+    groups: int = setting(4, "groups of the norms", number(1, 1024))
+    style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
+    embedding_size: int = setting(64, "width of the noise-level embedding, even", number(2, 8192))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Section):
+    section = "schedule"
+    kind: str = setting("uniform_logsnr", "noise levels over t", one_of(*SCHEDULES))
+    logsnr_min: float = setting(-7.0, "noisiest level, ln(alpha^2 / sigma^2)", number(-30, 30))
+    logsnr_max: float = setting(5.0, "cleanest level, ln(alpha^2 / sigma^2)", number(-30, 30))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.logsnr_min < self.logsnr_max:
+            raise UserError(f"schedule.logsnr_min: expected less than logsnr_max = {self.logsnr_max:g}, found {self.logsnr_min:g}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    section = "objective"
+    weighting: str = setting("elbo", "weight of a noise level", one_of(*WEIGHTINGS))
+    noise_levels: int = setting(1, "K, noisy copies of each image per step", number(1, 1024))
+    time_power: float = setting(1.0, "a of the density a t^(a-1) of noise levels; above 1 favours high noise", number(0.1, 100))
+    unconditional_weight: float = setting(0.0, "u, weight of the denoiser's own error without guidance", number(0))
+    free_bits: float = setting(0.0, "KL per latent dimension that costs nothing", number(0), "nats")
+
+
+@dataclass(frozen=True)
+class KLWeightConfig(Section):
+    section = "kl_weight"
+    kind: str = setting("exponential", "course of beta", one_of("constant", "linear", "exponential", "controller"))
+    start: float = setting(0.25, "beta at the first joint step; 1 is the bound", number(0))
+    end: float = setting(0.08, "beta at the end of its course", number(0))
+    fraction: float = setting(0.8, "share of the joint steps that the course takes", number(0, 1, open_low=True))
+    target: float = setting(0.0, "controller: KL to hold", number(0), "nats per image")
+    gain: float = setting(0.002, "controller: change of ln beta per step at 100 % error", number(0, 1))
+    low: float = setting(1e-3, "controller: smallest beta", number(0, open_low=True))
+    high: float = setting(1.0, "controller: largest beta", number(0, open_low=True))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "exponential" and not (self.start > 0 and self.end > 0):
+            raise UserError("kl_weight.kind: exponential needs kl_weight.start and kl_weight.end above 0; use linear to reach 0")
+        if self.kind == "controller" and not self.target > 0:
+            raise UserError("kl_weight.target: expected above 0 nats with kl_weight.kind controller, found 0")
+        if self.kind == "controller" and not self.low <= self.start <= self.high:
+            raise UserError(f"kl_weight.start: expected between kl_weight.low and kl_weight.high, found {self.start:g}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    section = "optimizer"
+    kind: str = setting("adam", "update rule", one_of("adam", "adamw"))
+    implementation: str = setting(
+        "torch", "who computes it: torch (fused), DeepSpeed's fused kernel, or NVIDIA apex", one_of("torch", "deepspeed", "apex")
+    )
+    lr: float = setting(1e-3, "peak learning rate", number(0, open_low=True))
+    encoder_lr: float = setting(0.0, "peak learning rate of the encoder; 0 means lr", number(0))
+    betas: list[float] = setting([0.9, 0.99], "decay of the two moments", interval(0, 0.999999))
+    eps: float = setting(1e-8, "added to the second moment's root", number(0))
+    weight_decay: float = setting(0.0, "decoupled for adamw, L2 for adam", number(0))
+    warmup_steps: int = setting(100, "linear warm-up; the encoder's starts with its own training", number(0), "steps")
+    final_fraction: float = setting(0.02, "learning rate at the end of the cosine, as a share of the peak", number(0, 1))
+    clip: float = setting(12.0, "largest gradient norm of loss / dimensions over all parameters; 0 is off", number(0))
+    ema_decay: float = setting(0.0, "decay per step of the averaged weights that are kept for use; 0 is off", number(0, 0.999999))
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    section = "train"
+    steps: int = setting(3000, "optimiser steps", number(1))
+    batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
+    mode: str = setting("joint", "joint trains both networks, frozen the encoder alone", one_of("joint", "frozen"))
+    denoiser_from: str = setting("", "frozen: a run folder or saved model whose denoiser is used")
+    denoiser_warmup_steps: int = setting(500, "steps in which the denoiser learns alone, without guidance", number(0), "steps")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    section = "engine"
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", ("0, 1 or 2", lambda value: value in (0, 1, 2)))
+    precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
+    gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
+    threads: int = setting(0, "CPU threads per rank; 0 shares the cores among the ranks of the machine", number(0, 1024))
+
+
+@dataclass(frozen=True)
+class LogConfig(Section):
+    section = "log"
+    every: int = setting(50, "steps between two lines of metrics.jsonl", number(1), "steps")
+    tensorboard: bool = setting(True, "write tensorboard/")
+    csv: bool = setting(False, "write csv/")
+    wandb: bool = setting(False, "send to Weights & Biases (installed and logged in)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    section = "checkpoint"
+    every: int = setting(500, "steps between two checkpoints", number(1), "steps")
+    keep_last: int = setting(2, "newest checkpoints to keep", number(1))
+    keep_best: bool = setting(True, "also keep the checkpoint with the lowest validation loss")
+    validation_images: int = setting(256, "held-out images of the validation loss", number(1))
+
+
+@dataclass(frozen=True)
+class ReportConfig(Section):
+    section = "report"
+    images: int = setting(6000, "fresh or held-out images that scores are computed from", number(16))
+    sample_steps: int = setting(50, "denoising steps of the report's pictures", number(1, 10000))
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    name: str = setting("run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w.-]+", v))))
+    runs_dir: str = setting("runs", "where run folders lie")
+    seed: int = setting(0, "key of every random number", number(0, 2**63 - 1))
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    kl_weight: KLWeightConfig = field(default_factory=KLWeightConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        train = self.train
+        if train.mode == "joint" and train.denoiser_warmup_steps >= train.steps:
+            raise UserError(
+                f"train.denoiser_warmup_steps: expected fewer than train.steps = {train.steps}, found {train.denoiser_warmup_steps}"
+            )
+        if (train.mode == "frozen") != bool(train.denoiser_from):
+            raise UserError("train.denoiser_from: train.mode frozen needs it, and train.mode joint has no use for it")
+        if self.data.kind == "array" and not self.data.path:
+            raise UserError("data.path: data.kind array needs the path of an .npy or .npz file")
+        if self.denoiser.embedding_size % 2:
+            raise UserError(f"denoiser.embedding_size: expected an even number, found {self.denoiser.embedding_size}")
+        for owner in (self.encoder, self.denoiser):
+            if not owner.channels:
+                raise UserError(f"{owner.key('channels')}: expected at least one level, found none")
+        if self.optimizer.implementation == "apex":
+            _require_nvidia_apex()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def first_joint_step(self) -> int:
+        """The step from which the encoder learns."""
+        return self.train.denoiser_warmup_steps if self.train.mode == "joint" else 0
+
+
+def _require_nvidia_apex() -> None:
+    try:
+        from apex.optimizers import FusedAdam  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
+        ) from None
+
+
+def builtin_configs() -> Path:
+    """The folder of the configs that come with the package."""
+    here = Path(__file__).resolve().parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def _find(path: str) -> Path:
+    """The file as given, else the config of that name that comes with the package."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    builtin = builtin_configs() / f"{given.stem}.yaml"
+    if builtin.is_file() and given.suffix in ("", ".yaml") and len(given.parts) <= 2 and not given.is_absolute():
+        return builtin
+    names = ", ".join(sorted(p.stem for p in builtin_configs().glob("*.yaml")))
+    raise UserError(f"--config: no file {path}; configs that come with sami-fast: {names}")
+
+
+def setting_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key with its dataclass field, in order."""
+    keys: dict[str, Any] = {}
+    for item in fields(cls):  # type: ignore[arg-type]
+        if is_dataclass(item.type):
+            keys |= setting_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            keys[prefix + item.name] = item
+    return keys
+
+
+def _merge(base: Any, layer: Any, origin: str) -> Any:
+    sections = {item.name for item in fields(Config) if is_dataclass(item.type)}
+    for key in layer:
+        if key in sections and not OmegaConf.is_dict(layer[key]):
+            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {layer[key]!r} ({origin})")
+    try:
+        return OmegaConf.merge(base, layer)
+    except ConfigKeyError as error:
+        unknown = error.full_key or str(error.key)
+        candidates = [*setting_keys(), *(item.name for item in fields(Config))]
+        near = difflib.get_close_matches(unknown, candidates, 1, 0.5) or [
+            key for key in candidates if key.endswith("." + unknown.rsplit(".", 1)[-1])
+        ]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{unknown}: no such setting ({origin}){hint}") from None
+    except OmegaConfBaseException as error:
+        reason = (error.msg or str(error)).splitlines()[0]
+        raise UserError(f"{error.full_key or origin}: {reason} ({origin})") from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"{origin}: {str(error).splitlines()[0]}") from None
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides.
+
+    Args:
+        path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
+        overrides: Strings like "train.steps=50".
+    Raises:
+        UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
+    """
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        file = _find(path)
+        try:
+            layer = OmegaConf.load(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config: cannot read {file}: {error}") from None
+        except Exception as error:  # the YAML parser's own errors share no public base with OmegaConf's
+            raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not OmegaConf.is_dict(layer):
+            raise UserError(f"--config: {file} should hold `key: value` lines, found a list")
+        merged = _merge(merged, layer, str(file))
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"{override}: expected key=value, for example train.steps=50")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
+        merged = _merge(merged, layer, "command line")
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {(error.msg or str(error)).splitlines()[0]}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML, which `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def settings_table() -> str:
+    """Every setting with default, meaning and unit, one per line."""
+    lines = []
+    for key, item in setting_keys().items():
+        default = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[truthy-function]
+        expected = "" if item.metadata["check"] is ANYTHING else f" ({item.metadata['check'][0]})"
+        unit = f", in {item.metadata['unit']}" if item.metadata["unit"] else ""
+        lines.append(f"{key}={default}\n    {item.metadata['help']}{unit}{expected}")
+    return "\n".join(lines)
+
+
+def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given. Precision is autocast inside the step, so the engine itself holds float32 weights.
+
+    Raises:
+        UserError: the batch does not split evenly over ranks and micro-batches.
+    """
+    pieces = world_size * config.engine.gradient_accumulation
+    if config.train.batch_size % pieces:
+        raise UserError(
+            f"train.batch_size: expected a multiple of {pieces} ({world_size} ranks x engine.gradient_accumulation "
+            f"{config.engine.gradient_accumulation}), found {config.train.batch_size}"
+        )
+    run_dir = str(config.run_dir)
+    return {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.batch_size // pieces,
+        "gradient_accumulation_steps": config.engine.gradient_accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+        "tensorboard": {"enabled": config.log.tensorboard, "output_path": run_dir, "job_name": "tensorboard"},
+        "csv_monitor": {"enabled": config.log.csv, "output_path": run_dir, "job_name": "csv"},
+        "wandb": {"enabled": config.log.wandb, "project": "sami-fast", "group": config.name},
+    }

@@ -1,0 +1,86 @@
+"""One's own images from an .npy or .npz file."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def _load(path: Path, key: str) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"data.path: no file {path}")
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        names = loaded.files
+        chosen = key or (names[0] if len(names) == 1 else "images")
+        if chosen not in names:
+            raise UserError(f"data.array_key: no entry {chosen!r} in {path}, which holds {', '.join(names) or 'nothing'}")
+        return loaded[chosen]
+    except UserError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a file that is cut short or not an array
+        raise UserError(f"data.path: {path} is not a readable .npy or .npz of plain numbers: {error}") from None
+
+
+class ArrayImages:
+    """Images of an array (N, H, W), (N, H, W, C) or (N, C, H, W): uint8 scaled to [-1, 1], or floats in [-1, 1] as they are.
+
+    The channel axis of a 4-D array is the last one if it has 1 to 4 entries, else the second. An .npy is memory-mapped.
+
+    Args:
+        path: The file.
+        key: Entry of an .npz; see `DataConfig.array_key`.
+        holdout: Share of the images, spread evenly over the file, that only evaluation sees (all of them when 0).
+        split: 0 for training, 1 for evaluation.
+    Raises:
+        UserError: unreadable file, wrong rank, dtype or range, no images, images that are not square.
+    """
+
+    factor_names: tuple[str, ...] = ()
+
+    def __init__(self, path: str, key: str = "", holdout: float = 0.1, split: int = 0) -> None:
+        self.path = path
+        array = _load(Path(path), key)
+        if array.ndim == 3:
+            array = array[..., None]
+        if array.ndim != 4:
+            raise UserError(f"data.path: expected images (N, H, W), (N, H, W, C) or (N, C, H, W) in {path}, found shape {array.shape}")
+        if array.shape[3] > 4 and array.shape[1] <= 4:
+            array = array.transpose(0, 2, 3, 1)
+        if array.shape[3] > 4:
+            raise UserError(f"data.path: expected 1 to 4 channels in {path}, found shape {array.shape}")
+        if len(array) == 0:
+            raise UserError(f"data.path: no images in {path}")
+        if array.shape[1] != array.shape[2]:
+            raise UserError(f"data.path: expected square images in {path}, found {array.shape[1]} x {array.shape[2]} pixels")
+        if array.dtype != np.uint8 and array.dtype.kind != "f":
+            raise UserError(f"data.path: expected uint8 or floats in {path}, found {array.dtype}")
+        if array.dtype.kind == "f":
+            for block in range(0, len(array), 1024):
+                low, high = array[block : block + 1024].min(), array[block : block + 1024].max()
+                if not (low >= -1.001 and high <= 1.001):
+                    raise UserError(f"data.path: expected floats in [-1, 1] in {path}, found values from {low:g} to {high:g}")
+        every = round(1 / holdout) if holdout > 0 else 0
+        places = np.arange(len(array))
+        if every and len(array) > 1:
+            held_out = places % max(2, every) == max(2, every) - 1
+            if not held_out.any():
+                held_out[-1] = True
+            places = places[held_out] if split else places[~held_out]
+        self.array, self.places, self.size = array, places, len(places)
+        self.image_shape = (array.shape[3], array.shape[1], array.shape[2])
+
+    def images(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+        chosen = np.ascontiguousarray(self.array[self.places[index.cpu().numpy()]])
+        images = torch.from_numpy(chosen).permute(0, 3, 1, 2)
+        return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images.float()
+
+    def factors(self, index: Tensor) -> Tensor:
+        """No factors are known: [n, 0]."""
+        return torch.zeros(len(index), 0)

@@ -1,0 +1,102 @@
+"""The denoiser eps_theta(x_t, t): an ordinary unconditional U-Net. It never sees z."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_image_size, conv, norm_act
+
+
+def time_embedding(t: Tensor, size: int) -> Tensor:
+    """Sines and cosines of t in [0, 1] at frequencies from 1/2 to 500 cycles. [B] -> [B, size], dtype of t."""
+    frequency = math.pi * torch.logspace(0, 3, size // 2, dtype=t.dtype, device=t.device)
+    angle = t[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+def _run(level: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
+    for layer in level:
+        h = layer(h, embedding) if isinstance(layer, ResBlock) else layer(h)
+    return h
+
+
+class Denoiser(nn.Module):
+    """U-Net that estimates the noise in x_t.
+
+    Args:
+        image_channels: C of the images.
+        image_size: H = W, divisible by 2^(len(channels) - 1).
+        channels: Width of each resolution, full resolution first.
+        blocks: Residual blocks per resolution, down and up alike.
+        attention: Resolutions (side lengths) that get self-attention.
+        groups: Groups of the norms (fewer where the width does not divide).
+        style: "group_norm_silu" or "bias_free_relu".
+        embedding_size: Width of the noise-level embedding, even.
+    Shapes:
+        x_t [B, C, H, W], t [B] in [0, 1] -> eps_pred [B, C, H, W].
+    Differentiable: twice, though training needs it once.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        image_size: int,
+        channels: list[int],
+        blocks: int = 1,
+        attention: list[int] | None = None,
+        groups: int = 4,
+        style: str = "group_norm_silu",
+        embedding_size: int = 64,
+    ) -> None:
+        super().__init__()
+        if style not in STYLES:
+            raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
+        check_image_size(image_size, len(channels) - 1, "denoiser")
+        self.image_shape = (image_channels, image_size, image_size)
+        self.embedding_size = embedding_size
+        self.embed = nn.Sequential(
+            nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
+        )
+        attention = attention or []
+        self.stem = conv(image_channels, channels[0], 3, style)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+
+        def level(in_width: int, out_width: int, side: int) -> nn.ModuleList:
+            layers: list[nn.Module] = []
+            for block in range(blocks):
+                layers.append(ResBlock(out_width if block else in_width, out_width, groups, style, embedding_size))
+                if side in attention:
+                    layers.append(AttentionBlock(out_width, groups, style))
+            return nn.ModuleList(layers)
+
+        width, sides = channels[0], [image_size >> i for i in range(len(channels))]
+        for level_width, side in zip(channels, sides, strict=True):
+            self.down.append(level(width, level_width, side))
+            width = level_width
+        self.shrink = nn.ModuleList(conv(w, w, 3, style, stride=2) for w in channels[:-1])
+        self.middle = ResBlock(width, width, groups, style, embedding_size)
+        self.grow = nn.ModuleList()
+        for level_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
+            self.grow.append(Upsample(width, level_width, style))
+            self.up.append(level(2 * level_width, level_width, side))
+            width = level_width
+        self.out_norm = norm_act(width, groups, style)
+        self.out = conv(width, image_channels, 3, style)
+        nn.init.zeros_(self.out.weight)
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        embedding = self.embed(time_embedding(t, self.embedding_size).to(self.stem.weight.dtype))
+        h = self.stem(x_t)
+        skips = []
+        for level, shrink in zip(self.down, [*self.shrink, None], strict=True):
+            h = _run(level, h, embedding)
+            if shrink is not None:
+                skips.append(h)
+                h = shrink(h)
+        h = self.middle(h, embedding)
+        for grow, level in zip(self.grow, self.up, strict=True):
+            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding)
+        return self.out(self.out_norm(h))

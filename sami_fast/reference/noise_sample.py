@@ -1,0 +1,48 @@
+"""Multiscale noising: K noisy copies of each image, generator inside."""
+
+import torch
+from torch import Tensor
+
+from .random import Stream, random_normal
+
+
+def noise_sample(
+    x_0: Tensor,  # [B, C, H, W]
+    alpha_t: Tensor,  # [B, K]
+    sigma_t: Tensor,  # [B, K]
+    index: Tensor,  # [B]
+    *,
+    seed: int,
+    step: int,
+    stream: int = Stream.EPS,
+) -> tuple[Tensor, Tensor]:  # [B*K, C, H, W] twice
+    """Draw x_t = alpha_t x_0 + sigma_t eps with eps ~ N(0, I).
+
+    Level k of the image with global index b is sample b * K + k of the stream, so the same image gets the same noise whatever
+    the batch split or the number of ranks.
+
+    Args:
+        x_0: Clean images. [B, C, H, W], float32 or float64.
+        alpha_t, sigma_t: Signal and noise amplitudes of K levels per image. [B, K], dtype of x_0.
+        index: Global index of each image in the step's whole batch. [B] int64.
+        seed, step, stream: See `random.py`.
+    Returns:
+        x_t and eps, both [B*K, C, H, W] in the dtype of x_0, image-major (the K levels of an image lie together).
+    Raises:
+        ValueError: shapes do not fit; the message names the argument, what was expected and what came.
+    Differentiable: twice, in x_0, alpha_t and sigma_t.
+    Source: SAMI, arXiv:2512.17127, forward process.
+    """
+    if x_0.dim() != 4:
+        raise ValueError(f"x_0: expected [B, C, H, W], found {list(x_0.shape)}")
+    batch, levels = x_0.shape[0], alpha_t.shape[-1]
+    for name, value in (("alpha_t", alpha_t), ("sigma_t", sigma_t)):
+        if value.shape != (batch, levels):
+            raise ValueError(f"{name}: expected [{batch}, {levels}], found {list(value.shape)}")
+    if index.shape != (batch,):
+        raise ValueError(f"index: expected [{batch}], found {list(index.shape)}")
+    sample = (index[:, None] * levels + torch.arange(levels, device=index.device)).flatten()
+    eps = random_normal(seed, step, stream, sample, x_0[0].numel()).to(x_0.dtype).view(batch, levels, *x_0.shape[1:])
+    shape = (batch, levels, 1, 1, 1)
+    x_t = alpha_t.view(shape) * x_0[:, None] + sigma_t.view(shape) * eps
+    return x_t.flatten(0, 1), eps.flatten(0, 1)

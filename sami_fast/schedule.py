@@ -1,0 +1,169 @@
+"""Noise levels: alpha_t, sigma_t and logsnr as functions of t, how t is sampled and how a level is weighted.
+
+Variance preserving throughout: x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1 and logsnr = ln(alpha_t^2 / sigma_t^2),
+so that alpha_t^2 = sigmoid(logsnr). t in [0, 1] runs from the cleanest level (logsnr_max) to the noisiest (logsnr_min).
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+WEIGHTINGS = ("elbo", "simple", "min_snr", "sigmoid")
+
+
+class Schedule(ABC):
+    """A decreasing map t -> logsnr, cut to [logsnr_min, logsnr_max] and rescaled so that t covers [0, 1].
+
+    Args:
+        logsnr_min, logsnr_max: The noisiest and the cleanest level, natural log of alpha_t^2 / sigma_t^2.
+    """
+
+    kind: str
+
+    def __init__(self, logsnr_min: float, logsnr_max: float) -> None:
+        if not logsnr_min < logsnr_max:
+            raise ValueError(f"logsnr_min: expected less than logsnr_max = {logsnr_max}, found {logsnr_min}")
+        self.logsnr_min, self.logsnr_max = logsnr_min, logsnr_max
+        self._raw_first, self._raw_last = (
+            self._raw_time(torch.tensor(level, dtype=torch.float64)).item() for level in (logsnr_max, logsnr_min)
+        )
+
+    @abstractmethod
+    def _raw_logsnr(self, raw: Tensor) -> Tensor:
+        """logsnr of the uncut schedule."""
+
+    @abstractmethod
+    def _raw_time(self, logsnr: Tensor) -> Tensor:
+        """Inverse of `_raw_logsnr`."""
+
+    @abstractmethod
+    def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
+        """-d logsnr / d raw, > 0."""
+
+    def _raw(self, t: Tensor) -> Tensor:
+        return self._raw_first + t * (self._raw_last - self._raw_first)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        """[...] -> [...]: natural log of alpha_t^2 / sigma_t^2, any t in [0, 1]."""
+        return self._raw_logsnr(self._raw(t)).clamp(self.logsnr_min, self.logsnr_max)
+
+    def t(self, logsnr: Tensor) -> Tensor:
+        """Inverse of `logsnr`, in [0, 1]."""
+        return ((self._raw_time(logsnr) - self._raw_first) / (self._raw_last - self._raw_first)).clamp(0, 1)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """-d logsnr / dt, > 0: the density of t over logsnr is its inverse when t is uniform."""
+        raw = self._raw(t)
+        return self._raw_slope(raw, self.logsnr(t)) * (self._raw_last - self._raw_first)
+
+    def weight(self, t: Tensor, weighting: str, power: float = 1.0) -> Tensor:
+        """Factor on ||eps - eps_hat||^2 that makes its mean over sampled t the wanted integral over logsnr, in nats.
+
+        elbo:    1/2 integral ||.||^2 d logsnr, the bound itself
+        simple:  integral ||.||^2 dt, DDPM's (Ho et al., arXiv:2006.11239, eq. 14)
+        min_snr: simple times min(1, 5 / snr) (Hang et al., arXiv:2303.09556)
+        sigmoid: elbo times sigmoid(2 - logsnr) (Kingma & Gao, arXiv:2303.00848)
+
+        Args:
+            t: Sampled times in [0, 1], any shape.
+            weighting: One of the four names.
+            power: a of the density a t^(a-1) that t was drawn from (`sample`).
+        Returns:
+            Same shape as t.
+        """
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, found {weighting!r}")
+        logsnr = self.logsnr(t)
+        if weighting == "elbo":
+            weight = 0.5 * self.slope(t)
+        elif weighting == "simple":
+            weight = torch.ones_like(t)
+        elif weighting == "min_snr":
+            weight = (math.log(5.0) - logsnr).clamp_max(0).exp()
+        else:
+            weight = 0.5 * self.slope(t) * torch.sigmoid(2.0 - logsnr)
+        return weight / (power * t ** (power - 1.0)) if power != 1.0 else weight
+
+    def sample(self, index: Tensor, levels: int, global_batch: int, *, seed: int, step: int, power: float = 1.0) -> Tensor:
+        """K noise levels per image, nested stratified: one image covers all K strata, the whole batch covers all B*K.
+
+            u = (k + (rank(b) + v_bk) / B) / K,   t = u^(1/a)
+
+        with rank a random order of the global batch and v uniform. Every t alone has density a t^(a-1) on [0, 1].
+
+        Args:
+            index: Place of each local image in the global batch. [B_local] int64.
+            levels: K.
+            global_batch: B, images of one step over all ranks and micro-batches.
+            power: a; above 1 favours high noise.
+        Returns:
+            [B_local, K] float32.
+        """
+        rank = ops.random_permutation(seed, step, ops.Stream.RANK, global_batch, index.device)[index]
+        v = ops.random_uniform(seed, step, ops.Stream.LOGSNR, index, levels)
+        k = torch.arange(levels, device=index.device)
+        u = (k + (rank[:, None] + v) / global_batch) / levels
+        # Zero has density zero but may come up in float32, where elbo weights of some schedules are not finite.
+        return u.clamp_min(1e-6) ** (1.0 / power) if power != 1.0 else u
+
+
+def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise amplitude of a level: alpha_t = sqrt(sigmoid(logsnr)), sigma_t = sqrt(sigmoid(-logsnr)); same shape."""
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+
+class UniformLogsnr(Schedule):
+    """logsnr linear in t."""
+
+    kind = "uniform_logsnr"
+
+    def _raw_logsnr(self, raw: Tensor) -> Tensor:
+        return -raw
+
+    def _raw_time(self, logsnr: Tensor) -> Tensor:
+        return -logsnr
+
+    def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
+        return torch.ones_like(raw)
+
+
+class Cosine(Schedule):
+    """alpha_t = cos(pi/2 raw) (Nichol & Dhariwal, arXiv:2102.09672); cutting the range takes the place of their offset."""
+
+    kind = "cosine"
+
+    def _raw_logsnr(self, raw: Tensor) -> Tensor:
+        return -2.0 * torch.log(torch.tan(math.pi / 2 * raw))
+
+    def _raw_time(self, logsnr: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-0.5 * logsnr)) * (2 / math.pi)
+
+    def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
+        return 2 * math.pi / torch.sin(math.pi * raw)
+
+
+class LinearBeta(Schedule):
+    """alpha_t^2 = exp(-B), B = 0.1 raw + (20 - 0.1) raw^2 / 2: DDPM's linear betas in continuous time (Song et al., arXiv:2011.13456)."""
+
+    kind = "linear_beta"
+    beta_min, beta_max = 0.1, 20.0
+
+    def _raw_logsnr(self, raw: Tensor) -> Tensor:
+        integral = self.beta_min * raw + 0.5 * (self.beta_max - self.beta_min) * raw.square()
+        return -torch.log(torch.expm1(integral))
+
+    def _raw_time(self, logsnr: Tensor) -> Tensor:
+        integral, spread = F.softplus(-logsnr), self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * spread * integral))
+
+    def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
+        # d/dB ln(expm1(B)) = 1 / (1 - exp(-B)) = 1 / sigma_t^2
+        return (self.beta_min + (self.beta_max - self.beta_min) * raw) / torch.sigmoid(-logsnr)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {cls.kind: cls for cls in (UniformLogsnr, Cosine, LinearBeta)}

@@ -1,0 +1,145 @@
+"""One training step of SAMI, in the order and the symbols of the paper (arXiv:2512.17127).
+
+Every term is in nats per image. With weighting "elbo" and kl_weight 1, `loss` is the negative ELBO up to its two endpoint terms.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops, score
+from .schedule import Schedule, alpha_sigma
+
+
+EVALUATION_STEP = 1 << 40  # evaluation draws its noise from here: no training step comes this far
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which random numbers a step uses: they depend on nothing else."""
+
+    seed: int
+    step: int
+    index: Tensor  # [B] int64, place of each image in the step's whole batch over ranks and micro-batches
+    global_batch: int  # images in that whole batch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Constants of the loss.
+
+    Attributes:
+        weighting: "elbo", "simple", "min_snr" or "sigmoid" (`Schedule.weight`).
+        noise_levels: K, noisy copies of each image per step.
+        time_power: a of the density a t^(a-1) that noise levels are drawn from.
+        unconditional_weight: u, weight of the denoiser's own error without guidance.
+        free_bits: Nats per latent dimension below which the batch mean of the KL costs nothing.
+    """
+
+    weighting: str = "elbo"
+    noise_levels: int = 1
+    time_power: float = 1.0
+    unconditional_weight: float = 0.0
+    free_bits: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """What a step measured, without gradient; nats."""
+
+    diffusion: Tensor  # [B] guided denoising term
+    unguided: Tensor  # [B] the same integral without guidance
+    kl: Tensor  # [B, Z] raw KL per latent dimension, no free-bits floor
+
+
+def _noised(schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_t and eps [B*K, C, H, W]; t, sigma_t and weight [B*K], the weight divided by K so that a sum over levels is their mean."""
+    t = schedule.sample(
+        draw.index, objective.noise_levels, draw.global_batch, seed=draw.seed, step=draw.step, power=objective.time_power
+    ).to(x_0.dtype)  # [B, K]
+    alpha_t, sigma_t = alpha_sigma(schedule.logsnr(t))
+    x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, draw.index, seed=draw.seed, step=draw.step)
+    weight = schedule.weight(t, objective.weighting, objective.time_power) / objective.noise_levels
+    return x_t, eps, t.flatten(), sigma_t.flatten(), weight.flatten()
+
+
+def _per_image(per_sample: Tensor, levels: int) -> Tensor:
+    return per_sample.view(-1, levels).sum(1)
+
+
+def training_step(
+    encoder: score.Encoder,
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    x_0: Tensor,  # [B, C, H, W] in [-1, 1]
+    draw: Draw,
+    objective: Objective,
+    kl_weight: float,
+    *,
+    global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean,
+) -> tuple[Tensor, StepTerms]:
+    """The loss of one batch: both networks learn from it.
+
+    Args:
+        encoder: x -> (mu, var), [B, Z] each; blind to the noise level.
+        denoiser: (x_t, t) -> eps_pred, t [S] in [0, 1].
+        schedule: Noise levels.
+        x_0: Clean images.
+        draw: Which random numbers to use.
+        objective: Constants of the loss.
+        kl_weight: beta at this step; 1 is the bound.
+        global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of the whole batch.
+    Returns:
+        loss: scalar, nats per image, mean over the batch.
+        terms: The measured parts.
+    Differentiable: once, in the parameters of both networks (the encoder's own score is differentiated on the way).
+    """
+    levels = objective.noise_levels
+
+    # z ~ q(z | x_0), one per image, shared by its K noise levels
+    mu_0, var_0 = encoder(x_0)
+    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu_0.shape[1]).to(mu_0.dtype)
+    z = ops.gaussian_reparameterize(mu_0, var_0, eps_z)
+
+    # x_t = alpha_t x_0 + sigma_t eps
+    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective)
+
+    # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
+    eps_pred = denoiser(x_t, t).to(x_t.dtype)
+    grad_log_q = score.reverse(encoder, x_t, z.repeat_interleave(levels, 0))
+
+    # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2, then the K levels of each image together
+    diffusion, unguided = ops.guided_loss(eps, eps_pred, grad_log_q, sigma_t, weight, objective.unconditional_weight * weight)
+    diffusion, unguided = _per_image(diffusion, levels), _per_image(weight * unguided, levels)
+
+    # KL( q(z | x_0) || N(0, I) ), each dimension's batch mean free up to the free bits
+    kl = ops.gaussian_kl(mu_0, var_0)
+    kl_mean = kl.mean(0)
+    charged = global_mean(kl_mean.detach()) > objective.free_bits
+    kl_cost = torch.where(charged, kl_mean, kl_mean.detach()).sum()
+
+    loss = diffusion.mean() + kl_weight * kl_cost
+    guided = diffusion.detach() - objective.unconditional_weight * unguided
+    return loss, StepTerms(guided, unguided, kl.detach())
+
+
+def denoising_step(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    x_0: Tensor,  # [B, C, H, W] in [-1, 1]
+    draw: Draw,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """The loss of one batch for the denoiser alone, without guidance: its warm-up.
+
+    Returns:
+        loss: scalar, nats per image.
+        unguided: [B] the same per image, without gradient.
+    """
+    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective)
+    eps_pred = denoiser(x_t, t).to(x_t.dtype)
+    per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(eps), sigma_t, weight, torch.zeros_like(weight))
+    unguided = _per_image(per_sample, objective.noise_levels)
+    return unguided.mean(), unguided.detach()

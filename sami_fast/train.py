@@ -1,0 +1,420 @@
+"""Train SAMI: arguments -> config -> data, models, engine -> loop -> a run folder with a report.
+
+    deepspeed sami_fast/train.py --config configs/disks.yaml
+    python sami_fast/train.py --config disks train.steps=500 name=short
+"""
+
+import sys
+
+if __name__ == "__main__" and not __package__:
+    del sys.path[0]  # as a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sami_fast import engine as engines
+from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
+from sami_fast.data import Dataset, TorchFeed, open_dataset
+from sami_fast.environment import describe
+from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.kl_weight import KLWeight
+from sami_fast.metrics.latents import LIVE_NATS
+from sami_fast.sami import Sami
+from sami_fast.step import EVALUATION_STEP, Draw, Objective, denoising_step, training_step
+
+COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
+DENOISER_TERM, GUIDED_TERM, LOSS_TERM = 0, 1, 2  # places of the measured terms; the KL per dimension follows
+NUM_TERMS = 3
+
+
+class TrainingModule(nn.Module):
+    """What DeepSpeed wraps: both networks and the step between them.
+
+    `forward` returns the loss in nats per image *and dimension*, so that gradient norms do not grow with the image, and the
+    measured terms [3 + Z]: unguided, guided, loss, KL per latent dimension; nats per image.
+    """
+
+    def __init__(self, sami: Sami, config: Config) -> None:
+        super().__init__()
+        self.sami = sami
+        self.objective = Objective(**asdict(config.objective))
+        self.bf16 = config.engine.precision == "bf16"
+        self.mean_over_ranks = lambda local_mean: local_mean
+
+    def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
+        sami = self.sami
+        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
+            if joint:
+                loss, terms = training_step(
+                    sami.encoder, sami.denoiser, sami.schedule, x_0, draw, self.objective, kl_weight, global_mean=self.mean_over_ranks
+                )
+                unguided, guided, kl = terms.unguided.mean(), terms.diffusion.mean(), terms.kl.mean(0)
+            else:
+                loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective)
+                guided = unguided = unguided.mean()
+                kl = x_0.new_zeros(sami.encoder.latent_size)
+                # Every rank reduces every gradient: give the waiting encoder zeros.
+                loss = loss + 0.0 * sum(p.sum() for p in sami.encoder.parameters())
+        return loss / x_0[0].numel(), torch.cat((torch.stack((unguided, guided, loss.detach())), kl)).float()
+
+
+def architecture_of(config: Config, image_shape: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
+    """Arguments of both networks for images of this shape."""
+    image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
+    return {"encoder": image | asdict(config.encoder), "denoiser": image | asdict(config.denoiser)}
+
+
+def build_sami(config: Config, image_shape: tuple[int, int, int]) -> Sami:
+    """Both networks with weights that depend on the seed alone, or with the given denoiser in frozen mode.
+
+    Raises:
+        UserError: the image size does not fit the networks, or the given denoiser does not fit the images.
+    """
+    architecture = architecture_of(config, image_shape)
+    given: Sami | None = None
+    if config.train.mode == "frozen":
+        given = Sami.from_pretrained(config.train.denoiser_from)
+        if given.denoiser.image_shape != image_shape:
+            raise UserError(
+                f"train.denoiser_from: its images are {list(given.denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
+            )
+        architecture["denoiser"] = given.architecture["denoiser"]
+        if given.schedule.kind != config.schedule.kind or (given.schedule.logsnr_min, given.schedule.logsnr_max) != (
+            config.schedule.logsnr_min,
+            config.schedule.logsnr_max,
+        ):
+            raise UserError(
+                f"schedule: the given denoiser was trained with kind={given.schedule.kind}, logsnr_min={given.schedule.logsnr_min:g}, "
+                f"logsnr_max={given.schedule.logsnr_max:g}; set the same"
+            )
+    torch.manual_seed(config.seed)
+    try:
+        sami = Sami.build(architecture, asdict(config.schedule))
+    except ValueError as error:
+        raise UserError(f"encoder.channels, denoiser.channels or data.image_size: {error}") from None
+    if given is not None:
+        sami.denoiser = given.denoiser.requires_grad_(False)
+    return sami
+
+
+def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested dicts differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix[:-1]} ({old!r} there, {new!r} here)"]
+    return [d for key in sorted({*old, *new}) for d in _difference(old.get(key), new.get(key), f"{prefix}{key}.")]
+
+
+class Trainer:
+    """One run: its folder, its networks, its place in the loop."""
+
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        self.config = config
+        self.rank, self.world_size, self.device = engines.init_distributed()
+        engines.set_threads(config.engine.threads)
+        self.chief = self.rank == 0
+        self.dataset = open_dataset(config.data, config.seed)
+        self.validation = open_dataset(config.data, config.seed, split=1)
+        self.folder, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
+        self.sami = build_sami(config, self.dataset.image_shape)
+        self._prepare_folder(resume, overwrite)
+        self.module = TrainingModule(self.sami, config)
+        self.engine = engines.Engine(self.module, self.sami.encoder, self.sami.denoiser, config, self.device)
+        self.module.mean_over_ranks = self.engine.mean_over_ranks
+        self.feed = TorchFeed(
+            self.dataset,
+            config.train.batch_size,
+            config.engine.gradient_accumulation,
+            self.rank,
+            self.world_size,
+            config.seed,
+            self.device,
+        )
+        self.kl_weight = KLWeight(config.kl_weight, config.train.steps - config.first_joint_step)
+        self.step, self.seconds, self.warned = 0, 0.0, False
+        # Measurements are read one step late, so that the host never waits for the step it has just queued.
+        self.pending: tuple[int, float, Tensor] | None = None
+        if resume:
+            self._restore()
+
+    def say(self, message: str) -> None:
+        if self.chief:
+            print(message, flush=True)
+
+    def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
+        occupied = self.folder.exists() and any(self.folder.iterdir())
+        torch.distributed.barrier()
+        if occupied and not resume and not overwrite:
+            raise UserError(f"{self.folder}: holds a run already; continue it with --resume, replace it with --overwrite, or set name=")
+        if self.chief:
+            try:
+                if overwrite and occupied:
+                    if not (self.folder / "config.yaml").is_file():
+                        raise UserError(f"{self.folder}: --overwrite replaces run folders only, and this one has no config.yaml")
+                    shutil.rmtree(self.folder)
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                engines.remove_partial(self.checkpoints)
+                engines.remove_partial(self.folder)
+                engines.write_atomically(self.folder / "config.yaml", to_yaml(self.config))
+                engines.write_atomically(self.folder / "environment.json", json.dumps(describe(), indent=2))
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot write the run folder ({error})") from None
+        torch.distributed.barrier()
+
+    @property
+    def _architecture(self) -> dict[str, Any]:
+        return {"encoder": self.sami.architecture["encoder"], "denoiser": self.sami.architecture["denoiser"]}
+
+    def _restore(self) -> None:
+        found: list[str | None] = [None]
+        if self.chief:
+            checkpoint = engines.newest_whole_checkpoint(self.checkpoints, self.say)
+            for newer in engines.list_checkpoints(self.checkpoints):
+                if newer == checkpoint:
+                    break
+                os.rename(newer, newer.with_name(f"damaged_{newer.name}_{int(time.time())}"))
+            found = [str(checkpoint) if checkpoint else None]
+        torch.distributed.broadcast_object_list(found)
+        if found[0] is None:
+            self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
+            return
+        checkpoint = Path(found[0])
+        manifest = engines.read_manifest(checkpoint)
+        changed = _difference(manifest["architecture"], self._architecture)
+        if changed:
+            raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
+        here = (self.config.engine.zero_stage, self.world_size if self.config.engine.zero_stage else None)
+        there = (manifest["zero_stage"], manifest["world_size"] if manifest["zero_stage"] else None)
+        if here != there or manifest["averaged"] != (self.config.optimizer.ema_decay > 0):
+            raise UserError(
+                f"{checkpoint}: was written by {manifest['world_size']} ranks with engine.zero_stage={manifest['zero_stage']} and "
+                f"{'an' if manifest['averaged'] else 'no'} optimizer.ema_decay; resume with the same"
+            )
+        state = self.engine.load(checkpoint)
+        self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
+        self.kl_weight.controlled, self.pending = state["kl_weight"], state["pending"]
+        if self.chief:
+            self._cut_log()
+        self.say(f"resumed from {checkpoint}")
+
+    def _cut_log(self) -> None:
+        """Drop the log lines of steps that will be done again."""
+        log = self.folder / "metrics.jsonl"
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line cut short by a kill
+        engines.write_atomically(log, "".join(kept))
+
+    def run(self) -> Path:
+        """Train to the last step. Returns the run folder."""
+        config, steps = self.config, self.config.train.steps
+        self.say(
+            f"{self.folder}: {self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each, steps {self.step} to {steps}"
+        )
+        interval_start, interval_step = time.perf_counter(), self.step
+        while self.step < steps:
+            joint = self.step >= config.first_joint_step
+            beta = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
+            measured = self.engine.update(self.step, lambda micro: self._losses(micro, beta, joint))  # noqa: B023 (called at once)
+            self._settle()
+            self.pending = (self.step, beta, measured)
+            self.step += 1
+            if self.step % config.log.every == 0 or self.step == steps:
+                now = time.perf_counter()
+                rate = (self.step - interval_step) * config.train.batch_size / (now - interval_start)
+                self.seconds += now - interval_start
+                self._log(beta, measured, rate)
+                interval_start, interval_step = time.perf_counter(), self.step
+            if self.step % config.checkpoint.every == 0 or self.step == steps:
+                self.seconds += time.perf_counter() - interval_start
+                self._checkpoint()
+                interval_start, interval_step = time.perf_counter(), self.step
+        if self.chief:
+            self.use_averaged_weights()
+            try:
+                self.sami.save_pretrained(self.folder / "model")
+            except OSError as error:
+                raise UserError(f"{self.folder}/model: cannot write the model ({error}); the last checkpoint is whole") from None
+        torch.distributed.barrier()
+        return self.folder
+
+    def _losses(self, micro: int, beta: float, joint: bool) -> tuple[Tensor, Tensor]:
+        x_0, place = self.feed.micro_batch(self.step, micro)
+        draw = Draw(self.config.seed, self.step, place, self.config.train.batch_size)
+        return self.engine.deepspeed(x_0, draw, beta, joint)
+
+    def _settle(self) -> None:
+        """Look at the measurements of the step before: stop on bad numbers, steer the KL."""
+        if self.pending is None:
+            return
+        step, _, measured = self.pending
+        values = measured.tolist()
+        self._require_finite(step, values)
+        if step >= self.config.first_joint_step:
+            self.kl_weight.observe(sum(values[NUM_TERMS:]))
+        self.pending = None
+
+    def _require_finite(self, step: int, values: list[float]) -> None:
+        kl = sum(values[NUM_TERMS:])
+        for term, value in (
+            ("the denoiser's error", values[DENOISER_TERM]),
+            ("the encoder's KL", kl),
+            ("the guided error (the encoder's score)", values[GUIDED_TERM]),
+            ("the loss", values[LOSS_TERM]),
+        ):
+            if not abs(value) < float("inf"):
+                raise NonFiniteError(f"step {step}: {term} is {value}; stopped, the last good checkpoint is in {self.checkpoints}")
+
+    def _log(self, beta: float, measured: Tensor, rate: float) -> None:
+        values = measured.tolist()
+        self._require_finite(self.step - 1, values)
+        kl_per_dim = values[NUM_TERMS:]
+        kl, live = sum(kl_per_dim), sum(v > LIVE_NATS for v in kl_per_dim)
+        config, joint_done = self.config, self.step - self.config.first_joint_step
+        row = {
+            "step": self.step,
+            "images": self.step * config.train.batch_size,
+            "loss_nats": values[LOSS_TERM],
+            "diffusion_nats": values[GUIDED_TERM],
+            "unguided_nats": values[DENOISER_TERM],
+            "kl_nats": kl,
+            "kl_weight": beta,
+            "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
+            "images_per_second": rate,
+            "seconds": self.seconds,
+        }
+        self.engine.log(row, self.step)
+        if self.chief:
+            self._append({**row, "kl_per_dim": kl_per_dim})
+        left = int((config.train.steps - self.step) * config.train.batch_size / rate)
+        phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {beta:.3f}" if joint_done > 0 else "denoiser warm-up"
+        self.say(
+            f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
+        )
+        if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
+            self.warned = True
+            self.say(
+                f"warning: the posterior has collapsed (KL {kl:.3f} nats): the latents carry nothing; lower kl_weight.start or set objective.free_bits"
+            )
+
+    def _append(self, row: dict[str, Any]) -> None:
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder}/metrics.jsonl: cannot write ({error}); the last checkpoint is whole") from None
+
+    def _checkpoint(self) -> None:
+        bad = next((name for name, p in self.sami.named_parameters() if not p.isfinite().all()), None)
+        if bad is not None:
+            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; stopped, the last good checkpoint is in {self.checkpoints}")
+        facts = {
+            "architecture": self._architecture,
+            "validation_nats": self._validate(),
+            "averaged": bool(self.engine.averaged),
+        }
+        state = {"seconds": self.seconds, "warned": self.warned, "kl_weight": self.kl_weight.controlled, "pending": self.pending}
+        saved = self.engine.save(self.checkpoints, self.step, state, facts)
+        if self.chief:
+            self._append({"step": self.step, "validation_nats": facts["validation_nats"], "checkpoint": saved.name})
+            engines.prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+        torch.distributed.barrier()
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        """Loss on held-out images with fixed noise and the course's last beta, nats per image; None before the encoder learns."""
+        if self.step <= self.config.first_joint_step:
+            return None
+        count = self.config.checkpoint.validation_images
+        count = count if self.validation.size is None else min(count, self.validation.size)
+        total = 0.0
+        for start in range(0, count, self.feed.micro_size):
+            place = torch.arange(start, min(start + self.feed.micro_size, count))
+            draw = Draw(self.config.seed, EVALUATION_STEP, place.to(self.device), count)
+            loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, True)
+            total += loss.item() * len(place)
+        return total / count * self.sami.encoder.image_shape[0] * self.sami.encoder.image_shape[1] ** 2
+
+    def use_averaged_weights(self) -> None:
+        """Put the averaged weights, if any, into the networks: for use, not for further training."""
+        with torch.no_grad():
+            weights = dict(self.module.named_parameters())
+            for name, average in self.engine.averaged.items():
+                weights[name].copy_(average)
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train, save the model, write the report. Returns the run folder.
+
+    Raises:
+        UserError: something in the config, the data or the folder cannot work.
+        NonFiniteError: a loss term became NaN or infinite.
+    """
+    trainer = Trainer(config, resume=resume, overwrite=overwrite)
+    folder = trainer.run()
+    seconds, chief = trainer.seconds, trainer.chief
+    torch.distributed.destroy_process_group()
+    if chief:
+        from sami_fast.report import write_report
+
+        print(f"trained in {seconds:.0f} s; writing the report", flush=True)
+        print(write_report(folder), flush=True)
+    return folder
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sami_fast/train.py",
+        description="Train SAMI and write a run folder: config, log, checkpoints, model, report.",
+        epilog="example: deepspeed --num_accelerators 2 sami_fast/train.py --config configs/disks.yaml train.steps=50 name=short",
+    )
+    parser.add_argument("--config", help="a YAML file, or the name of a config that comes with the package (disks)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, dotted keys: train.steps=50")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the DeepSpeed settings, and stop")
+    parser.add_argument("--settings", action="store_true", help="print every setting with its meaning, unit and default, and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit status: 0 done, 1 stopped by bad numbers, 2 something the user gave cannot work."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments.settings:
+            print(settings_table())
+            return 0
+        if arguments.resume and arguments.overwrite:
+            raise UserError("--resume and --overwrite: choose one")
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            if os.environ.get("RANK", "0") == "0":
+                print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dict(config, world_size), indent=2))
+            return 0
+        train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+        return 0
+    except (UserError, NonFiniteError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sami-fast: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
