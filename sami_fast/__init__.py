@@ -1,8 +1,8 @@
 """sami-fast: train and use SAMI (Score-based Autoencoder for Multiscale Inference, arXiv:2512.17127).
 
-    from sami_fast import Sami
-    model = Sami.from_pretrained("runs/disks")
-    posterior = model.encode(images)          # mu, var: [B, Z]
+from sami_fast import Sami
+model = Sami.from_pretrained("runs/disks")
+posterior = model.encode(images)          # mu, var: [B, Z]
 """
 
 from importlib import import_module

@@ -230,7 +230,9 @@ class ReportConfig(Section):
 
 @dataclass(frozen=True)
 class Config(Section):
-    name: str = setting("run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w.-]+", v))))
+    name: str = setting(
+        "run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w.-]+", v)))
+    )
     runs_dir: str = setting("runs", "where run folders lie")
     seed: int = setting(0, "key of every random number", number(0, 2**63 - 1))
     data: DataConfig = field(default_factory=DataConfig)

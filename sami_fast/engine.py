@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
         rank, world size, this rank's device.
     """
     quiet_logging()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -55,8 +49,18 @@ def init_distributed() -> tuple[int, int, torch.device]:
         device = torch.device("cpu")
     if not deepspeed.comm.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
+        if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment variables
+            os.environ.setdefault("LOCAL_RANK", "0")  # the one DeepSpeed insists on
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+def leave_distributed() -> None:
+    """Leave the process group; `init_distributed` may join another one later."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
 
 
 def set_threads(threads: int) -> None:
@@ -66,9 +70,19 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, available // local_ranks))
 
 
-def _optimizer(config: Config, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """One optimiser with a parameter group per trained network.
+
+    Raises:
+        UserError: the asked-for implementation cannot run here.
+    """
     settings = config.optimizer
     decoupled = settings.kind == "adamw"
+    groups = [
+        {"params": trained, "name": name}
+        for name, network in (("encoder", encoder), ("denoiser", denoiser))
+        if (trained := [p for p in network.parameters() if p.requires_grad])
+    ]
     arguments: dict[str, Any] = {
         "lr": settings.lr,
         "betas": tuple(settings.betas),
@@ -87,8 +101,6 @@ def _optimizer(config: Config, groups: list[dict[str, Any]], device: torch.devic
         if device.type == "cpu":
             return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
         return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
-    except UserError:
-        raise
     except Exception as error:  # a just-in-time build can fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"optimizer.implementation: {settings.implementation} cannot run here ({reason}); use torch") from None
@@ -99,12 +111,11 @@ class Engine:
 
     Args:
         module: Called with the step's arguments, returns (loss to differentiate, anything).
-        encoder, denoiser: The parts of `module`, for learning rates and averaging; a denoiser whose parameters need no gradient stays fixed.
+        optimizer: From `build_optimizer`.
         config: The run's settings.
-        device: Where the module lives.
     """
 
-    def __init__(self, module: nn.Module, encoder: nn.Module, denoiser: nn.Module, config: Config, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -112,16 +123,13 @@ class Engine:
         self.config = config
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         settings = deepspeed_dict(config, self.world_size)
-        module.to(device)
-        groups = [
-            {"params": trained, "name": name}
-            for name, network in (("encoder", encoder), ("denoiser", denoiser))
-            if (trained := [p for p in network.parameters() if p.requires_grad])
-        ]
+        # The default buckets are 2 GB each, however small the networks.
+        bucket = min(500_000_000, 2 * sum(p.numel() for p in module.parameters()))
+        settings["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.rank:
             for monitor in ("tensorboard", "csv_monitor", "wandb"):
                 settings[monitor]["enabled"] = False
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(config, groups, device), config=settings)
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = module
         self.averaged: dict[str, Tensor] = {}
         if config.optimizer.ema_decay > 0:
@@ -197,19 +205,22 @@ class Engine:
         try:
             self.deepspeed.save_checkpoint(str(folder), tag=partial.name, client_state=state, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-            failure = " ".join(str(error).split())
+            failure = _reason(error, folder)
         self._agree(failure, partial, "write")
         if self.rank == 0:
             try:
                 facts = {**facts, "step": step, "world_size": self.world_size, "zero_stage": self.config.engine.zero_stage}
-                manifest = {**facts, "files": {str(f.relative_to(partial)): _fingerprint(f) for f in sorted(partial.rglob("*")) if f.is_file()}}
+                manifest = {
+                    **facts,
+                    "files": {str(f.relative_to(partial)): _fingerprint(f) for f in sorted(partial.rglob("*")) if f.is_file()},
+                }
                 write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)
                 _sync(folder)
             except OSError as error:
-                failure = str(error)
+                failure = _reason(error, folder)
         self._agree(failure, partial, "finish")
         return final
 
@@ -229,6 +240,11 @@ class Engine:
         for name, value in state.pop("averaged").items():
             self.averaged[name].copy_(value)
         return state
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    full = shutil.disk_usage(folder).free < 1 << 20
+    return "the disk is full" if full else " ".join(str(error).split())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -90,19 +90,20 @@ class Sami(nn.Module):
             x_t: [B, C, H, W]. t: [B] in [0, 1].
             z: Latents to guide towards, [B, Z]; None for no guidance.
             scale: Guidance factor; 1 is Bayes' rule.
-            clip: Largest root mean square of the guidance term per image. The noise itself has 1; off the data's own
-                trajectory the encoder's score has no bound.
+            clip: How far z may lie from the encoder's mean of x_t, in its standard deviations and per dimension; a z further off
+                guides as the nearest one allowed. None for no limit, and then guidance has no bound where z does not fit x_t.
         Returns:
             [B, C, H, W].
         """
         eps_pred = self.denoiser(x_t, t)
         if z is None or scale == 0.0:
             return eps_pred
+        if clip is not None:
+            mu, var = self.encoder(x_t)
+            reach = clip * var.sqrt()
+            z = torch.clamp(z, mu - reach, mu + reach)
         _, sigma_t = alpha_sigma(self.schedule.logsnr(t))
         guidance = scale * sigma_t.view(-1, 1, 1, 1) * score.reverse(self.encoder, x_t, z)
-        if clip is not None:
-            rms = guidance.square().flatten(1).mean(1).sqrt()
-            guidance = guidance * (clip / rms.clamp_min(clip)).view(-1, 1, 1, 1)
         return eps_pred - guidance
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

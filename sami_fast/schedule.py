@@ -94,7 +94,8 @@ class Schedule(ABC):
 
             u = (k + (rank(b) + v_bk) / B) / K,   t = u^(1/a)
 
-        with rank a random order of the global batch and v uniform. Every t alone has density a t^(a-1) on [0, 1].
+        with rank a random order of the global batch and v uniform. A level picked at random among the K of an image has density
+        a t^(a-1) on [0, 1]; level k alone is confined to its stratum.
 
         Args:
             index: Place of each local image in the global batch. [B_local] int64.
@@ -108,8 +109,11 @@ class Schedule(ABC):
         v = ops.random_uniform(seed, step, ops.Stream.LOGSNR, index, levels)
         k = torch.arange(levels, device=index.device)
         u = (k + (rank[:, None] + v) / global_batch) / levels
-        # Zero has density zero but may come up in float32, where elbo weights of some schedules are not finite.
-        return u.clamp_min(1e-6) ** (1.0 / power) if power != 1.0 else u
+        if power == 1.0:
+            return u
+        # Zero has density zero but may come up in float32, where elbo weights of some schedules are not finite. The power is taken in
+        # float64, since in float32 its last bit can depend on how many others are taken with it.
+        return (u.clamp_min(1e-6).double() ** (1.0 / power)).float()
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from . import ops, score
 from .schedule import Schedule, alpha_sigma
 
-
 EVALUATION_STEP = 1 << 40  # evaluation draws its noise from here: no training step comes this far
 
 

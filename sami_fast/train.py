@@ -1,7 +1,7 @@
 """Train SAMI: arguments -> config -> data, models, engine -> loop -> a run folder with a report.
 
-    deepspeed sami_fast/train.py --config configs/disks.yaml
-    python sami_fast/train.py --config disks train.steps=500 name=short
+deepspeed sami_fast/train.py --config configs/disks.yaml
+python sami_fast/train.py --config disks train.steps=500 name=short
 """
 
 import sys
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sami_fast import engine as engines
 from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
-from sami_fast.data import Dataset, TorchFeed, open_dataset
+from sami_fast.data import TorchFeed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
@@ -35,6 +35,7 @@ from sami_fast.step import EVALUATION_STEP, Draw, Objective, denoising_step, tra
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
 DENOISER_TERM, GUIDED_TERM, LOSS_TERM = 0, 1, 2  # places of the measured terms; the KL per dimension follows
 NUM_TERMS = 3
+RUN_FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report"}
 
 
 class TrainingModule(nn.Module):
@@ -125,10 +126,12 @@ class Trainer:
         self.dataset = open_dataset(config.data, config.seed)
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.folder, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
-        self.sami = build_sami(config, self.dataset.image_shape)
+        deepspeed_dict(config, self.world_size)  # all that can be wrong is found before the run folder is touched
+        self.sami = build_sami(config, self.dataset.image_shape).to(self.device)
+        optimizer = engines.build_optimizer(self.sami.encoder, self.sami.denoiser, config, self.device)
         self._prepare_folder(resume, overwrite)
         self.module = TrainingModule(self.sami, config)
-        self.engine = engines.Engine(self.module, self.sami.encoder, self.sami.denoiser, config, self.device)
+        self.engine = engines.Engine(self.module, optimizer, config)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
         self.feed = TorchFeed(
             self.dataset,
@@ -145,12 +148,23 @@ class Trainer:
         self.pending: tuple[int, float, Tensor] | None = None
         if resume:
             self._restore()
+        if self.chief:
+            self._write("config.yaml", to_yaml(config))
+            self._write("environment.json", json.dumps(describe(), indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            engines.write_atomically(self.folder / name, text)
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot write ({error})") from None
 
     def say(self, message: str) -> None:
         if self.chief:
             print(message, flush=True)
 
     def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: expected a run folder, found a file; set name= or runs_dir=")
         occupied = self.folder.exists() and any(self.folder.iterdir())
         torch.distributed.barrier()
         if occupied and not resume and not overwrite:
@@ -158,14 +172,13 @@ class Trainer:
         if self.chief:
             try:
                 if overwrite and occupied:
-                    if not (self.folder / "config.yaml").is_file():
-                        raise UserError(f"{self.folder}: --overwrite replaces run folders only, and this one has no config.yaml")
+                    foreign = sorted({entry.name for entry in self.folder.iterdir()} - RUN_FOLDER)
+                    if foreign:
+                        raise UserError(f"{self.folder}: --overwrite replaces run folders only, and this one holds {foreign[0]}")
                     shutil.rmtree(self.folder)
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 engines.remove_partial(self.checkpoints)
                 engines.remove_partial(self.folder)
-                engines.write_atomically(self.folder / "config.yaml", to_yaml(self.config))
-                engines.write_atomically(self.folder / "environment.json", json.dumps(describe(), indent=2))
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot write the run folder ({error})") from None
         torch.distributed.barrier()
@@ -223,9 +236,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step. Returns the run folder."""
         config, steps = self.config, self.config.train.steps
-        self.say(
-            f"{self.folder}: {self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each, steps {self.step} to {steps}"
-        )
+        place = f"{self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each"
+        self.say(f"{self.folder}: {place}, steps {self.step} to {steps}")
         interval_start, interval_step = time.perf_counter(), self.step
         while self.step < steps:
             joint = self.step >= config.first_joint_step
@@ -251,6 +263,7 @@ class Trainer:
             except OSError as error:
                 raise UserError(f"{self.folder}/model: cannot write the model ({error}); the last checkpoint is whole") from None
         torch.distributed.barrier()
+        self.say(f"trained in {self.seconds:.0f} s")
         return self.folder
 
     def _losses(self, micro: int, beta: float, joint: bool) -> tuple[Tensor, Tensor]:
@@ -302,14 +315,14 @@ class Trainer:
         if self.chief:
             self._append({**row, "kl_per_dim": kl_per_dim})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
+        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
         phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {beta:.3f}" if joint_done > 0 else "denoiser warm-up"
-        self.say(
-            f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
-        )
+        self.say(f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {pace}")
         if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
             self.warned = True
             self.say(
-                f"warning: the posterior has collapsed (KL {kl:.3f} nats): the latents carry nothing; lower kl_weight.start or set objective.free_bits"
+                f"warning: the posterior has collapsed (KL {kl:.3f} nats), the latents carry nothing; "
+                "lower kl_weight.start or set objective.free_bits"
             )
 
     def _append(self, row: dict[str, Any]) -> None:
@@ -322,7 +335,9 @@ class Trainer:
     def _checkpoint(self) -> None:
         bad = next((name for name, p in self.sami.named_parameters() if not p.isfinite().all()), None)
         if bad is not None:
-            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; stopped, the last good checkpoint is in {self.checkpoints}")
+            raise NonFiniteError(
+                f"step {self.step - 1}: the update left {bad} not finite; stopped, the last good checkpoint is in {self.checkpoints}"
+            )
         facts = {
             "architecture": self._architecture,
             "validation_nats": self._validate(),
@@ -359,22 +374,13 @@ class Trainer:
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train, save the model, write the report. Returns the run folder.
+    """Train and save the model; every rank calls it. Returns the run folder.
 
     Raises:
         UserError: something in the config, the data or the folder cannot work.
         NonFiniteError: a loss term became NaN or infinite.
     """
-    trainer = Trainer(config, resume=resume, overwrite=overwrite)
-    folder = trainer.run()
-    seconds, chief = trainer.seconds, trainer.chief
-    torch.distributed.destroy_process_group()
-    if chief:
-        from sami_fast.report import write_report
-
-        print(f"trained in {seconds:.0f} s; writing the report", flush=True)
-        print(write_report(folder), flush=True)
-    return folder
+    return Trainer(config, resume=resume, overwrite=overwrite).run()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -408,7 +414,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dict(config, world_size), indent=2))
             return 0
-        train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+        folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+        chief = torch.distributed.get_rank() == 0
+        engines.leave_distributed()
+        if chief:
+            from sami_fast.report import write_report
+
+            print("writing the report", flush=True)
+            print(write_report(folder), flush=True)
         return 0
     except (UserError, NonFiniteError) as error:
         if os.environ.get("RANK", "0") == "0":

@@ -54,7 +54,7 @@ class ArrayImages:
             array = array.transpose(0, 2, 3, 1)
         if array.shape[3] > 4:
             raise UserError(f"data.path: expected 1 to 4 channels in {path}, found shape {array.shape}")
-        if len(array) == 0:
+        if array.size == 0:
             raise UserError(f"data.path: no images in {path}")
         if array.shape[1] != array.shape[2]:
             raise UserError(f"data.path: expected square images in {path}, found {array.shape[1]} x {array.shape[2]} pixels")
@@ -65,10 +65,9 @@ class ArrayImages:
                 low, high = array[block : block + 1024].min(), array[block : block + 1024].max()
                 if not (low >= -1.001 and high <= 1.001):
                     raise UserError(f"data.path: expected floats in [-1, 1] in {path}, found values from {low:g} to {high:g}")
-        every = round(1 / holdout) if holdout > 0 else 0
         places = np.arange(len(array))
-        if every and len(array) > 1:
-            held_out = places % max(2, every) == max(2, every) - 1
+        if holdout > 0 and len(array) > 1:
+            held_out = np.floor((places + 1) * holdout) > np.floor(places * holdout)
             if not held_out.any():
                 held_out[-1] = True
             places = places[held_out] if split else places[~held_out]
@@ -77,9 +76,9 @@ class ArrayImages:
 
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
-        chosen = np.ascontiguousarray(self.array[self.places[index.cpu().numpy()]])
-        images = torch.from_numpy(chosen).permute(0, 3, 1, 2)
-        return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images.float()
+        chosen = self.array[self.places[index.cpu().numpy()]]
+        images = torch.from_numpy(np.ascontiguousarray(chosen, dtype=np.float32)).permute(0, 3, 1, 2)
+        return images / 127.5 - 1.0 if chosen.dtype == np.uint8 else images
 
     def factors(self, index: Tensor) -> Tensor:
         """No factors are known: [n, 0]."""

@@ -2,15 +2,41 @@
 
 import numpy as np
 
+from .checks import as_tables
+
 LIVE_NATS = 0.05  # a dimension with a smaller mean KL carries nothing
 
 
 def kl_per_dim(mu: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Mean KL( N(mu, var) || N(0, 1) ) of every dimension over the images, nats. [N, Z], [N, Z] -> [Z]."""
+    """Mean KL( N(mu, var) || N(0, 1) ) of every dimension over the images: its rate.
+
+    Args:
+        mu, var: Mean and variance (> 0) of q(z|x). [N, Z].
+    Returns:
+        [Z], nats.
+    Raises:
+        ValueError: shapes differ, values are not finite, or a variance is not positive.
+    """
+    mu, var = as_tables(mu=mu, var=var)
+    if mu.shape != var.shape:
+        raise ValueError(f"var: expected shape {list(mu.shape)}, as mu has, found {list(var.shape)}")
+    if not (var > 0).all():
+        raise ValueError(f"var: expected positive values, found {var.min():g}")
     return (0.5 * (mu**2 + var - 1.0 - np.log(var))).mean(0)
 
 
 def live_dims(kl: np.ndarray) -> np.ndarray:
-    """Indices of the dimensions above `LIVE_NATS`, most informative first. [Z] -> [L]."""
+    """Dimensions with a mean KL above `LIVE_NATS`.
+
+    Args:
+        kl: Mean KL of every dimension, nats. [Z].
+    Returns:
+        Their indices, most informative first. [L] ints, L <= Z.
+    Raises:
+        ValueError: more than one axis.
+    """
+    kl = np.asarray(kl)
+    if kl.ndim != 1:
+        raise ValueError(f"kl: expected one value per dimension, [Z], found shape {list(kl.shape)}")
     order = np.argsort(-kl, kind="stable")
     return order[kl[order] > LIVE_NATS]

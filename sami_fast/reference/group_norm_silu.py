@@ -1,5 +1,6 @@
 """Group normalisation with the SiLU that usually follows it."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,11 +29,12 @@ def group_norm_silu(
     Differentiable: twice, in x, weight and bias.
     Source: Wu & He, arXiv:1803.08494.
     """
-    batch, channels = x.shape[:2]
+    channels = x.shape[1]
     if channels % num_groups:
         raise ValueError(f"num_groups: expected a divisor of {channels} channels, found {num_groups}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != (channels,):
             raise ValueError(f"{name}: expected [{channels}], found {list(value.shape)}")
-    h = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), norm_eps)  # statistics in float32 at least
+    # Statistics in float32 at least. Not F.group_norm: it refuses a single image with a single pixel.
+    h = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), norm_eps)
     return F.silu(h) if silu else h

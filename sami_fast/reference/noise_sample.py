@@ -42,7 +42,7 @@ def noise_sample(
     if index.shape != (batch,):
         raise ValueError(f"index: expected [{batch}], found {list(index.shape)}")
     sample = (index[:, None] * levels + torch.arange(levels, device=index.device)).flatten()
-    eps = random_normal(seed, step, stream, sample, x_0[0].numel()).to(x_0.dtype).view(batch, levels, *x_0.shape[1:])
+    eps = random_normal(seed, step, stream, sample, x_0.shape[1:].numel()).to(x_0.dtype).view(batch, levels, *x_0.shape[1:])
     shape = (batch, levels, 1, 1, 1)
     x_t = alpha_t.view(shape) * x_0[:, None] + sigma_t.view(shape) * eps
     return x_t.flatten(0, 1), eps.flatten(0, 1)

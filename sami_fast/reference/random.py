@@ -1,7 +1,8 @@
 """Counter-based random numbers: every draw is a function of (seed, step, stream, sample index, element).
 
 Bits come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Normals come from a Box-Muller
-transform that uses only IEEE additions, multiplications and correctly rounded square roots, so that any backend can reproduce them bit for bit.
+transform that uses only IEEE additions, multiplications and correctly rounded square roots, so that any backend can reproduce them bit
+for bit.
 
 Counter layout. The elements of one sample are drawn in quads of four, and each sample starts a quad of its own:
 

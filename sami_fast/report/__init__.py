@@ -1,1 +1,59 @@
-def write_report(f): return f
+"""A report of a run: scores as JSON, pictures as PNG, and one HTML page that shows both."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from .figures import make_figures
+from .page import render
+from .run import open_run
+from .scores import compute_scores, encode
+
+__all__ = ["write_report"]
+
+
+def _write(file: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot write the report ({error})") from None
+
+
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Score a finished run and write its report/ folder.
+
+    report/ then holds index.html (one page that needs nothing else), metrics.json (every number of it) and the pictures as .png; an
+    earlier report is replaced. The same run on the same machine gives the same scores.
+
+    Args:
+        run_folder: With config.yaml, environment.json, metrics.jsonl and model/.
+    Returns:
+        Path of report/index.html.
+    Raises:
+        UserError: not a run folder, no model in it yet, no log, data gone, or the disk refuses.
+    """
+    run = open_run(Path(run_folder))
+    latents = encode(run, run.sami)
+    factors = run.evaluation.factors(torch.arange(run.count)).double().numpy()  # [N, F]
+    scores = compute_scores(run, latents, factors)
+    figures = make_figures(run, latents, factors)
+
+    folder = run.folder / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        for stale in folder.glob("*.png"):
+            stale.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the report ({error})") from None
+    for figure in figures:
+        _write(folder / f"{figure.name}.png", figure.png)
+    _write(folder / "metrics.json", (json.dumps(scores, indent=2) + "\n").encode())
+    _write(folder / "index.html", render(run, scores, figures).encode())
+    return folder / "index.html"

@@ -1,0 +1,141 @@
+"""The whole training step: the engine's against the reference's with the same noise given; correct first, then timed."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from registry import compare
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sami_fast import ops
+from sami_fast.config import Config, load_config
+from sami_fast.data import open_dataset
+from sami_fast.reference.step import step as reference_step
+from sami_fast.sami import Sami
+from sami_fast.step import Draw, Objective, training_step
+from sami_fast.train import build_sami
+
+CONFIGS = {
+    "disks": ("disks", []),
+    # Colour images, attention in both networks, the encoder's at two resolutions.
+    "attention": (
+        None,
+        [
+            "data.image_size=64",
+            "data.channels=3",
+            "encoder.channels=[32,32,64,64]",
+            "encoder.attention=[16,8]",
+            "denoiser.channels=[16,32,32,64]",
+            "denoiser.attention=[8]",
+            "train.batch_size=8",
+            "objective.unconditional_weight=0.1",
+        ],
+    ),
+}
+BASELINE = "reference"
+
+
+class Step:
+    """One batch of a config: images, noise, networks, and the two ways through it."""
+
+    def __init__(self, config: Config) -> None:
+        dataset = open_dataset(config.data, config.seed)
+        self.sami = build_sami(config, dataset.image_shape)
+        # The denoiser starts as zero, where almost all of its gradients are zero too.
+        with torch.no_grad():
+            torch.nn.init.normal_(self.sami.denoiser.out.weight, std=0.02)
+        self.objective = Objective(**asdict(config.objective))
+        self.kl_weight = config.kl_weight.start
+        batch = config.train.batch_size
+        index = torch.arange(batch)
+        self.x_0 = dataset.images(index)
+        self.draw = Draw(seed=1, step=2, index=index, global_batch=batch)
+        self.shape = {"B": batch, "K": self.objective.noise_levels} | dict(zip("CHW", dataset.image_shape, strict=True))
+
+    def noise(self) -> tuple[Tensor, Tensor, Tensor]:
+        """t [B, K], eps [B, K, C, H, W] and eps_z [B, Z] of the engine's step."""
+        draw, levels, schedule = self.draw, self.objective.noise_levels, self.sami.schedule
+        t = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=self.objective.time_power)
+        ones = torch.ones_like(t)
+        _, eps = ops.noise_sample(self.x_0, ones, ones, draw.index, seed=draw.seed, step=draw.step)
+        eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.encoder.latent_size)
+        return t, eps.unflatten(0, t.shape), eps_z
+
+    def engine(self) -> Callable[[], Sequence[Tensor]]:
+        """Draws its noise inside the clock."""
+        sami, parameters = self.sami, list(self.sami.parameters())
+
+        def run() -> Sequence[Tensor]:
+            loss, _ = training_step(sami.encoder, sami.denoiser, sami.schedule, self.x_0, self.draw, self.objective, self.kl_weight)
+            return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+        return run
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> Callable[[], Sequence[Tensor]]:
+        """Is given the noise that the engine would draw."""
+        sami: Sami = copy.deepcopy(self.sami).to(dtype)
+        parameters, objective = list(sami.parameters()), self.objective
+        t, eps, eps_z = (noise.to(dtype) for noise in self.noise())
+        x_0, logsnr = self.x_0.to(dtype), sami.schedule.logsnr(t)
+        weight = sami.schedule.weight(t, objective.weighting, objective.time_power)
+
+        def run() -> Sequence[Tensor]:
+            loss = reference_step(
+                sami.encoder, sami.denoiser, x_0, t, logsnr, weight, eps, eps_z, self.kl_weight, objective.unconditional_weight
+            )
+            return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+        return run
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts by torch's own formulas; torch's FlopCounterMode hooks into modules and refuses an inner autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.counts[str(func.overloadpacket)] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(run: Callable[[], object]) -> dict[str, int]:
+    """Multiplications and additions of one call: of the convolutions, and of all matrix products."""
+    with FlopCounter() as counter:
+        run()
+    return {
+        "flops": counter.counts.total(),
+        "convolution_flops": sum(count for op, count in counter.counts.items() if "convolution" in op),
+    }
+
+
+@pytest.mark.parametrize("name", [BASELINE, "engine"])
+@pytest.mark.parametrize("config_name", CONFIGS)
+def test_step(config_name: str, name: str, record: Callable[..., None]) -> None:
+    file, overrides = CONFIGS[config_name]
+    config = load_config(file, overrides)
+    step = Step(config)
+    run = step.engine() if name == "engine" else step.reference()
+    compare(f"step {config_name}: {name}", "step", run(), step.reference(torch.float64)(), step.reference()())
+    row: dict[str, Any] = {
+        "op": f"step {config_name}",
+        "shape": step.shape,
+        "dtype": "float32",
+        "mode": "step",
+        "implementation": name,
+        "baseline": BASELINE,
+        "config": {section: asdict(getattr(config, section)) for section in ("encoder", "denoiser", "schedule", "objective")},
+        "images": step.shape["B"],
+        **flops(run),
+    }
+    record(row, "images/s", run, step.reference(), run)

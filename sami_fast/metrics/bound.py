@@ -1,0 +1,168 @@
+"""The negative ELBO of images in nats, with both endpoint terms: an upper bound on -ln p(x_0).
+
+    -ln p(x_0) <= E_z [ prior + diffusion + reconstruction ] + KL( q(z|x_0) || N(0, I) ),   z ~ q(z|x_0)
+
+    prior           KL( q(x_1|x_0) || N(0, I) ) at logsnr_min
+    diffusion       1/2 integral E || eps - eps_hat(x_t, t, z) ||^2 d logsnr, one level per image, stratified over the set
+    reconstruction  -ln p(x_0 | x_{t=0}, z) at logsnr_max
+
+Source: VDM (Kingma et al., arXiv:2107.00630, eqs. 11-15) with eps_hat guided by z, and another decoder. VDM's reads x_{t=0} alone, which
+costs about ln(sigma_0 / pixel step) nats per dimension unless logsnr_max is far above the levels this model is trained on. Ours is the
+Gaussian around the model's own guess,
+
+    p(x_0 | x_{t=0}, z) = N(x_hat, decoder_var I),   x_hat = (x_{t=0} - sigma_0 eps_hat) / alpha_0
+
+with one number, decoder_var, fitted on training images. For 8-bit images the probability of each pixel's bin under that Gaussian is
+taken: the bound is on a probability, and bits per dimension compare with the literature. For continuous images it is a *density* in
+the units of x: it may be negative, and for noiseless synthetic images, which fill no volume, it falls without limit as logsnr_max
+rises. Compare such numbers only between models with one logsnr range.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops, score
+from ..sami import Posterior, Sami
+from ..schedule import alpha_sigma
+from ..step import EVALUATION_STEP
+
+RECONSTRUCTION_STEP = EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's
+
+Images = Callable[[Tensor], Tensor]  # [n] int64 -> [n, C, H, W] in [-1, 1], on the model's device
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Terms of the negative ELBO, one per image, nats. [N] float64 each."""
+
+    diffusion: np.ndarray
+    kl: np.ndarray
+    prior: np.ndarray
+    reconstruction: np.ndarray
+    unguided: np.ndarray  # the diffusion term without guidance: a measurement, not a part
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.diffusion + self.kl + self.prior + self.reconstruction
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean of `total`, nats; an upper estimate, since the noise levels are stratified. None for a single image."""
+        count = len(self.total)
+        return float(self.total.std(ddof=1) / math.sqrt(count)) if count > 1 else None
+
+
+def sample_latents(posterior: Posterior, index: Tensor, seed: int) -> Tensor:
+    """z ~ q(z|x_0) with evaluation's own noise: the same for the same seed and image, whatever the batch.
+
+    Args:
+        posterior: Of the images.
+        index: Which images these are. [B] int64.
+        seed: Key of the noise.
+    Returns:
+        [B, Z].
+    """
+    eps_z = ops.random_normal(seed, EVALUATION_STEP, ops.Stream.EPS_Z, index, posterior.mu.shape[1])
+    return posterior.sample(eps_z.to(posterior.mu.dtype))
+
+
+def is_eight_bit(x_0: Tensor) -> bool:
+    """Whether every value is one of the 256 levels 2 k / 255 - 1. Any shape."""
+    level = (x_0.double() + 1.0) * 127.5
+    return bool(((level - level.round()).abs() < 1e-3).all())
+
+
+def gaussian_nats(x_0: Tensor, mean: Tensor, var: float) -> Tensor:
+    """-ln N(x_0; mean, var I), a density. [B, C, H, W] twice -> [B]."""
+    squares = (x_0 - mean).double().square().flatten(1).sum(1)
+    return 0.5 * (squares / var + x_0[0].numel() * math.log(2 * math.pi * var))
+
+
+def eight_bit_nats(x_0: Tensor, mean: Tensor, var: float) -> Tensor:
+    """-ln of the probability that N(mean, var I) falls into the 8-bit bins of x_0; the outer bins are open. [B, C, H, W] twice -> [B].
+
+    Args:
+        x_0: Values 2 k / 255 - 1.
+    """
+    x_0, mean, std = x_0.double(), mean.double(), math.sqrt(var)
+    upper = torch.where(x_0 > 1 - 1 / 255, math.inf, (x_0 + 1 / 255 - mean) / std)
+    lower = torch.where(x_0 < -1 + 1 / 255, -math.inf, (x_0 - 1 / 255 - mean) / std)
+    # Work in the tail where the normal distribution function is small: differences near 1 would lose every digit.
+    flip = lower + upper > 0
+    near, far = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    return -(log_near + torch.log1p(-torch.exp(log_far - log_near))).flatten(1).sum(1)
+
+
+def _guess(sami: Sami, x_0: Tensor, z: Tensor, index: Tensor, seed: int) -> Tensor:
+    """x_hat, the model's guess of x_0 from its cleanest noisy copy. [B, C, H, W]"""
+    t = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
+    alpha_0, sigma_0 = alpha_sigma(sami.schedule.logsnr(t))
+    x_t, _ = ops.noise_sample(x_0, alpha_0[:, None], sigma_0[:, None], index, seed=seed, step=RECONSTRUCTION_STEP)
+    eps_hat = sami.predict_eps(x_t, t, z)
+    return (x_t - sigma_0.view(-1, 1, 1, 1) * eps_hat) / alpha_0.view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def fit_decoder_var(sami: Sami, images: Images, count: int, *, seed: int, batch_size: int = 256) -> float:
+    """The decoder's variance: mean squared error per dimension of x_hat over `count` images that the model was trained on.
+
+    Args:
+        sami, images, count, seed, batch_size: As in `negative_elbo`.
+    Returns:
+        Variance in the units of x squared, at least 1e-12.
+    """
+    total = 0.0
+    for index in torch.arange(count).split(batch_size):
+        x_0 = images(index)
+        index = index.to(x_0.device)
+        z = sample_latents(sami.encode(x_0), index, seed)
+        total += (x_0 - _guess(sami, x_0, z, index, seed)).double().square().flatten(1).mean(1).sum().item()
+    return max(1e-12, total / count)
+
+
+@torch.no_grad()
+def negative_elbo(
+    sami: Sami, images: Images, count: int, *, seed: int, decoder_var: float, eight_bit: bool, batch_size: int = 256
+) -> Bound:
+    """The bound on each of the first `count` images; its formula stands at the top of this file.
+
+    Args:
+        sami: Any encoder and denoiser.
+        images: Images by index, in [-1, 1].
+        count: N.
+        seed: Key of the noise; nothing else is random.
+        decoder_var: See `fit_decoder_var`.
+        eight_bit: The images hold 256 levels: bound their probability instead of a density.
+        batch_size: Images at a time, for memory.
+    """
+    schedule, decoder_nats = sami.schedule, eight_bit_nats if eight_bit else gaussian_nats
+    everything = torch.arange(count)
+    span = schedule.logsnr_max - schedule.logsnr_min
+    # Stratified uniforms, taken over logsnr: the integrand is bounded there, whatever the schedule.
+    level = schedule.logsnr_max - span * schedule.sample(everything, 1, count, seed=seed, step=EVALUATION_STEP)  # [N, 1]
+    parts = []
+    for index in everything.split(batch_size):
+        x_0 = images(index)
+        index, logsnr = index.to(x_0.device), level[index].to(x_0)
+        posterior = sami.encode(x_0)
+        z = sample_latents(posterior, index, seed)
+
+        alpha_t, sigma_t = alpha_sigma(logsnr)
+        x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=EVALUATION_STEP)
+        eps_pred = sami.denoiser(x_t, schedule.t(logsnr).flatten()).to(x_t.dtype)
+        weight = torch.full_like(sigma_t[:, 0], 0.5 * span)
+        diffusion, unguided = ops.guided_loss(
+            eps, eps_pred, score.reverse(sami.encoder, x_t, z), sigma_t.flatten(), weight, torch.zeros_like(weight)
+        )
+
+        alpha_1, sigma_1 = alpha_sigma(torch.tensor(schedule.logsnr_min, dtype=torch.float64))
+        prior = 0.5 * (alpha_1**2 * x_0.double().square() + sigma_1**2 - 1.0 - 2.0 * sigma_1.log()).flatten(1).sum(1)
+        reconstruction = decoder_nats(x_0, _guess(sami, x_0, z, index, seed), decoder_var)
+        parts.append([v.double().cpu() for v in (diffusion, posterior.kl.sum(1), prior, reconstruction, weight * unguided)])
+    return Bound(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))

@@ -1,0 +1,90 @@
+"""A finished run, read from its folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config, load_config
+from ..data import Dataset, open_dataset
+from ..errors import UserError
+from ..sami import Sami
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, and the data it refers to."""
+
+    folder: Path
+    config: Config
+    environment: dict[str, Any]
+    log: list[dict[str, Any]]  # rows of training, oldest first; rows of checkpoints are left out
+    sami: Sami
+    train: Dataset
+    evaluation: Dataset
+
+    @property
+    def count(self) -> int:
+        """Images that scores are computed from: as many as asked for, or as there are."""
+        asked = self.config.report.images
+        return asked if self.evaluation.size is None else min(asked, self.evaluation.size)
+
+    def images(self, index: Tensor) -> Tensor:
+        """Evaluation images on the model's device. [n] int64 -> [n, C, H, W] in [-1, 1]."""
+        return self.evaluation.images(index).to(self.sami.device)
+
+    def train_images(self, index: Tensor) -> Tensor:
+        """The same of the training images."""
+        return self.train.images(index).to(self.sami.device)
+
+
+def _read(file: Path, what: str) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in _read(file, "expected the log that training writes, a line every log.every steps").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+        if isinstance(row, dict) and "loss_nats" in row:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{file}: holds no step of training; the run ended before its first log line")
+    return rows
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: not a run folder, a run without a model yet, no log, or files that do not fit together.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
+    config = load_config(str(folder / "config.yaml"))
+    if not (folder / "model" / "config.json").is_file():
+        raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
+    try:
+        environment = json.loads(_read(folder / "environment.json", "expected the description of the machine that training writes"))
+    except ValueError:
+        raise UserError(f"{folder}/environment.json: not valid JSON") from None
+    log = _read_log(folder / "metrics.jsonl")
+    sami = Sami.from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
+    if evaluation.image_shape != sami.image_shape:
+        raise UserError(
+            f"{folder}: its model was trained on images of shape {list(sami.image_shape)} (C, H, W), its data are now "
+            f"{list(evaluation.image_shape)}"
+        )
+    return Run(folder, config, environment, log, sami, train, evaluation)

@@ -1,0 +1,33 @@
+"""Settings of the whole suite: one CPU thread, uninitialised memory that cannot pass for data, GPU cases skipped without a GPU."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-losses", action="store_true", help="write tests/losses/*.json anew instead of comparing with them")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums are taken in the same order on every machine, and a busy machine stays usable."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_uninitialised_memory(request):
+    """Code that skips an element of `torch.empty` fails at once: deterministic mode fills it with NaN."""
+    if "gpu" in request.keywords:  # there the mode would also change which kernels run
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

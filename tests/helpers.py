@@ -1,0 +1,71 @@
+"""What several test files share: random inputs, relative errors, tiny networks."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sami_fast.models import Denoiser, Encoder
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
+    """Standard normals that depend on the seed alone."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).requires_grad_(grad)
+
+
+def positive(*shape: int, low: float, high: float, seed: int = 1, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
+    """Numbers uniform in their logarithm, from low to high; both ends occur where there is more than one number."""
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.exp(math.log(low) + (math.log(high) - math.log(low)) * values).flatten()
+    if values.numel() > 1:
+        values[0], values[-1] = low, high
+    return values.view(shape).to(dtype).requires_grad_(grad)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; 0 for two empty tensors, inf where the shapes differ."""
+    if found.shape != expected.shape:
+        return math.inf
+    if expected.numel() == 0:
+        return 0.0
+    found, expected = found.detach().double(), expected.detach().double()
+    difference = (found - expected).abs().max().item()
+    return difference / max(expected.abs().max().item(), 1e-300) if difference else 0.0
+
+
+def tiny_encoder(latent_size: int = 3, seed: int = 0, **changes) -> Encoder:
+    """Every kind of layer on 8x8 images, float64."""
+    torch.manual_seed(seed)
+    arguments = {"image_channels": 1, "image_size": 8, "channels": [4, 6], "blocks": 1, "attention": [4], "groups": 2}
+    return Encoder(latent_size=latent_size, **arguments | changes).double()
+
+
+def tiny_denoiser(seed: int = 1, **changes) -> Denoiser:
+    """Every kind of layer on 8x8 images, float64; its output layer is not zero as it is after construction."""
+    torch.manual_seed(seed)
+    arguments = {"image_channels": 1, "image_size": 8, "channels": [4, 6], "blocks": 1, "groups": 2, "embedding_size": 8}
+    denoiser = Denoiser(**arguments | changes)
+    nn.init.normal_(denoiser.out.weight, std=0.2)
+    return denoiser.double()
+
+
+def gradients(loss: Tensor, *modules: nn.Module) -> dict[str, Tensor]:
+    """d loss / d parameter by name; a parameter that the loss does not reach gets zeros."""
+    named = {f"{place}.{name}": p for place, module in enumerate(modules) for name, p in module.named_parameters()}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), found, strict=True)}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    """Every gradient within rtol of its own largest entry, or of rounding error on the scale of all of them."""
+    assert found.keys() == expected.keys()
+    floor = 1e-13 * largest(expected.values())
+    for name, want in expected.items():
+        error = (found[name] - want).abs().max().item()
+        assert error <= rtol * want.abs().max().item() + floor, f"{name}: off by {error:.3g} of {want.abs().max().item():.3g}"
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    return max(t.abs().max().item() for t in tensors)

@@ -1,0 +1,193 @@
+"""Settings: defaults, files, overrides, the DeepSpeed dict; and every sentence a user's mistake gets, with exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sami_fast.config import Config, builtin_configs, deepspeed_dict, load_config, setting_keys, settings_table, to_yaml
+from sami_fast.errors import UserError
+from sami_fast.train import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_defaults_file_and_overrides_are_layered(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 3\ntrain: {steps: 900, batch_size: 16}\n")
+    config = load_config(str(file), ["train.steps=1000", "data.disks.y=[0.3, 0.7]", "optimizer.lr=3e-4"])
+    assert (config.seed, config.train.steps, config.train.batch_size) == (3, 1000, 16)
+    assert config.data.disks.y == [0.3, 0.7]
+    assert config.optimizer.lr == 3e-4
+    assert config.train.mode == Config().train.mode
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load_config("disks", ["seed=5", "encoder.attention=[4]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_every_builtin_config_loads():
+    files = list(builtin_configs().glob("*.yaml"))
+    assert files
+    for file in files:
+        overrides = ["data.path=images.npz"] if load_yaml_kind(file) == "array" else []
+        assert load_config(str(file), overrides).name == file.stem
+
+
+def load_yaml_kind(file: Path) -> str:
+    return "array" if "kind: array" in file.read_text() else "disks"
+
+
+def test_every_setting_says_what_it_means():
+    for key, item in setting_keys().items():
+        assert item.metadata["help"], key
+    assert "optimizer.clip=" in settings_table()
+
+
+def test_deepspeed_dict_sets_what_deepspeed_would_guess():
+    config = load_config(None, ["train.batch_size=48", "engine.gradient_accumulation=3", "engine.zero_stage=2", "optimizer.clip=0"])
+    settings = deepspeed_dict(config, world_size=2)
+    assert settings["train_micro_batch_size_per_gpu"] == 8
+    assert settings["gradient_accumulation_steps"] == 3
+    assert settings["gradient_clipping"] == 0
+    assert settings["zero_optimization"]["stage"] == 2
+
+
+def test_dry_run_prints_config_and_deepspeed_settings(capsys):
+    assert main(["--config", "disks", "train.steps=777", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    head, _, tail = text.partition("# DeepSpeed")
+    assert "steps: 777" in head
+    assert json.loads(tail)["gradient_clipping"] == load_config("disks").optimizer.clip
+
+
+@pytest.mark.parametrize("flag", ["--help", "--settings"])
+def test_help_and_settings_as_a_command(flag, tmp_path):
+    """Run as a script from another folder: its own folder must not hide other modules."""
+    done = subprocess.run([sys.executable, ROOT / "sami_fast/train.py", flag], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("example: deepspeed" if flag == "--help" else "train.steps=") in done.stdout
+
+
+SETTING_ERRORS = [
+    (["train.step=5"], "train.step: no such setting", "did you mean train.steps?"),
+    (["trian.steps=5"], "trian: no such setting", "did you mean train?"),
+    (["steps=5"], "steps: no such setting", "did you mean train.steps?"),
+    (["data.disks.z=[0,1]"], "data.disks.z: no such setting", "did you mean data.disks"),
+    (["train.steps=abc"], "train.steps: Value 'abc'", "Integer"),
+    (["train.steps=1.5"], "train.steps: Value '1.5'", "Integer"),
+    (["train.steps=null"], "train.steps:", "None"),
+    (["log.csv=maybe"], "log.csv: Value 'maybe'", "bool"),
+    (["optimizer.lr=fast"], "optimizer.lr: Value 'fast'", "Float"),
+    (["optimizer.betas=3"], "optimizer.betas:", "list"),
+    (["encoder.channels=[a]"], "encoder.channels[0]: Value 'a'", "Integer"),
+    (["train.steps"], "train.steps: expected key=value", "train.steps=50"),
+    (["=5"], "=5: expected key=value", ""),
+    (["train.steps=[1"], "train.steps=[1: not a value YAML can read", ""),
+    (["train=5"], "train: expected settings below it", "found 5"),
+    (["train.steps=0"], "train.steps: expected at least 1", "found 0"),
+    (["seed=-1"], "seed: expected at least 0", "found -1"),
+    (["optimizer.lr=0"], "optimizer.lr: expected above 0", "found 0.0"),
+    (["optimizer.lr=.nan"], "optimizer.lr: expected above 0", "found nan"),
+    (["optimizer.betas=[0.9,1.5]"], "optimizer.betas: expected two numbers", "[0.9, 1.5]"),
+    (["data.disks.x=[0.9,0.1]"], "data.disks.x: expected two numbers", "[0.9, 0.1]"),
+    (["encoder.channels=[64,0]"], "encoder.channels: expected at least 1", "[64, 0]"),
+    (["encoder.channels=[]"], "encoder.channels: expected at least one level", "none"),
+    (["data.kind=foo"], "data.kind: expected one of disks, array", "'foo'"),
+    (["schedule.kind=linear"], "schedule.kind: expected one of uniform_logsnr, cosine, linear_beta", "'linear'"),
+    (["objective.weighting=snr"], "objective.weighting: expected one of elbo", "'snr'"),
+    (["engine.zero_stage=3"], "engine.zero_stage: expected 0, 1 or 2", "found 3"),
+    (["engine.precision=fp16"], "engine.precision: expected one of fp32, bf16", "'fp16'"),
+    (["name=a/b"], "name: expected a plain folder name", "'a/b'"),
+    (["schedule.logsnr_min=6"], "schedule.logsnr_min: expected less than logsnr_max = 5", "found 6"),
+    (["train.denoiser_warmup_steps=3000"], "train.denoiser_warmup_steps: expected fewer than train.steps = 3000", "found 3000"),
+    (["train.mode=frozen"], "train.denoiser_from: train.mode frozen needs it", ""),
+    (["train.denoiser_from=runs/a"], "train.denoiser_from:", "no use for it"),
+    (["data.kind=array"], "data.path: data.kind array needs the path", ""),
+    (["kl_weight.end=0"], "kl_weight.kind: exponential needs", "linear"),
+    (["kl_weight.kind=controller"], "kl_weight.target: expected above 0 nats", "found 0"),
+    (["kl_weight.kind=controller", "kl_weight.target=5", "kl_weight.start=2"], "kl_weight.start: expected between", "found 2"),
+    (["denoiser.embedding_size=7"], "denoiser.embedding_size: expected an even number", "found 7"),
+    (["optimizer.implementation=apex"], "optimizer.implementation: apex asked for, but NVIDIA apex is not installed", "use torch"),
+    (["--resume", "--overwrite"], "--resume and --overwrite: choose one", ""),
+    (["--dry-run", "train.batch_size=63", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2", "found 63"),
+    (["--config", "no/such.yaml"], "--config: no file no/such.yaml", "disks"),
+]
+
+
+def expect_user_error(arguments, capsys, *fragments):
+    """Exit status 2 and one sentence on stderr with these fragments."""
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("sami-fast: ")
+    assert "\n" not in message
+    assert "Traceback" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "fragment"), SETTING_ERRORS, ids=lambda value: None if isinstance(value, str) else " ".join(value)
+)
+def test_bad_setting_gets_one_sentence(arguments, start, fragment, capsys):
+    expect_user_error(arguments, capsys, f"sami-fast: {start}", fragment)
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"train: {steps: 5", "is not valid YAML"),
+        (b"- a\n- b\n", "found a list"),
+        (b"\xff\xfe\x00broken", "--config:"),
+        (b"train: 5\n", "train: expected settings below it"),
+        (b"train: {stepz: 5}\n", "train.stepz: no such setting"),
+    ],
+)
+def test_bad_config_file_gets_one_sentence(content, fragment, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    expect_user_error(["--config", str(file)], capsys, fragment)
+
+
+def _cut(path, images):
+    np.savez(path, images=images)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+IMAGES = np.zeros((20, 8, 8, 1), np.uint8)
+DATA_ERRORS = [
+    ("missing.npz", lambda path: None, [], "data.path: no file"),
+    ("folder.npz", lambda path: path.mkdir(), [], "data.path: no file"),
+    ("text.npy", lambda path: path.write_text("hello"), [], "is not a readable .npy or .npz"),
+    ("zero.npy", lambda path: path.touch(), [], "is not a readable .npy or .npz"),
+    ("cut.npz", lambda path: _cut(path, IMAGES), [], "is not a readable .npy or .npz"),
+    ("pickle.npy", lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True), [], "is not a readable .npy or .npz"),
+    ("two.npz", lambda path: np.savez(path, a=IMAGES, b=IMAGES), [], "data.array_key: no entry 'images'"),
+    ("key.npz", lambda path: np.savez(path, a=IMAGES), ["data.array_key=b"], "data.array_key: no entry 'b'"),
+    ("flat.npy", lambda path: np.save(path, np.zeros((5, 8), np.uint8)), [], "expected images (N, H, W)"),
+    ("wide.npy", lambda path: np.save(path, np.zeros((5, 8, 16), np.uint8)), [], "expected square images"),
+    ("many.npy", lambda path: np.save(path, np.zeros((5, 8, 8, 7), np.uint8)), [], "expected 1 to 4 channels"),
+    ("none.npy", lambda path: np.save(path, IMAGES[:0]), [], "no images in"),
+    ("int.npy", lambda path: np.save(path, IMAGES.astype(np.int64)), [], "expected uint8 or floats"),
+    ("range.npy", lambda path: np.save(path, IMAGES.astype(np.float32) + 255), [], "expected floats in [-1, 1]"),
+    ("nan.npy", lambda path: np.save(path, IMAGES.astype(np.float32) + np.nan), [], "expected floats in [-1, 1]"),
+    ("odd.npy", lambda path: np.save(path, np.zeros((20, 9, 9), np.uint8)), [], "image size 9 is not divisible by 8"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "overrides", "fragment"), DATA_ERRORS, ids=[case[0] for case in DATA_ERRORS])
+def test_bad_data_gets_one_sentence(name, make, overrides, fragment, tmp_path, capsys):
+    make(tmp_path / name)
+    arguments = ["data.kind=array", f"data.path={tmp_path / name}", f"runs_dir={tmp_path / 'runs'}", *overrides]
+    expect_user_error(arguments, capsys, fragment)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreadable_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        load_config(str(tmp_path))

@@ -1,0 +1,141 @@
+"""Who may import whom: imports point down only, low layers need nothing but torch, and `import sami_fast` loads nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, KERNELS = ROOT / "sami_fast", ROOT / "kernels"
+
+# What each part of the package may import from the others. Parts that are not listed stand above these.
+ALLOWED = {
+    "errors": set(),
+    "kl_weight": set(),
+    "reference": set(),
+    "kernels": set(),
+    "ops": {"kernels", "_C", "reference"},
+    "schedule": {"ops"},
+    "score": {"ops"},
+    "models": {"ops"},
+    "step": {"ops", "schedule", "score"},
+    "sami": {"errors", "models", "ops", "schedule", "score"},
+    "config": {"errors", "models", "schedule"},  # names of styles, schedules and weightings
+    "data": {"config", "errors", "ops"},
+    "engine": {"config", "errors"},
+}
+
+TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "models", "step", "kl_weight", "errors")
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a source file is imported."""
+    inside = path.relative_to(KERNELS if path.is_relative_to(KERNELS) else PACKAGE).with_suffix("")
+    parts = ["sami_fast", *(["kernels"] if path.is_relative_to(KERNELS) else []), *inside.parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("*.py"))}
+
+
+def imported_names(module: str, *, at_import_time: bool = False) -> set[str]:
+    """Dotted names a module imports, relative ones made absolute; with `at_import_time`, not those inside functions."""
+    tree, found = ast.parse(SOURCES[module].read_text()), set()
+    package = module if SOURCES[module].name == "__init__.py" else module.rpartition(".")[0]
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            # `from package import name` may name a module or something inside the package
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in SOURCES else base for alias in node.names}
+    return found
+
+
+def part(name: str) -> str:
+    """The first level below the package: sami_fast.models.layers -> models."""
+    return ".".join(name.split(".")[1:2])
+
+
+def modules_of(*parts: str) -> list[str]:
+    return [module for module in SOURCES if part(module) in parts]
+
+
+def test_the_sources_are_found():
+    assert {"sami_fast", "sami_fast.step", "sami_fast.models.layers", "sami_fast.kernels"} <= SOURCES.keys()
+    for name in ALLOWED:
+        assert modules_of(name), f"{name} is listed here but is no part of the package"
+    assert imported_names("sami_fast.score") >= {"sami_fast.ops", "torch"}
+    assert "sami_fast.models.layers" in imported_names("sami_fast.models.encoder")
+    assert "sami_fast.config" in imported_names("sami_fast.data")
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_point_down(name):
+    for module in modules_of(name):
+        ours = {part(other) for other in imported_names(module) if other.partition(".")[0] == "sami_fast"} - {name, ""}
+        assert ours <= ALLOWED[name], f"{module} imports {', '.join(sorted(ours - ALLOWED[name]))}"
+
+
+@pytest.mark.parametrize("name", TORCH_ONLY)
+def test_low_layers_need_only_torch(name):
+    allowed = {"sami_fast", "torch"} | ({"triton"} if name in ("kernels", "ops") else set())
+    for module in modules_of(name):
+        top = {other.partition(".")[0] for other in imported_names(module)}
+        assert top - sys.stdlib_module_names <= allowed, module
+
+
+def test_the_reference_imports_torch_and_itself_only():
+    for module in modules_of("reference"):
+        for other in imported_names(module):
+            top = other.partition(".")[0]
+            assert top in sys.stdlib_module_names or top == "torch" or other.startswith("sami_fast.reference"), (module, other)
+
+
+def test_models_and_ops_never_see_the_config():
+    for module in modules_of("models", "ops", "reference", "kernels", "schedule", "score", "step"):
+        assert "sami_fast.config" not in imported_names(module), module
+        assert "omegaconf" not in imported_names(module), module
+
+
+def test_nothing_imports_tests_or_benchmarks():
+    for module in SOURCES:
+        assert not {other.partition(".")[0] for other in imported_names(module)} & {
+            "tests",
+            "benchmarks",
+            "helpers",
+            "conftest",
+            "pytest",
+        }, module
+
+
+def test_no_circles():
+    """No module needs, while it is being imported, a module that needs it."""
+    needs = {
+        module: {other for other in imported_names(module, at_import_time=True) if other in SOURCES and other != module}
+        for module in SOURCES
+    }
+    while leaves := {module for module, others in needs.items() if not others & needs.keys()}:
+        needs = {module: others for module, others in needs.items() if module not in leaves}
+    assert not needs, f"circle among {', '.join(sorted(needs))}"
+
+
+def test_importing_the_package_loads_neither_torch_nor_deepspeed():
+    code = "import sys, sami_fast; print(sami_fast.__version__, *(name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=ROOT.parent)
+    assert len(done.stdout.split()) == 1, done.stdout
+
+
+def test_an_unknown_name_of_the_package():
+    import sami_fast
+
+    with pytest.raises(AttributeError, match="module 'sami_fast' has no attribute 'sammy'"):
+        _ = sami_fast.sammy

@@ -1,0 +1,119 @@
+"""`kernels/` and `configs/` lie at the top of the tree and install inside the package, editable and as a wheel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sami_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "sami_fast", "kernels", "configs", "csrc")
+
+
+def run(*command: str, cwd: Path, pythonpath: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A fresh process in some folder that sees the installed package, or first of all what lies in `pythonpath`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if pythonpath is not None:
+        environment["PYTHONPATH"] = str(pythonpath)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def succeed(*command: str, cwd: Path, pythonpath: Path | None = None) -> str:
+    done = run(*command, cwd=cwd, pythonpath=pythonpath)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def installed_editable() -> bool:
+    try:
+        origin = metadata.distribution("sami-fast").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return False
+    return origin is not None and json.loads(origin).get("dir_info", {}).get("editable", False)
+
+
+@pytest.mark.skipif(not installed_editable(), reason="sami-fast is not installed with `pip install -e .` here")
+def test_editable_install_from_any_folder(tmp_path: Path) -> None:
+    code = "import sami_fast.kernels, sami_fast.config as c; print(sami_fast.kernels.__file__, c.builtin_configs(), sep='\\n')"
+    for folder in (tmp_path, ROOT):
+        kernels, configs = succeed(sys.executable, "-c", code, cwd=folder).splitlines()
+        assert Path(kernels) == ROOT / "kernels" / "__init__.py"
+        assert Path(configs) == ROOT / "configs"
+
+
+def test_bare_kernels_is_refused() -> None:
+    # From the repository root the folder would otherwise pass for the unrelated package `kernels`.
+    done = run(sys.executable, "-c", "import kernels", cwd=ROOT)
+    assert done.returncode == 1
+    assert "ImportError: import sami_fast.kernels, not kernels: this folder is installed inside the package" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, so that nothing is left in the tree and nothing old in it gets in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, built = folder / "source", folder / "built"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source / name)
+    # Both build with the setuptools of this environment, so no network is needed.
+    try:
+        metadata.version("build")
+        command = ["build", "--wheel", "--no-isolation", "--outdir", str(built), str(source)]
+    except metadata.PackageNotFoundError:
+        command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(built), str(source)]
+    succeed(sys.executable, "-m", *command, cwd=folder)
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def test_wheel_contents(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        entry_points = archive.read(f"sami_fast-{PROJECT['version']}.dist-info/entry_points.txt").decode()
+    assert {"sami_fast/__init__.py", "sami_fast/step.py", "sami_fast/kernels/__init__.py", "sami_fast/configs/disks.yaml"} <= names
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sami_fast").rglob("*.py")}
+    assert modules <= names
+    configs = {f"sami_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert configs <= names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"sami_fast", f"sami_fast-{PROJECT['version']}.dist-info"}
+    assert "sami-fast = sami_fast.cli:main" in entry_points
+
+
+def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = "import sami_fast.kernels, sami_fast.config as c; print(sami_fast.kernels.__file__, c.builtin_configs(), sep='\\n')"
+    kernels, configs = succeed(sys.executable, "-c", code, cwd=elsewhere, pythonpath=site).splitlines()
+    assert Path(kernels) == site / "sami_fast" / "kernels" / "__init__.py"
+    assert Path(configs) == site / "sami_fast" / "configs"
+    assert (Path(configs) / "disks.yaml").is_file()
+
+    printed = succeed(sys.executable, "-m", "sami_fast.train", "--config", "disks", "--dry-run", cwd=elsewhere, pythonpath=site)
+    assert "name: disks" in printed
+    assert '"train_batch_size": 64' in printed
+    assert not any(elsewhere.iterdir())
+
+
+def test_console_script_is_declared() -> None:
+    assert PROJECT["scripts"] == {"sami-fast": "sami_fast.cli:main"}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert PROJECT["version"] == sami_fast.__version__

@@ -1,0 +1,396 @@
+"""The whole run: folder, resume, ranks, modes, and what stops it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sami_fast import engine as engines
+from sami_fast.config import load_config
+from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.sami import Sami
+from sami_fast.train import Trainer, build_sami, main, train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "tests/tiny.yaml")
+
+
+def tiny(folder, *overrides):
+    return load_config(TINY, [f"runs_dir={folder}", *overrides])
+
+
+def rows(run: Path) -> list[dict]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss_nats" in row]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model/model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted tiny run."""
+    return train(tiny(tmp_path_factory.mktemp("runs")))
+
+
+# ---- the folder
+
+
+def test_run_folder_holds_what_the_docs_say(finished):
+    assert {p.name for p in finished.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "model"}
+    assert load_config(str(finished / "config.yaml")).train.steps == 12
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"] == torch.__version__
+    log = rows(finished)
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert all(np.isfinite(row["loss_nats"]) for row in log)
+    assert log[3]["kl_nats"] == 0
+    assert log[-1]["kl_nats"] == pytest.approx(sum(log[-1]["kl_per_dim"]))
+    assert log[-1]["loss_nats"] == pytest.approx(log[-1]["diffusion_nats"] + log[-1]["kl_weight"] * log[-1]["kl_nats"], rel=1e-5)
+
+
+def test_saved_model_loads_and_is_the_average(finished):
+    model = Sami.from_pretrained(finished)
+    checkpoint = torch.load(finished / "checkpoints/step_12/mp_rank_00_model_states.pt", weights_only=False)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, checkpoint["averaged"][f"sami.{name}"])
+    posterior = model.encode(torch.zeros(2, 1, 8, 8))
+    assert posterior.mu.shape == posterior.var.shape == (2, 4)
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path):
+    run = train(tiny(tmp_path, "checkpoint.every=1", "checkpoint.keep_last=2"))
+    kept = engines.list_checkpoints(run / "checkpoints")
+    scores = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "validation_nats" in line]
+    best = min((s for s in scores if s["validation_nats"] is not None), key=lambda s: s["validation_nats"])["step"]
+    assert {p.name for p in kept} == {f"step_{n}" for n in (12, 11, best)}
+    assert all(engines.damage(p) == "" for p in kept)
+
+
+def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
+    config = tiny(tmp_path, "train.steps=5")
+    trainer = Trainer(config, resume=False, overwrite=False)
+    before = {name: p.detach().clone() for name, p in trainer.sami.named_parameters()}
+    trainer.config = trainer.engine.config = load_config(TINY, [f"runs_dir={tmp_path}", "train.steps=6"])
+    for trainer.step in range(4):
+        trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, 0.0, False))
+    moved = {name for name, p in trainer.sami.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(name.startswith("denoiser.") for name in moved)
+
+
+# ---- variants
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.gradient_accumulation=2"],
+        ["engine.zero_stage=1"],
+        ["engine.zero_stage=2", "engine.gradient_accumulation=4"],
+    ],
+    ids=" ".join,
+)
+def test_same_losses_however_the_step_is_cut(overrides, tmp_path, finished):
+    run = train(tiny(tmp_path, *overrides))
+    losses = [[row["loss_nats"] for row in rows(folder)] for folder in (run, finished)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+    for name, value in weights(finished).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.precision=bf16"],
+        ["optimizer.kind=adamw", "optimizer.weight_decay=0.01", "optimizer.ema_decay=0", "optimizer.clip=0"],
+        ["encoder.style=bias_free_relu", "denoiser.style=bias_free_relu", "encoder.attention=[4]", "denoiser.attention=[4]"],
+        ["schedule.kind=cosine", "objective.weighting=sigmoid", "objective.time_power=2", "objective.unconditional_weight=0.1"],
+        ["schedule.kind=linear_beta", "objective.weighting=min_snr", "kl_weight.kind=linear", "objective.noise_levels=3"],
+        ["data.channels=3", "data.image_size=12", "kl_weight.kind=constant", "objective.weighting=simple"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_options_train(overrides, tmp_path):
+    log = rows(train(tiny(tmp_path, *overrides)))
+    assert log[-1]["step"] == 12
+    assert all(np.isfinite(row["loss_nats"]) for row in log)
+
+
+def test_monitors_write(tmp_path):
+    run = train(tiny(tmp_path, "log.tensorboard=true", "log.csv=true"))
+    assert list(run.glob("tensorboard/events.*"))
+    assert list(run.glob("csv/*.csv"))
+
+
+def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
+    run = train(tiny(tmp_path, "train.mode=frozen", f"train.denoiser_from={finished}", "seed=1", "optimizer.ema_decay=0"))
+    given, after = weights(finished), weights(run)
+    fresh = build_sami(tiny(tmp_path, "seed=1"), (1, 8, 8)).state_dict()
+    for name, value in after.items():
+        if name.startswith("denoiser."):
+            assert torch.equal(value, given[name]), name
+    assert any(not torch.equal(after[name], fresh[name]) for name in after if name.startswith("encoder."))
+    assert rows(run)[0]["kl_nats"] > 0
+
+
+def test_collapse_is_said_once(tmp_path, capsys):
+    # A KL this dear presses every dimension onto the prior at once.
+    train(tiny(tmp_path, "train.steps=60", "kl_weight.kind=constant", "kl_weight.start=1e6", "optimizer.encoder_lr=0.02"))
+    assert capsys.readouterr().out.count("the posterior has collapsed") == 1
+
+
+def test_array_data_trains_and_encodes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images)
+    run = train(tiny(tmp_path, "data.kind=array", f"data.path={tmp_path / 'mine.npz'}"))
+    model = Sami.from_pretrained(run)
+    assert model.image_shape == (3, 8, 8)
+
+
+# ---- ranks: one launch of the real launcher, several runs inside
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [launcher, "--num_accelerators", "2", "--master_port", str(29600 + os.getpid() % 300), ROOT / "tests/ranks_worker.py", folder]
+    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["zero0", "zero1", "zero2", "accumulated", "resumed"])
+def test_two_ranks_equal_one_process(variant, two_ranks, tmp_path):
+    sys.path.insert(0, str(ROOT / "tests"))
+    from ranks_worker import COMMON
+
+    alone = train(tiny(tmp_path, *COMMON, *(["objective.free_bits=0"] if variant == "accumulated" else [])))
+    run = two_ranks / variant
+    for key in ("loss_nats", "kl_nats", "kl_weight"):
+        found, expected = ([row[key] for row in rows(folder)] for folder in (run, alone))
+        np.testing.assert_allclose(found, expected, rtol=5e-5, err_msg=key)
+    for name, value in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=2e-6)
+
+
+def test_bad_numbers_on_one_rank_stop_all(two_ranks):
+    messages = {(two_ranks / f"stopped_{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "step 0: the denoiser's error is nan" in messages.pop()
+
+
+# ---- kill and resume
+
+
+def _start(folder, *overrides):
+    command = [sys.executable, "-u", ROOT / "sami_fast/train.py", "--config", TINY, "--resume", f"runs_dir={folder}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _kill_when(process, condition, patience=120.0):
+    """SIGKILL as soon as the condition holds; False when the process ended by itself before."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return False
+        if condition():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.0005)
+    process.kill()
+    raise AssertionError("the condition never came")
+
+
+def test_sigkill_at_random_moments_changes_nothing(tmp_path):
+    """Two kills while a checkpoint is being written, two at random times; the end is the same bit for bit."""
+    options = ["train.steps=60", "checkpoint.every=3", "kl_weight.kind=controller", "kl_weight.target=2", "encoder.channels=[32,32]"]
+    expected = train(tiny(tmp_path / "whole", *options))
+    folder, chance = tmp_path / "killed", random.Random(7)
+    checkpoints = folder / "tiny/checkpoints"
+    for attempt in range(4):
+        seen = {p.name for p in checkpoints.glob("step_*")}
+        process = _start(folder, *options)
+        if attempt % 2 == 0:
+            fresh = lambda seen=seen: {p.name for p in checkpoints.glob("step_*")} - seen  # noqa: E731
+            writing = lambda fresh=fresh: bool(fresh()) and any(checkpoints.glob(".partial-step_*"))  # noqa: E731
+        else:
+            start, wait = [], chance.uniform(0.05, 0.6)
+
+            def writing(seen=seen, start=start, wait=wait):
+                if not start and {p.name for p in checkpoints.glob("step_*")} - seen:
+                    start.append(time.monotonic())
+                return bool(start) and time.monotonic() - start[0] > wait
+
+        assert _kill_when(process, writing), process.stdout.read()
+    process = _start(folder, *options)
+    output, _ = process.communicate(timeout=300)
+    assert (folder / "tiny/model/model.safetensors").is_file(), output
+    assert "resumed from" in output
+    assert_same_weights(folder / "tiny", expected)
+    assert [row["loss_nats"] for row in rows(folder / "tiny")] == [row["loss_nats"] for row in rows(expected)]
+    assert not list(checkpoints.glob(".partial-*"))
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "lose", "manifest"])
+def test_damaged_checkpoint_is_passed_over(harm, tmp_path, capsys, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    newest = tmp_path / "tiny/checkpoints/step_12"
+    file = newest / ("manifest.json" if harm == "manifest" else "mp_rank_00_model_states.pt")
+    content = file.read_bytes()
+    if harm == "lose":
+        file.unlink()
+    elif harm == "flip":
+        file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    run = train(tiny(tmp_path), resume=True)
+    said = capsys.readouterr().out
+    assert "step_12" in said
+    assert "falling back" in said
+    assert f"resumed from {tmp_path / 'tiny/checkpoints/step_8'}" in said
+    assert_same_weights(run, finished)
+    assert [row["step"] for row in rows(run)] == list(range(1, 13))
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    assert rows(train(tiny(tmp_path, "train.steps=5"), resume=True))[0]["step"] == 1
+
+
+# ---- what stops a run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (["encoder.latent_size=5"], "holds another architecture: encoder.latent_size (4 there, 5 here)"),
+        (["denoiser.channels=[4,16]"], "holds another architecture: denoiser.channels"),
+        (["data.channels=2"], "holds another architecture: denoiser.image_channels (1 there, 2 here)"),
+        (["engine.zero_stage=1"], "engine.zero_stage=0"),
+        (["optimizer.ema_decay=0"], "an optimizer.ema_decay"),
+    ],
+)
+def test_resume_with_what_does_not_fit(overrides, fragment, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    before = (tmp_path / "tiny/config.yaml").read_text()
+    with pytest.raises(UserError, match="step_12") as caught:
+        train(tiny(tmp_path, *overrides), resume=True)
+    assert fragment in str(caught.value)
+    assert (tmp_path / "tiny/config.yaml").read_text() == before
+
+
+def _main_error(arguments, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.count("\n") == 0
+    return message
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "fragment"),
+    [
+        (None, [], "holds a run already"),
+        (lambda run: (run / "thesis.doc").touch(), ["--overwrite"], "--overwrite replaces run folders only, and this one holds thesis.doc"),
+        (lambda run: (shutil.rmtree(run), run.write_text("a file")), [], "expected a run folder, found a file"),
+        (None, ["--resume", "train.batch_size=9", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2"),
+        (None, ["--overwrite", "data.image_size=10"], "image size 10 is not divisible by 4"),
+        (None, ["--overwrite", "denoiser.channels=[4,4,4,4,4]"], "image size 8 is not divisible by 16"),
+        (None, ["name=f", "train.mode=frozen", "train.denoiser_from=nowhere"], "nowhere: no config.json there"),
+        (None, ["name=f", "train.mode=frozen", "train.denoiser_from={run}", "data.channels=3"], "its images are [1, 8, 8]"),
+        (None, ["name=f", "train.mode=frozen", "train.denoiser_from={run}", "schedule.kind=cosine"], "kind=uniform_logsnr"),
+        (
+            lambda run: (run / "model/model.safetensors").write_bytes(b"0" * 50),
+            ["name=f", "train.mode=frozen", "train.denoiser_from={run}"],
+            "damaged or not a safetensors file",
+        ),
+        (
+            lambda run: (run / "model/config.json").write_text('{"format": "other"}'),
+            ["name=f", "train.mode=frozen", "train.denoiser_from={run}"],
+            "expected format sami-fast/1, found 'other'",
+        ),
+    ],
+)
+def test_folder_and_model_mistakes(prepare, arguments, fragment, tmp_path, capsys, finished):
+    run = tmp_path / "tiny"
+    shutil.copytree(finished, run)
+    if prepare:
+        prepare(run)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    message = _main_error(["--config", TINY, f"runs_dir={tmp_path}", *(a.format(run=run) for a in arguments)], capsys)
+    assert fragment in message
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before  # nothing lost, nothing half-written
+
+
+@pytest.mark.parametrize(("network", "term"), [("encoder", "the encoder's KL"), ("denoiser", "the denoiser's error")])
+@pytest.mark.parametrize("at_step", [6, 8])
+def test_nan_stops_the_run_and_names_step_and_term(network, term, at_step, tmp_path):
+    trainer = Trainer(tiny(tmp_path, "log.every=5"), resume=False, overwrite=False)
+    update = trainer.engine.update
+
+    def poisoning_update(step, losses):
+        if step == at_step:
+            with torch.no_grad():
+                next(getattr(trainer.sami, network).parameters()).view(-1)[0] = float("nan")
+        return update(step, losses)
+
+    trainer.engine.update = poisoning_update
+    with pytest.raises(NonFiniteError, match=f"step {at_step}: {term} is nan"):
+        trainer.run()
+    whole = engines.newest_whole_checkpoint(trainer.checkpoints, print)
+    assert whole.name == ("step_4" if at_step == 6 else "step_8")
+    state = torch.load(whole / "mp_rank_00_model_states.pt", weights_only=False)
+    assert all(value.isfinite().all() for value in state["module"].values())
+
+
+def test_nan_exits_with_status_one(tmp_path, capsys):
+    arguments = ["--config", TINY, f"runs_dir={tmp_path}", "optimizer.lr=1e30", "optimizer.clip=0"]
+    assert main(arguments) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("sami-fast: step ")
+    assert "\n" not in message
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1.7 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1700k", "none", folder], check=False).returncode:
+        pytest.skip("mounting a small file system needs rights this user does not have")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_gets_one_sentence_and_keeps_the_last_checkpoint(small_disk, capsys):
+    # Each checkpoint takes about 700 kB: the first two fit, the third does not.
+    arguments = ["--config", TINY, f"runs_dir={small_disk}", "encoder.channels=[24,48]", "checkpoint.keep_last=5"]
+    message = _main_error(arguments, capsys)
+    assert "cannot write a checkpoint (the disk is full)" in message
+    run = small_disk / "tiny"
+    assert engines.newest_whole_checkpoint(run / "checkpoints", print) is not None
+    assert not list(run.rglob(".partial-*"))
