@@ -191,7 +191,7 @@ class TrainConfig(Section):
     batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
     mode: str = setting("joint", "joint trains both networks, frozen the encoder alone", one_of("joint", "frozen"))
     denoiser_from: str = setting("", "frozen: a run folder or saved model whose denoiser is used")
-    denoiser_warmup_steps: int = setting(500, "steps in which the denoiser learns alone, without guidance", number(0), "steps")
+    denoiser_warmup: float = setting(1 / 6, "share of the steps in which the denoiser learns alone, without guidance", number(0, 0.99))
 
 
 @dataclass(frozen=True)
@@ -251,10 +251,6 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         train = self.train
-        if train.mode == "joint" and train.denoiser_warmup_steps >= train.steps:
-            raise UserError(
-                f"train.denoiser_warmup_steps: expected fewer than train.steps = {train.steps}, found {train.denoiser_warmup_steps}"
-            )
         if (train.mode == "frozen") != bool(train.denoiser_from):
             raise UserError("train.denoiser_from: train.mode frozen needs it, and train.mode joint has no use for it")
         if self.data.kind == "array" and not self.data.path:
@@ -274,7 +270,7 @@ class Config(Section):
     @property
     def first_joint_step(self) -> int:
         """The step from which the encoder learns."""
-        return self.train.denoiser_warmup_steps if self.train.mode == "joint" else 0
+        return round(self.train.denoiser_warmup * self.train.steps) if self.train.mode == "joint" else 0
 
 
 def _require_nvidia_apex() -> None:

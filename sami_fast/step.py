@@ -89,7 +89,7 @@ def training_step(
         draw: Which random numbers to use.
         objective: Constants of the loss.
         kl_weight: beta at this step; 1 is the bound.
-        global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of the whole batch.
+        global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of one micro-batch of all ranks.
     Returns:
         loss: scalar, nats per image, mean over the batch.
         terms: The measured parts.

@@ -105,7 +105,7 @@ SETTING_ERRORS = [
     (["engine.precision=fp16"], "engine.precision: expected one of fp32, bf16", "'fp16'"),
     (["name=a/b"], "name: expected a plain folder name", "'a/b'"),
     (["schedule.logsnr_min=6"], "schedule.logsnr_min: expected less than logsnr_max = 5", "found 6"),
-    (["train.denoiser_warmup_steps=3000"], "train.denoiser_warmup_steps: expected fewer than train.steps = 3000", "found 3000"),
+    (["train.denoiser_warmup=1"], "train.denoiser_warmup: expected at least 0 and at most 0.99", "found 1.0"),
     (["train.mode=frozen"], "train.denoiser_from: train.mode frozen needs it", ""),
     (["train.denoiser_from=runs/a"], "train.denoiser_from:", "no use for it"),
     (["data.kind=array"], "data.path: data.kind array needs the path", ""),

@@ -113,6 +113,7 @@ def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
 
 def test_console_script_is_declared() -> None:
     assert PROJECT["scripts"] == {"sami-fast": "sami_fast.cli:main"}
+    assert callable(metadata.EntryPoint("sami-fast", PROJECT["scripts"]["sami-fast"], "console_scripts").load())
 
 
 def test_version_is_the_same_everywhere() -> None:

@@ -28,7 +28,7 @@ SMALL = [
     "denoiser.channels=[8,8]",
     "denoiser.embedding_size=8",
     "train.steps=30",
-    "train.denoiser_warmup_steps=10",
+    "train.denoiser_warmup=0.33",
     "report.images=96",
     "report.sample_steps=2",
     "seed=7",
@@ -48,7 +48,7 @@ def log_rows(config: Config) -> list[dict]:
     rows = []
     for step in range(5, config.train.steps + 1, 5):
         joint = step > config.first_joint_step
-        kl = [1.5, 0.2, 0.01] if joint else [0.0] * LATENTS
+        kl = [1.5 / 8.0**d if joint else 0.0 for d in range(config.encoder.latent_size)]
         rows.append(
             {
                 "step": step,
@@ -116,7 +116,8 @@ def disks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def array(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    folder = make_run(runs / "array", "data.kind=array", f"data.path={save_images(runs, 60)}", "data.holdout=0.2")
+    # More latents than a picture has rows or a legend entries.
+    folder = make_run(runs / "array", "data.kind=array", f"data.path={save_images(runs, 60)}", "data.holdout=0.2", "encoder.latent_size=14")
     write_report(str(folder))
     return folder
 
@@ -210,6 +211,7 @@ def test_metrics_without_factors(array):
     assert scores["num_images"] == 12  # all that are held out
     assert scores["elbo_of"] == "8-bit pixels"
     assert scores["bits_per_dim"] > 0
+    assert scores["active_dims"] == len(scores["kl_per_dim"]) == 14
     assert set(scores["untrained"]) == {"kl_nats", "kl_per_dim", "active_dims"}
 
 
@@ -256,17 +258,17 @@ def test_strips_of_any_channels_and_size(channels, side):
     images = torch.rand(3, channels, side, side) * 3 - 1.5
     canvas = FigureCanvasAgg(strips([Strip("two\nlines", images, ("a", "b", "c")), Strip("shorter", images[:2])]))
     canvas.draw()
-    assert canvas.get_width_height()[0] > 3 * 80
+    assert canvas.get_width_height()[0] > 3 * 100
 
 
 def test_strips_keep_pixels():
-    """An image of 4 x 4 random grey levels is found again in the drawn picture, each level a square of 20 pixels."""
+    """An image of 4 x 4 random grey levels is found again in the drawn picture, each level a square of 40 pixels."""
     levels = torch.randint(0, 256, (1, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     canvas = FigureCanvasAgg(strips([Strip("", levels / 127.5 - 1.0)]))
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., 0].astype(int)
-    expected = levels[0, 0].numpy().repeat(20, 0).repeat(20, 1)
-    assert np.abs(drawn[12:92, -92:-12] - expected).max() <= 1
+    expected = levels[0, 0].numpy().repeat(40, 0).repeat(40, 1)
+    assert np.abs(drawn[24:184, -184:-24] - expected).max() <= 1
 
 
 # The page

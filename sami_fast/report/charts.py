@@ -14,6 +14,7 @@ from .scores import Latents
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5A5A5A")
 INK, SOFT, FAINT = "#333333", "#777777", "#C4C4C4"
+DPI = 200  # twice what the page shows, for sharp screens
 RHO = "\N{GREEK SMALL LETTER RHO}"
 SCATTER_POINTS = 1500
 SCATTER_ROWS = 12
@@ -23,6 +24,13 @@ LEGEND_ENTRIES = 10
 def colour(rank: int) -> str:
     """Of the live dimension with this place in the order of KL: the same in every figure."""
     return COLOURS[rank % len(COLOURS)]
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, with a margin around everything that is drawn."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure
 
 
 def _tidy(axes: Axes, title: str, ylabel: str) -> None:
@@ -43,7 +51,7 @@ def training_curves(log: Sequence[dict[str, Any]], live: np.ndarray, first_joint
         live: Live dimensions at the end, most informative first: these get colours.
         first_joint_step: Where the encoder starts to learn; its KL is not shown before.
     """
-    figure = Figure(figsize=(10.5, 3.1), dpi=150, layout="constrained")
+    figure = _figure(10.5, 3.2)
     errors, rates, weights = figure.subplots(1, 3, width_ratios=(1, 1.15, 0.75))
     joint = [row for row in log if row["step"] > first_joint_step]
 
@@ -94,18 +102,15 @@ def latents_against_factors(latents: Latents, factors: np.ndarray, names: Sequen
     rows = latents.live[:SCATTER_ROWS]
     shown = slice(0, SCATTER_POINTS)
     correlation = correlation_matrix(latents.z[:, rows], factors)  # [F, L]
-    figure = Figure(figsize=(0.7 + 2.0 * len(names), 0.5 + 1.6 * len(rows)), dpi=150, layout="constrained")
+    figure = _figure(0.8 + 2.1 * len(names), 0.6 + 1.7 * len(rows))
     grid = figure.subplots(len(rows), len(names), squeeze=False, sharex="col", sharey="row")
     for rank, dim in enumerate(rows):
         for column, name in enumerate(names):
             axes, strength = grid[rank, column], correlation[column, rank]
             axes.scatter(factors[shown, column], latents.z[shown, dim], s=2.5, alpha=0.35, color=colour(rank), linewidths=0)
             _tidy(axes, "", f"z{dim}" if column == 0 else "")
-            axes.text(
-                0.97, 0.96, f"|{RHO}| {strength:.2f}", transform=axes.transAxes, ha="right", va="top", fontsize=8,
-                fontweight="bold" if strength > 0.5 else "normal", color=INK,
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5},
-            )  # fmt: skip
+            weight = "bold" if strength > 0.5 else "normal"
+            axes.set_title(f"|{RHO}| {strength:.2f}", loc="right", fontsize=8, fontweight=weight, color=INK, pad=2)
             if rank == len(rows) - 1:
                 axes.set_xlabel(name, fontsize=9.5, color=INK)
     return figure

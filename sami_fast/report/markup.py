@@ -7,14 +7,14 @@ from html import escape
 STYLE = """
 :root {
   color-scheme: light dark;
-  --paper: #fdfdfc; --ink: #22252a; --soft: #5d646e; --line: #dfe1e4; --shade: #f3f4f4; --plate: #ffffff; --alarm: #b5452c;
+  --paper: #fdfdfc; --ink: #22252a; --soft: #5d646e; --line: #dfe1e4; --shade: #f3f4f4; --alarm: #b5452c;
   --serif: Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, serif;
   --sans: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, monospace;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #16181b; --ink: #dfe2e6; --soft: #9aa2ac; --line: #33383e; --shade: #1f2226; --plate: #f6f6f4; --alarm: #e08a74;
+    --paper: #16181b; --ink: #dfe2e6; --soft: #9aa2ac; --line: #33383e; --shade: #1f2226; --alarm: #e08a74;
   }
 }
 * { box-sizing: border-box; }
@@ -35,8 +35,7 @@ tbody th { font-weight: 500; white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
 td:not(.number) { color: var(--soft); }
 figure { margin: 1.2rem 0 2rem; }
-figure img { display: block; max-width: 100%; height: auto; background: var(--plate); }
-figure img { border: 1px solid var(--line); border-radius: 4px; padding: 0.5rem; }
+figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
 figcaption { color: var(--soft); font-size: 0.88rem; line-height: 1.5; margin-top: 0.7rem; max-width: 46rem; }
 pre { background: var(--shade); border: 1px solid var(--line); border-radius: 4px; padding: 0.8rem 1rem; overflow-x: auto; }
 pre { font: 0.8rem/1.5 var(--mono); }
@@ -96,9 +95,14 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], nu
 
 
 def image(png: bytes, alt: str, caption: str) -> str:
-    """A picture inside the page itself."""
+    """A picture inside the page itself, shown at half the size it was drawn at."""
     source = "data:image/png;base64," + base64.b64encode(png).decode()
-    return f'<figure><img src="{source}" alt="{escape(alt)}">\n<figcaption>{escape(caption)}</figcaption></figure>\n'
+    # A PNG's first chunk begins with width and height.
+    width, height = (int.from_bytes(png[start : start + 4], "big") // 2 for start in (16, 20))
+    return (
+        f'<figure><img width="{width}" height="{height}" src="{source}" alt="{escape(alt)}">\n'
+        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+    )
 
 
 def document(title: str, *content: str) -> str:

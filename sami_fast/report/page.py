@@ -22,12 +22,12 @@ METHOD = (
 COLLAPSED = (
     "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all). The diffusion model works "
     "without them, so there is nothing to traverse, and the reconstructions below are mere samples. A lower kl_weight.start, a longer "
-    "train.denoiser_warmup_steps or objective.free_bits above 0 usually helps."
+    "train.denoiser_warmup or objective.free_bits above 0 usually helps."
 )
 SCALE_TRAP = (
-    "A trap to know about: these scores are blind to scale. From the mean response of an untrained encoder a linear map already reads "
-    "the factors (R² {values}), but so faintly that the latent's own noise drowns it. Every score here is therefore computed from "
-    "noisy samples of z, which hold no more than z really carries."
+    "A trap to know about: these scores are blind to scale. From the mean response of the untrained encoder a linear map reaches R² "
+    "{values}, a signal so faint that the latents' own noise drowns it. Every score in the tables is therefore computed from noisy "
+    "samples of z, which hold no more than z really carries."
 )
 DENSITY = (
     "The pixels are continuous, so this bounds a density, in units of pixel values from -1 to 1. It may be negative, and for noiseless "
@@ -86,8 +86,8 @@ def _scores(scores: dict[str, Any], names: Sequence[str]) -> str:
         return tuple(f"{value(s):.{digits}f}{unit}" for s in (scores, before))
 
     rows = [
-        ("Information in z (KL)", *beside(lambda s: s["kl_nats"], " nats", 2), "How much the latents tell about an image."),
-        ("Live latents", *beside(lambda s: s["active_dims"], "", 0), f"Those that tell more than {LIVE_NATS:g} nats."),
+        ("Information in z (KL)", *beside(lambda s: s["kl_nats"], " nats", 2), "What the latents cost, and at most tell, per image."),
+        ("Live latents", *beside(lambda s: s["active_dims"], "", 0), f"Those that cost more than {LIVE_NATS:g} nats."),
     ]
     if names:
         rows += [

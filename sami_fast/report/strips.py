@@ -9,16 +9,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import sampling
-from ..images import GAP, image_grid
+from ..images import image_grid
 from ..metrics.identifiability import correlation_matrix
-from .charts import INK, RHO, colour
+from .charts import DPI, INK, RHO, colour
 from .run import Run
 from .scores import Latents
 
-CELL = 80  # smaller images are enlarged to about this side, pixels
-ROW_GAP, MARGIN, LABEL_WIDTH, TICK_HEIGHT = 12, 12, 152, 20  # pixels
-DPI = 100
-COLUMNS, TRAVERSAL_STEPS, TRAVERSAL_ROWS = 12, 9, 12
+CELL = 160  # smaller images are enlarged to about this side
+GAP, ROW_GAP, MARGIN, LABEL_WIDTH, TICK_HEIGHT = 8, 24, 24, 300, 40  # pixels, as is CELL
+COLUMNS, ROWS = 9, 12
 COVERAGE = 0.95  # of the sampled latents, by the range of a traversal
 
 
@@ -35,21 +34,21 @@ class Strip:
 def strips(rows: Sequence[Strip]) -> Figure:
     """Rows of images below each other, pixel for pixel: no resampling blurs them."""
     scale = max(1, CELL // rows[0].images.shape[-1])
-    blocks = [image_grid(row.images, len(row.images), scale) for row in rows]
-    side = blocks[0].shape[0]
+    side = scale * rows[0].images.shape[-1]
     heights = [side + (TICK_HEIGHT if row.ticks else 0) + ROW_GAP for row in rows]
-    width = 2 * MARGIN + LABEL_WIDTH + max(block.shape[1] for block in blocks)
+    width = 2 * MARGIN + LABEL_WIDTH + max(len(row.images) for row in rows) * (side + GAP) - GAP
     height = 2 * MARGIN + sum(heights) - ROW_GAP
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     top = height - MARGIN
-    for row, block, row_height in zip(rows, blocks, heights, strict=True):
+    for row, row_height in zip(rows, heights, strict=True):
         left, bottom = MARGIN + LABEL_WIDTH, top - side
-        figure.figimage(block, left, bottom, origin="upper")
-        beside, middle = (left - 12) / width, (bottom + side / 2) / height
+        beside, middle = (left - MARGIN) / width, (bottom + side / 2) / height
         figure.text(beside, middle, row.label, ha="right", va="center", fontsize=9, color=row.colour)
+        for place, image in enumerate(row.images):
+            figure.figimage(image_grid(image[None], 1, scale), left + place * (side + GAP), bottom, origin="upper")
         for place, tick in enumerate(row.ticks):
             centre = left + place * (side + GAP) + side / 2
-            figure.text(centre / width, (bottom - 4) / height, tick, ha="center", va="top", fontsize=8, color=INK)
+            figure.text(centre / width, (bottom - 8) / height, tick, ha="center", va="top", fontsize=8, color=INK)
         top -= row_height
     return figure
 
@@ -90,8 +89,8 @@ def traversals(run: Run, latents: Latents, factors: np.ndarray) -> Figure:
     names = run.evaluation.factor_names
     x_0 = run.images(torch.tensor([central_image(latents)]))
     rows = []
-    for rank, axis in enumerate(latents.live[:TRAVERSAL_ROWS]):
-        values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), TRAVERSAL_STEPS, COVERAGE)
+    for rank, axis in enumerate(latents.live[:ROWS]):
+        values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
         images = sampling.traverse(run.sami, x_0, int(axis), values, seed=run.config.seed, **_options(run))
         label = f"z{axis} · {latents.kl[axis]:.1f} nats"
         if names:

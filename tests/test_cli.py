@@ -1,0 +1,293 @@
+"""The `sami-fast` command: every subcommand for real on a tiny model, what lands on disk, and what bad input gets to hear."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from sami_fast.cli import _parser, main
+from sami_fast.config import load_config, to_yaml
+from sami_fast.sami import Sami
+from sami_fast.sampling import ddim, encode
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--steps", "3"]
+
+
+def build(latent_size: int = 4, live: int = 2) -> Sami:
+    """8x8 images; the first `live` latents follow the image, the others stay at the prior."""
+    torch.manual_seed(0)
+    image = {"image_channels": 1, "image_size": 8}
+    architecture = {
+        "encoder": image | {"latent_size": latent_size, "channels": [8, 8]},
+        "denoiser": image | {"channels": [4, 8], "embedding_size": 8},
+    }
+    sami = Sami.build(architecture, {"kind": "uniform_logsnr", "logsnr_min": -7.0, "logsnr_max": 5.0})
+    nn.init.normal_(sami.denoiser.out.weight, std=0.1)
+    with torch.no_grad():
+        sami.encoder.mu.weight[:live].normal_(std=0.5)
+        sami.encoder.mu.weight[live:].zero_()
+        sami.encoder.mu.bias.zero_()
+    return sami.eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder with a config and a model."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    build().save_pretrained(folder / "model")
+    settings = ["name=tiny", f"runs_dir={folder.parent}", "data.image_size=8", "report.images=30"]
+    (folder / "config.yaml").write_text(to_yaml(load_config(None, settings)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Files of images, good and bad, and folders that are no runs."""
+    folder = tmp_path_factory.mktemp("inputs")
+    generator = np.random.default_rng(0)
+    good = generator.integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    np.save(folder / "good.npy", good)
+    np.savez(folder / "two.npz", first=good, second=good[:3])
+    np.save(folder / "large.npy", np.zeros((5, 16, 16), np.uint8))
+    np.save(folder / "colour.npy", np.zeros((5, 8, 8, 3), np.uint8))
+    np.save(folder / "bright.npy", np.full((5, 8, 8), 7.5, np.float32))
+    np.save(folder / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (folder / "text.npy").write_text("not an array")
+    (folder / "empty").mkdir()
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "config.yaml").write_text("name: unfinished\n")
+    dead = build(live=0)
+    dead.save_pretrained(folder / "dead")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_bytes((folder / "dead" / "config.json").read_bytes())
+    (folder / "damaged" / "model.safetensors").write_bytes(b"\x00" * 100)
+    return folder
+
+
+def test_encode_a_file(run, inputs, tmp_path, capsys):
+    assert main(["encode", str(run), "--data", str(inputs / "good.npy"), "--output", str(tmp_path / "z.npz"), "--batch-size", "2"]) == 0
+    written = np.load(tmp_path / "z.npz")
+    assert set(written.files) == {"mu", "var"}
+    x_0 = torch.from_numpy(np.load(inputs / "good.npy")).float()[:, None] / 127.5 - 1
+    expected = encode(Sami.from_pretrained(run), x_0)
+    assert np.allclose(written["mu"], expected.mu, atol=1e-5)
+    assert np.allclose(written["var"], expected.var, atol=1e-5)
+    assert "mu, var of 5 images, 4 latent dimensions" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["z.npz"]
+
+
+def test_encode_the_runs_own_images(run, tmp_path):
+    assert main(["encode", str(run), "--output", str(tmp_path / "z.npz")]) == 0
+    written = np.load(tmp_path / "z.npz")
+    assert written["mu"].shape == (30, 4)
+    assert written["factors"].shape == (30, 3)
+    assert written["factor_names"].tolist() == ["x", "y", "background"]
+    assert main(["encode", str(run), "--output", str(tmp_path / "few.npz"), "--count", "7"]) == 0
+    assert np.allclose(np.load(tmp_path / "few.npz")["mu"], written["mu"][:7], atol=1e-5)
+
+
+def test_a_saved_model_is_enough_with_data(run, inputs, tmp_path):
+    data = ["--data", str(inputs / "two.npz"), "--array-key", "second"]
+    assert main(["encode", str(run / "model"), *data, "--output", str(tmp_path / "z.npz")]) == 0
+    assert np.load(tmp_path / "z.npz")["mu"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("source", ["prior", "posterior", "none"])
+def test_sample(run, tmp_path, source):
+    arguments = ["sample", str(run), "--count", "5", "--seed", "3", "--source", source, *QUICK]
+    assert main([*arguments, "--output", str(tmp_path / "a.npz"), "--batch-size", "2"]) == 0
+    assert main([*arguments, "--output", str(tmp_path / "b.npz")]) == 0
+    first, second = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert first["images"].shape == (5, 1, 8, 8)
+    assert ("z" in first.files) == (source != "none")
+    assert np.allclose(first["images"], second["images"], atol=1e-4)
+    assert main([*arguments, "--output", str(tmp_path / "a.png")]) == 0
+    assert Image.open(tmp_path / "a.png").size == (3 * 64 + 4, 2 * 64 + 2)
+
+
+def test_samples_can_be_encoded_again(run, tmp_path):
+    assert main(["sample", str(run), "--count", "2", *QUICK, "--output", str(tmp_path / "x.npz")]) == 0
+    assert main(["encode", str(run), "--data", str(tmp_path / "x.npz"), "--output", str(tmp_path / "z.npz")]) == 0
+    assert np.load(tmp_path / "z.npz")["mu"].shape == (2, 4)
+
+
+def test_reconstruct(run, inputs, tmp_path, capsys):
+    assert main(["reconstruct", str(run), "--count", "14", *QUICK, "--output", str(tmp_path / "r.png")]) == 0
+    assert Image.open(tmp_path / "r.png").size == (12 * 66 - 2, 4 * 66 - 2)
+    assert "14 images and their reconstructions, mean squared error" in capsys.readouterr().out
+    data = ["--data", str(inputs / "good.npy")]
+    assert main(["reconstruct", str(run), *data, *QUICK, "--output", str(tmp_path / "r.npz")]) == 0
+    written = np.load(tmp_path / "r.npz")
+    assert np.allclose(written["images"][:, 0], np.load(inputs / "good.npy") / 127.5 - 1, atol=1e-6)
+    assert written["reconstructions"].shape == (5, 1, 8, 8)
+
+
+def test_traverse_live_axes(run, tmp_path, capsys):
+    assert main(["traverse", str(run), "--values", "3", *QUICK, "--output", str(tmp_path / "t.npz")]) == 0
+    written = np.load(tmp_path / "t.npz")
+    assert sorted(written["axes"].tolist()) == [0, 1]
+    assert written["images"].shape == (2, 3, 1, 8, 8)
+    assert (np.diff(written["values"]) > 0).all()
+    assert "row 1: axis" in capsys.readouterr().out
+
+
+def test_traverse_named_axes(run, tmp_path):
+    arguments = ["traverse", str(run), "--axis", "3", "0", "2", "--image", "5", "--guidance-clip", "off", "--eta", "0", *QUICK]
+    assert main([*arguments, "--output", str(tmp_path / "t.png")]) == 0
+    assert Image.open(tmp_path / "t.png").size == (9 * 66 - 2, 3 * 66 - 2)
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text
+    assert "attention" in text
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["python"]
+
+
+def test_report_prints_where_it_lies(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("sami_fast.report.write_report", lambda folder: asked.append(folder) or folder / "report" / "index.html")
+    assert main(["report", str(run)]) == 0
+    assert asked == [run]
+    assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")
+
+
+def test_overwrite(run, tmp_path):
+    output = tmp_path / "s.png"
+    output.write_text("old")
+    assert main(["sample", str(run), "--count", "1", *QUICK, "--output", str(output)]) == 2
+    assert output.read_text() == "old"
+    assert main(["sample", str(run), "--count", "1", *QUICK, "--output", str(output), "--overwrite"]) == 0
+    assert Image.open(output).size == (64, 64)
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), None)])
+def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch, capsys, error, status):
+    output = tmp_path / "s.png"
+    output.write_text("old")
+
+    def fail(stream, grid):
+        stream.write(b"half")
+        raise error
+
+    monkeypatch.setattr("sami_fast.images.write_png", fail)
+    arguments = ["sample", str(run), "--count", "1", *QUICK, "--output", str(output), "--overwrite"]
+    if status is None:
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    else:
+        assert main(arguments) == status
+        assert "No space left on device" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["s.png"]
+    assert output.read_text() == "old"
+
+
+def test_help_and_defaults_agree_with_the_sampler():
+    arguments = _parser().parse_args(["sample", "run", "--output", "x.png"])
+    defaults = {name: parameter.default for name, parameter in inspect.signature(ddim).parameters.items()}
+    assert (arguments.steps, arguments.guidance_scale, arguments.guidance_clip, arguments.eta, arguments.batch_size) == tuple(
+        defaults[name] for name in ("num_steps", "guidance_scale", "guidance_clip", "eta", "batch_size")
+    )
+
+
+@pytest.mark.parametrize("command", ["env", "encode", "sample", "reconstruct", "traverse", "report"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example: sami-fast {command}" in capsys.readouterr().out
+
+
+BAD_INPUT = {
+    "no such run": ("sample {inputs}/nowhere --output {out}/x.png", "nowhere: no such folder; expected a run folder or a saved model"),
+    "not a run": ("sample {inputs}/empty --output {out}/x.png", "no config.json there; expected a run folder or a saved model"),
+    "run without a model": ("sample {inputs}/unfinished --output {out}/x.png", "unfinished: has no model/ yet"),
+    "damaged weights": ("sample {inputs}/damaged --output {out}/x.png", "damaged or not a safetensors file"),
+    "report of no run": ("report {inputs}/empty", "empty: not a run folder"),
+    "picture type": ("sample {run} --output {out}/x.jpg", "--output: expected a name ending in .png or .npz, found"),
+    "latents as a picture": ("encode {run} --output {out}/x.png", "--output: expected a name ending in .npz, found"),
+    "no output folder": ("sample {run} --output {out}/a/b.png", "--output: no folder"),
+    "no data file": ("encode {run} --data {inputs}/no.npy --output {out}/x.npz", "--data: no file"),
+    "unreadable data": ("encode {run} --data {inputs}/text.npy --output {out}/x.npz", "not a readable .npy or .npz"),
+    "pickled data": ("encode {run} --data {inputs}/pickle.npy --output {out}/x.npz", "not a readable .npy or .npz"),
+    "range of data": ("encode {run} --data {inputs}/bright.npy --output {out}/x.npz", "--data: expected floats in [-1, 1]"),
+    "several entries": ("encode {run} --data {inputs}/two.npz --output {out}/x.npz", "--array-key: no entry 'images'"),
+    "image size": (
+        "reconstruct {run} --data {inputs}/large.npy --output {out}/x.png",
+        "large.npy: expected images of shape [1, 8, 8] (C, H, W) for this model, found [1, 16, 16]",
+    ),
+    "channels": ("encode {run} --data {inputs}/colour.npy --output {out}/x.npz", "expected images of shape [1, 8, 8] (C, H, W)"),
+    "no data known": ("reconstruct {run}/model --output {out}/x.png", "has no config.yaml that says which images belong to it"),
+    "data without use": ("sample {run} --data {inputs}/good.npy --output {out}/x.png", "--source is prior"),
+    "too many images": ("encode {run} --data {inputs}/good.npy --count 6 --output {out}/x.npz", "--count: expected at most 5"),
+    "no such axis": ("traverse {run} --axis 1 4 --output {out}/x.png", "--axis: expected 0 to 3, found 4"),
+    "no such image": ("traverse {run} --data {inputs}/good.npy --image 5 --output {out}/x.png", "--image: expected 0 to 4, found 5"),
+    "no live axis": ("traverse {inputs}/dead --data {inputs}/good.npy --output {out}/x.png", "--axis: no latent dimension is live"),
+    "unknown device": ("sample {run} --device abacus --output {out}/x.png", "--device: abacus cannot be used here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_sentence(case, run, inputs, tmp_path, capsys):
+    command, message = BAD_INPUT[case]
+    assert main(command.format(run=run, inputs=inputs, out=tmp_path).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("sami-fast: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["sample", "run"],
+        ["sample", "run", "--output", "x.png", "--count", "0"],
+        ["sample", "run", "--output", "x.png", "--count", "1.5"],
+        ["sample", "run", "--output", "x.png", "--steps", "-3"],
+        ["sample", "run", "--output", "x.png", "--guidance-scale", "nan"],
+        ["sample", "run", "--output", "x.png", "--guidance-clip", "never"],
+        ["sample", "run", "--output", "x.png", "--source", "posteriors"],
+        ["traverse", "run", "--output", "x.png", "--axis", "-1"],
+        ["traverse", "run", "--output", "x.png", "--axis", "x"],
+    ],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: sami-fast" in capsys.readouterr().err
+
+
+def test_as_a_process(run, tmp_path):
+    command = [sys.executable, "-m", "sami_fast.cli"]
+    output = tmp_path / "s.png"
+    arguments = ["sample", str(run), "--count", "1", *QUICK, "--output", str(output)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}: 1 images\n"
+    again = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert again.returncode == 2
+    assert again.stderr == f"sami-fast: --output: {output} exists; choose another name or add --overwrite\n"
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom sami_fast.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False False"
