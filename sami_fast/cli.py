@@ -225,7 +225,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     images = sampling.sample(sami, count, seed=seed, z=arrays.get("z"), **_sampler_options(arguments))
     arrays = {name: value.cpu() for name, value in {"images": images, **arrays}.items()}
     _write_pictures(output, images, math.ceil(math.sqrt(count)), **arrays)
-    print(f"{output}: {count} images")
+    print(f"{output}: {count} image(s)")
 
 
 def run_reconstruct(arguments: argparse.Namespace) -> None:

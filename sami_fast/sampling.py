@@ -15,11 +15,11 @@ from .sami import Posterior, Sami
 from .schedule import alpha_sigma
 from .step import EVALUATION_STEP
 
-# Chosen on 16x16 disks by how well reconstructions re-encode to their z. Early guidance is weak and its mistakes are large; without
-# fresh noise (eta 0) nothing corrects them later and 5 to 20 % of the pictures end far from their z, with eta 2 none does.
+# Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later levels
+# correct: 15 to 23 % of the reconstructions miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
 GUIDED_ETA = 2.0
-UNGUIDED_ETA = 1.0  # more noise than DDPM's own narrows what an unguided denoiser draws
-GUIDANCE_CLIP = 4.0
+UNGUIDED_ETA = 1.0  # more narrows what the denoiser draws on its own
+GUIDANCE_CLIP = 4.0  # below 3 the pull is too weak to arrive; without a limit 4 to 7 % of far-off latents give no disk
 NUM_STEPS = 50
 
 

@@ -278,7 +278,7 @@ def test_as_a_process(run, tmp_path):
     arguments = ["sample", str(run), "--count", "1", *QUICK, "--output", str(output)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{output}: 1 images\n"
+    assert done.stdout == f"{output}: 1 image(s)\n"
     again = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert again.returncode == 2
     assert again.stderr == f"sami-fast: --output: {output} exists; choose another name or add --overwrite\n"

@@ -318,6 +318,7 @@ def test_page_without_factors(array):
     assert "MCC" not in page.text
     assert "factor" not in page.text
     assert "bounds a probability" in page.text
+    assert "Only the 12 most informative are shown" in page.text
 
 
 def test_page_says_that_the_posterior_collapsed(collapsed):

@@ -79,7 +79,7 @@ def test_an_exact_denoiser_gives_the_data(eta, kind):
     exact = ExactGaussian(kind)
     x_0 = ddim(exact.sami, noise(4000), num_steps=400, eta=eta, clip_x_0=False, batch_size=4000).flatten(1)
     assert torch.allclose(x_0.mean(0), torch.full((4,), exact.mean, dtype=torch.float64), atol=0.03)
-    # a step of the exponential integrator loses (1 + eta^2) / 2 of its width in variance, at most 2 % here
+    # first-order steps lose a little variance, the more the larger eta: 2 to 3 % of the standard deviation at eta 2
     assert torch.allclose(x_0.std(0), torch.full((4,), exact.std, dtype=torch.float64), rtol=0.05)
 
 

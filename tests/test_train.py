@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks_worker import COMMON
 from safetensors.torch import load_file
 
 from sami_fast import engine as engines
@@ -181,9 +182,6 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", ["zero0", "zero1", "zero2", "accumulated", "resumed"])
 def test_two_ranks_equal_one_process(variant, two_ranks, tmp_path):
-    sys.path.insert(0, str(ROOT / "tests"))
-    from ranks_worker import COMMON
-
     alone = train(tiny(tmp_path, *COMMON, *(["objective.free_bits=0"] if variant == "accumulated" else [])))
     run = two_ranks / variant
     for key in ("loss_nats", "kl_nats", "kl_weight"):

@@ -17,7 +17,7 @@ INK, SOFT, FAINT = "#333333", "#777777", "#C4C4C4"
 DPI = 200  # twice what the page shows, for sharp screens
 RHO = "\N{GREEK SMALL LETTER RHO}"
 SCATTER_POINTS = 1500
-SCATTER_ROWS = 12
+MAX_AXES = 12  # live dimensions that get a row of a figure
 LEGEND_ENTRIES = 10
 
 
@@ -99,7 +99,7 @@ def latents_against_factors(latents: Latents, factors: np.ndarray, names: Sequen
         factors: [N, F], F >= 1.
         names: Of the factors.
     """
-    rows = latents.live[:SCATTER_ROWS]
+    rows = latents.live[:MAX_AXES]
     shown = slice(0, SCATTER_POINTS)
     correlation = correlation_matrix(latents.z[:, rows], factors)  # [F, L]
     figure = _figure(0.8 + 2.1 * len(names), 0.6 + 1.7 * len(rows))

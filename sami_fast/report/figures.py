@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..metrics.latents import LIVE_NATS
-from .charts import RHO, latents_against_factors, training_curves
+from .charts import MAX_AXES, RHO, latents_against_factors, training_curves
 from .run import Run
 from .scores import Latents
 from .strips import COVERAGE, reconstructions, samples, traversals
@@ -17,6 +17,7 @@ TRAVERSALS = (
     f"(the middle {COVERAGE:.0%} of sampled z; its value is below each image), while the other latents and the noise stay as they are."
 )
 TRAVERSALS_WITH_FACTORS = " Each row names the factor its latent follows best, with their rank correlation."
+MORE_AXES = f" Only the {MAX_AXES} most informative are shown."
 RECONSTRUCTIONS = (
     "Above, images that the scores are measured on; below, what {steps} guided denoising steps make of fresh noise when all they know "
     "of the image is its latents."
@@ -59,6 +60,7 @@ def make_figures(run: Run, latents: Latents, factors: np.ndarray) -> list[Report
         factors: [N, F] of the same images, F may be 0.
     """
     names, live = run.evaluation.factor_names, latents.live
+    more = MORE_AXES if len(live) > MAX_AXES else ""
     figures = []
     if len(live):
         figures.append(
@@ -67,7 +69,7 @@ def make_figures(run: Run, latents: Latents, factors: np.ndarray) -> list[Report
                 "What each latent does",
                 _png(traversals(run, latents, factors)),
                 "Rows of generated images, one row per live latent; along a row that latent grows and everything else stays fixed.",
-                TRAVERSALS + (TRAVERSALS_WITH_FACTORS if names else ""),
+                TRAVERSALS + (TRAVERSALS_WITH_FACTORS if names else "") + more,
             )
         )
     figures += [
@@ -93,7 +95,7 @@ def make_figures(run: Run, latents: Latents, factors: np.ndarray) -> list[Report
                 "Latents against factors",
                 _png(latents_against_factors(latents, factors, names)),
                 f"Scatter plots of the live latents against {', '.join(names)}.",
-                LATENTS,
+                LATENTS + more,
             )
         )
     figures.append(

@@ -11,13 +11,13 @@ from torch import Tensor
 from .. import sampling
 from ..images import image_grid
 from ..metrics.identifiability import correlation_matrix
-from .charts import DPI, INK, RHO, colour
+from .charts import DPI, INK, MAX_AXES, RHO, colour
 from .run import Run
 from .scores import Latents
 
 CELL = 160  # smaller images are enlarged to about this side
 GAP, ROW_GAP, MARGIN, LABEL_WIDTH, TICK_HEIGHT = 8, 24, 24, 300, 40  # pixels, as is CELL
-COLUMNS, ROWS = 9, 12
+COLUMNS = 9
 COVERAGE = 0.95  # of the sampled latents, by the range of a traversal
 
 
@@ -89,7 +89,7 @@ def traversals(run: Run, latents: Latents, factors: np.ndarray) -> Figure:
     names = run.evaluation.factor_names
     x_0 = run.images(torch.tensor([central_image(latents)]))
     rows = []
-    for rank, axis in enumerate(latents.live[:ROWS]):
+    for rank, axis in enumerate(latents.live[:MAX_AXES]):
         values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
         images = sampling.traverse(run.sami, x_0, int(axis), values, seed=run.config.seed, **_options(run))
         label = f"z{axis} · {latents.kl[axis]:.1f} nats"
