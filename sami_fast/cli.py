@@ -6,13 +6,13 @@ Exit status: 0 done, 2 something the user gave cannot work (one sentence on stde
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import UserError
+from .files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -64,16 +64,10 @@ def _output(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        with open(partial, "wb") as stream:
-            write(stream)
-        os.replace(partial, path)
+        write_whole(path, write)
     except OSError as error:
         raise UserError(f"--output: cannot write {path} ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_arrays(path: Path, **arrays: Any) -> None:
@@ -278,7 +272,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     _write_pictures(output, images.flatten(0, 1), arguments.values, images=images, axes=axes, values=torch.stack(values))
     for row, (axis, moved) in enumerate(zip(axes, values, strict=True)):
         print(f"row {row}: axis {axis}, from {moved[0]:.2f} to {moved[-1]:.2f}")
-    print(f"{output}: {len(axes)} axes, {arguments.values} values each")
+    print(f"{output}: {len(axes)} row(s) of {arguments.values} values")
 
 
 def run_report(arguments: argparse.Namespace) -> None:

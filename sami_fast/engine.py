@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .config import Config, deepspeed_dict
 from .errors import UserError
+from .files import PARTIAL, write_text_whole
 
 MANIFEST = "manifest.json"
-_PARTIAL = ".partial-"
 
 
 def quiet_logging() -> None:
@@ -199,7 +199,7 @@ class Engine:
             UserError: the disk refuses; nothing half-written stays.
         """
         name = f"step_{step}"
-        partial, final = folder / f"{_PARTIAL}{name}", folder / name
+        partial, final = folder / f"{PARTIAL}{name}", folder / name
         state = {**state, "step": step, "averaged": self.averaged}
         failure = ""
         try:
@@ -214,7 +214,7 @@ class Engine:
                     **facts,
                     "files": {str(f.relative_to(partial)): _fingerprint(f) for f in sorted(partial.rglob("*")) if f.is_file()},
                 }
-                write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+                write_text_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)
@@ -245,20 +245,6 @@ class Engine:
 def _reason(error: Exception, folder: Path) -> str:
     full = shutil.disk_usage(folder).free < 1 << 20
     return "the disk is full" if full else " ".join(str(error).split())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
-    partial = path.with_name(_PARTIAL + path.name)
-    try:
-        with open(partial, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _sync(path: Path) -> None:
@@ -316,7 +302,7 @@ def newest_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Path
 
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left half-written."""
-    for leftover in folder.glob(f"{_PARTIAL}*"):
+    for leftover in folder.glob(f"{PARTIAL}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -334,6 +320,6 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
     for checkpoint in checkpoints:
         if checkpoint not in keep:
             # Rename first: a kill in the middle must not leave a folder that looks like a checkpoint.
-            doomed = checkpoint.with_name(_PARTIAL + checkpoint.name)
+            doomed = checkpoint.with_name(PARTIAL + checkpoint.name)
             os.rename(checkpoint, doomed)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -9,13 +9,15 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from . import ops, score
 from .errors import UserError
+from .files import write_text_whole, write_whole
 from .models import Denoiser, Encoder
 from .schedule import SCHEDULES, Schedule, alpha_sigma
+from .step import EVALUATION_STEP
 
 FORMAT = "sami-fast/1"
 
@@ -30,6 +32,18 @@ class Posterior:
     def sample(self, eps_z: Tensor) -> Tensor:
         """z = mu + sqrt(var) eps_z. [B, Z]"""
         return ops.gaussian_reparameterize(self.mu, self.var, eps_z)
+
+    def draw(self, index: Tensor, seed: int) -> Tensor:
+        """z ~ q(z|x) with evaluation's own noise: the same for the same seed and image, whatever the batch.
+
+        Args:
+            index: Which images these are. [B] int64 >= 0, on the device of mu.
+            seed: Key of the noise.
+        Returns:
+            [B, Z].
+        """
+        eps_z = ops.random_normal(seed, EVALUATION_STEP, ops.Stream.EPS_Z, index, self.mu.shape[1])
+        return self.sample(eps_z.to(self.mu))
 
     @property
     def kl(self) -> Tensor:
@@ -126,17 +140,8 @@ class Sami(nn.Module):
             },
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        # Each file appears whole or not at all.
-        for name, write in (
-            ("model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"})),
-            ("config.json", lambda path: path.write_text(json.dumps(config, indent=2))),
-        ):
-            partial = folder / f".partial-{name}"
-            try:
-                write(partial)
-                os.replace(partial, folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+        write_whole(folder / "model.safetensors", lambda stream: stream.write(save(weights, metadata={"format": "pt"})))
+        write_text_whole(folder / "config.json", json.dumps(config, indent=2))
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:

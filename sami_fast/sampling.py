@@ -13,7 +13,6 @@ from torch import Tensor
 from . import ops
 from .sami import Posterior, Sami
 from .schedule import alpha_sigma
-from .step import EVALUATION_STEP
 
 # Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later levels
 # correct: 15 to 23 % of the reconstructions miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
@@ -160,9 +159,7 @@ def posterior_latents(sami: Sami, x_0: Tensor, *, seed: int, first: int = 0) -> 
     Returns:
         [N, Z] on the model's device.
     """
-    posterior = encode(sami, x_0)
-    eps_z = ops.random_normal(seed, EVALUATION_STEP, ops.Stream.EPS_Z, _index(sami, len(x_0), first), posterior.mu.shape[1])
-    return posterior.sample(eps_z.to(posterior.mu))
+    return encode(sami, x_0).draw(_index(sami, len(x_0), first), seed)
 
 
 def sample(

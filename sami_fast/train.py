@@ -27,6 +27,7 @@ from sami_fast.config import Config, deepspeed_dict, load_config, settings_table
 from sami_fast.data import TorchFeed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.files import write_text_whole
 from sami_fast.kl_weight import KLWeight
 from sami_fast.metrics.latents import LIVE_NATS
 from sami_fast.sami import Sami
@@ -154,7 +155,7 @@ class Trainer:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            engines.write_atomically(self.folder / name, text)
+            write_text_whole(self.folder / name, text)
         except OSError as error:
             raise UserError(f"{self.folder / name}: cannot write ({error})") from None
 
@@ -177,8 +178,8 @@ class Trainer:
                         raise UserError(f"{self.folder}: --overwrite replaces run folders only, and this one holds {foreign[0]}")
                     shutil.rmtree(self.folder)
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-                engines.remove_partial(self.checkpoints)
-                engines.remove_partial(self.folder)
+                for folder in (self.checkpoints, self.folder, self.folder / "model"):
+                    engines.remove_partial(folder)
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot write the run folder ({error})") from None
         torch.distributed.barrier()
@@ -231,7 +232,7 @@ class Trainer:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 continue  # a line cut short by a kill
-        engines.write_atomically(log, "".join(kept))
+        write_text_whole(log, "".join(kept))
 
     def run(self) -> Path:
         """Train to the last step. Returns the run folder."""

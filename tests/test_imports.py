@@ -21,10 +21,11 @@ ALLOWED = {
     "score": {"ops"},
     "models": {"ops"},
     "step": {"ops", "schedule", "score"},
-    "sami": {"errors", "models", "ops", "schedule", "score"},
+    "sami": {"errors", "files", "models", "ops", "schedule", "score", "step"},
     "config": {"errors", "models", "schedule"},  # names of styles, schedules and weightings
     "data": {"config", "errors", "ops"},
-    "engine": {"config", "errors"},
+    "engine": {"config", "errors", "files"},
+    "files": set(),
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "models", "step", "kl_weight", "errors")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, score
-from ..sami import Posterior, Sami
+from ..sami import Sami
 from ..schedule import alpha_sigma
 from ..step import EVALUATION_STEP
 
@@ -55,20 +55,6 @@ class Bound:
         """Of the mean of `total`, nats; an upper estimate, since the noise levels are stratified. None for a single image."""
         count = len(self.total)
         return float(self.total.std(ddof=1) / math.sqrt(count)) if count > 1 else None
-
-
-def sample_latents(posterior: Posterior, index: Tensor, seed: int) -> Tensor:
-    """z ~ q(z|x_0) with evaluation's own noise: the same for the same seed and image, whatever the batch.
-
-    Args:
-        posterior: Of the images.
-        index: Which images these are. [B] int64.
-        seed: Key of the noise.
-    Returns:
-        [B, Z].
-    """
-    eps_z = ops.random_normal(seed, EVALUATION_STEP, ops.Stream.EPS_Z, index, posterior.mu.shape[1])
-    return posterior.sample(eps_z.to(posterior.mu.dtype))
 
 
 def is_eight_bit(x_0: Tensor) -> bool:
@@ -121,7 +107,7 @@ def fit_decoder_var(sami: Sami, images: Images, count: int, *, seed: int, batch_
     for index in torch.arange(count).split(batch_size):
         x_0 = images(index)
         index = index.to(x_0.device)
-        z = sample_latents(sami.encode(x_0), index, seed)
+        z = sami.encode(x_0).draw(index, seed)
         total += (x_0 - _guess(sami, x_0, z, index, seed)).double().square().flatten(1).mean(1).sum().item()
     return max(1e-12, total / count)
 
@@ -151,7 +137,7 @@ def negative_elbo(
         x_0 = images(index)
         index, logsnr = index.to(x_0.device), level[index].to(x_0)
         posterior = sami.encode(x_0)
-        z = sample_latents(posterior, index, seed)
+        z = posterior.draw(index, seed)
 
         alpha_t, sigma_t = alpha_sigma(logsnr)
         x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=EVALUATION_STEP)

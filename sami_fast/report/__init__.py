@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..files import write_whole
 from .figures import make_figures
 from .page import render
 from .run import open_run
@@ -16,13 +17,9 @@ __all__ = ["write_report"]
 
 
 def _write(file: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    partial = file.with_name(f".partial-{file.name}")
     try:
-        partial.write_bytes(content)
-        os.replace(partial, file)
+        write_whole(file, lambda stream: stream.write(content))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot write the report ({error})") from None
 
 

@@ -22,7 +22,10 @@ RECONSTRUCTIONS = (
     "Above, images that the scores are measured on; below, what {steps} guided denoising steps make of fresh noise when all they know "
     "of the image is its latents."
 )
-SAMPLES = "Above, images of the data; below, new images: latents drawn from the prior, then guided denoising of noise."
+SAMPLES = (
+    "Above, images of the data. Middle, new images: latents drawn from the prior, then guided denoising of noise. "
+    "Below, what the denoiser draws without latents."
+)
 LATENTS = (
     "A row per live latent, a column per factor; each dot is one image with one sample of z. A latent that recovers a factor draws a "
     f"narrow, monotonic band in one column and a featureless cloud in the others. |{RHO}| is the rank correlation."
@@ -84,7 +87,7 @@ def make_figures(run: Run, latents: Latents, factors: np.ndarray) -> list[Report
             "samples",
             "Samples",
             _png(samples(run)),
-            "Two rows of images: data above, generated images below.",
+            "Three rows of images: data, generated images, and what the denoiser draws without latents.",
             SAMPLES,
         ),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo, sample_latents
+from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.identifiability import linear_r2, mcc
 from ..metrics.latents import kl_per_dim, live_dims
 from ..metrics.mig import discretize, mig, mig_ceiling
@@ -35,7 +35,7 @@ def encode(run: Run, sami: Sami) -> Latents:
     mu, var, z = [], [], []
     for index in torch.arange(run.count).split(batch_size(run)):
         posterior = sami.encode(run.images(index))
-        z.append(sample_latents(posterior, index.to(posterior.mu.device), run.config.seed))
+        z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
         mu.append(posterior.mu)
         var.append(posterior.var)
     mu, var, z = (torch.cat(parts).double().cpu().numpy() for parts in (mu, var, z))

@@ -58,10 +58,11 @@ def _options(run: Run) -> sampling.SamplerOptions:
 
 
 def samples(run: Run) -> Figure:
-    """Images of the data, and new images guided by latents from the prior."""
+    """Images of the data, new images guided by latents from the prior, and what the denoiser draws alone."""
     x_0 = run.images(torch.arange(min(COLUMNS, run.count)))
     drawn = sampling.sample(run.sami, COLUMNS, seed=run.config.seed, **_options(run))
-    return strips([Strip("data", x_0), Strip("samples", drawn)])
+    alone = sampling.sample(run.sami, COLUMNS, seed=run.config.seed, z=None, **_options(run))
+    return strips([Strip("data", x_0), Strip("samples", drawn), Strip("denoiser alone", alone)])
 
 
 def reconstructions(run: Run) -> Figure:
