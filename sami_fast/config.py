@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -262,6 +263,8 @@ class Config(Section):
                 raise UserError(f"{owner.key('channels')}: expected at least one level, found none")
         if self.optimizer.implementation == "apex":
             _require_nvidia_apex()
+        if self.log.wandb and find_spec("wandb") is None:
+            raise UserError("log.wandb: asked for, but wandb is not installed; `pip install wandb`, or leave it off")
 
     @property
     def run_dir(self) -> Path:
@@ -276,7 +279,7 @@ class Config(Section):
 def _require_nvidia_apex() -> None:
     try:
         from apex.optimizers import FusedAdam  # noqa: F401
-    except ImportError:
+    except Exception:  # the namesake may fail in any way, at import or for lack of optimizers
         raise UserError(
             "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
         ) from None

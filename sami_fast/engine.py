@@ -106,6 +106,22 @@ def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, dev
         raise UserError(f"optimizer.implementation: {settings.implementation} cannot run here ({reason}); use torch") from None
 
 
+class Measurement:
+    """A few numbers on their way from the device: reading them waits for the step that made them, not for the ones queued since."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 class Engine:
     """One DeepSpeed engine around a module that holds both networks.
 
@@ -146,14 +162,14 @@ class Engine:
         peak = settings.encoder_lr or settings.lr if network == "encoder" else settings.lr
         return peak * warmup * (settings.final_fraction + (1.0 - settings.final_fraction) * cosine)
 
-    def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
+    def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Measurement:
         """One optimiser step over all micro-batches.
 
         Args:
             step: Optimiser step, for the learning rates.
             losses: micro -> (loss to differentiate, measurements [M]).
         Returns:
-            Measurements averaged over micro-batches and ranks. [M], on the device.
+            Measurements averaged over micro-batches and ranks. [M].
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.learning_rate(group["name"], step)
@@ -169,7 +185,7 @@ class Engine:
                 weights = dict(self.module.named_parameters())
                 averages = list(self.averaged.values())
                 torch._foreach_lerp_(averages, [weights[name] for name in self.averaged], 1.0 - self.config.optimizer.ema_decay)
-        return self.mean_over_ranks(total / micro_batches)
+        return Measurement(self.mean_over_ranks(total / micro_batches))
 
     def mean_over_ranks(self, local_mean: Tensor) -> Tensor:
         """Average of a small tensor over ranks; the tensor itself when there is one rank."""

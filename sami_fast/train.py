@@ -146,7 +146,7 @@ class Trainer:
         self.kl_weight = KLWeight(config.kl_weight, config.train.steps - config.first_joint_step)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
-        self.pending: tuple[int, float, Tensor] | None = None
+        self.pending: tuple[int, engines.Measurement] | None = None
         if resume:
             self._restore()
         if self.chief:
@@ -215,7 +215,9 @@ class Trainer:
             )
         state = self.engine.load(checkpoint)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
-        self.kl_weight.controlled, self.pending = state["kl_weight"], state["pending"]
+        self.kl_weight.controlled = state["kl_weight"]
+        step, measured = state["pending"]
+        self.pending = (step, engines.Measurement(measured))
         if self.chief:
             self._cut_log()
         self.say(f"resumed from {checkpoint}")
@@ -245,7 +247,7 @@ class Trainer:
             beta = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
             measured = self.engine.update(self.step, lambda micro: self._losses(micro, beta, joint))  # noqa: B023 (called at once)
             self._settle()
-            self.pending = (self.step, beta, measured)
+            self.pending = (self.step, measured)
             self.step += 1
             if self.step % config.log.every == 0 or self.step == steps:
                 now = time.perf_counter()
@@ -276,8 +278,8 @@ class Trainer:
         """Look at the measurements of the step before: stop on bad numbers, steer the KL."""
         if self.pending is None:
             return
-        step, _, measured = self.pending
-        values = measured.tolist()
+        step, measured = self.pending
+        values = measured.read()
         self._require_finite(step, values)
         if step >= self.config.first_joint_step:
             self.kl_weight.observe(sum(values[NUM_TERMS:]))
@@ -294,8 +296,8 @@ class Trainer:
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"step {step}: {term} is {value}; stopped, the last good checkpoint is in {self.checkpoints}")
 
-    def _log(self, beta: float, measured: Tensor, rate: float) -> None:
-        values = measured.tolist()
+    def _log(self, beta: float, measured: engines.Measurement, rate: float) -> None:
+        values = measured.read()
         self._require_finite(self.step - 1, values)
         kl_per_dim = values[NUM_TERMS:]
         kl, live = sum(kl_per_dim), sum(v > LIVE_NATS for v in kl_per_dim)
@@ -344,7 +346,13 @@ class Trainer:
             "validation_nats": self._validate(),
             "averaged": bool(self.engine.averaged),
         }
-        state = {"seconds": self.seconds, "warned": self.warned, "kl_weight": self.kl_weight.controlled, "pending": self.pending}
+        step, measured = self.pending
+        state = {
+            "seconds": self.seconds,
+            "warned": self.warned,
+            "kl_weight": self.kl_weight.controlled,
+            "pending": (step, torch.tensor(measured.read())),
+        }
         saved = self.engine.save(self.checkpoints, self.step, state, facts)
         if self.chief:
             self._append({"step": self.step, "validation_nats": facts["validation_nats"], "checkpoint": saved.name})
@@ -401,7 +409,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 1 stopped by bad numbers, 2 something the user gave cannot work."""
+    """The command. Exit status: 0 done, 1 stopped by bad numbers, 2 something the user gave cannot work, 130 interrupted."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         if arguments.settings:
@@ -428,6 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"sami-fast: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("sami-fast: interrupted; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

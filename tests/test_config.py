@@ -114,6 +114,7 @@ SETTING_ERRORS = [
     (["kl_weight.kind=controller", "kl_weight.target=5", "kl_weight.start=2"], "kl_weight.start: expected between", "found 2"),
     (["denoiser.embedding_size=7"], "denoiser.embedding_size: expected an even number", "found 7"),
     (["optimizer.implementation=apex"], "optimizer.implementation: apex asked for, but NVIDIA apex is not installed", "use torch"),
+    (["log.wandb=true"], "log.wandb: asked for, but wandb is not installed", ""),
     (["--resume", "--overwrite"], "--resume and --overwrite: choose one", ""),
     (["--dry-run", "train.batch_size=63", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2", "found 63"),
     (["--config", "no/such.yaml"], "--config: no file no/such.yaml", "disks"),
