@@ -29,7 +29,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Eight seeds of the disks run, two at a time: writes docs/results.md. About half an hour on two cores.
+# Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
 

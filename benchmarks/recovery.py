@@ -1,7 +1,7 @@
 """Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes a table, losers included.
 
 python benchmarks/recovery.py                          # eight seeds of disks, docs/results.md
-python benchmarks/recovery.py --seeds 0 1 --output /tmp/try.md optimizer.ema_decay=0
+python benchmarks/recovery.py --seeds 0 1 --output try.md optimizer.ema_decay=0
 """
 
 import argparse
@@ -69,15 +69,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/recovery", help="where the run folders go")
     parser.add_argument("--output", type=Path, help="markdown file whose generated part is replaced; docs/results.md by default")
-    parser.add_argument("--reuse", action="store_true", help="take the scores of finished runs in --runs, train the rest")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     output = arguments.output or ROOT / "docs/results.md"
 
     def one(seed: int) -> dict:
-        finished = arguments.runs / f"{arguments.config}_seed{seed}/report/metrics.json"
-        if arguments.reuse and finished.is_file():
-            return json.loads(finished.read_text())
         start = time.monotonic()
         scores = run_seed(arguments, seed)
         print(f"seed {seed}: {'passes' if passes(scores) else 'fails'}, {time.monotonic() - start:.0f} s", flush=True)

@@ -251,9 +251,9 @@ def run_traverse(arguments: argparse.Namespace) -> None:
 
     sami = _model(arguments)
     dataset = _dataset(arguments, sami)
-    wrong = [axis for axis in arguments.axis or [] if axis >= sami.encoder.latent_size]
+    wrong = [axis for axis in arguments.axis or [] if axis >= sami.latent_size]
     if wrong:
-        raise UserError(f"--axis: expected 0 to {sami.encoder.latent_size - 1}, found {wrong[0]}")
+        raise UserError(f"--axis: expected 0 to {sami.latent_size - 1}, found {wrong[0]}")
     if dataset.size is not None and arguments.image >= dataset.size:
         raise UserError(f"--image: expected 0 to {dataset.size - 1}, found {arguments.image}")
     reference = torch.arange(_count(dataset, None, REFERENCE_IMAGES))

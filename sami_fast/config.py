@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,6 +47,7 @@ def interval(low: float, high: float) -> Check:
     )
 
 
+PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ANYTHING: Check = ("anything", lambda value: True)
 
 
@@ -176,7 +177,7 @@ class OptimizerConfig(Section):
     )
     lr: float = setting(1e-3, "peak learning rate", number(0, open_low=True))
     encoder_lr: float = setting(0.0, "peak learning rate of the encoder; 0 means lr", number(0))
-    betas: list[float] = setting([0.9, 0.99], "decay of the two moments", interval(0, 0.999999))
+    betas: list[float] = setting([0.9, 0.99], "decay of the two moments", PAIR_OF_DECAYS)
     eps: float = setting(1e-8, "added to the second moment's root", number(0))
     weight_decay: float = setting(0.0, "decoupled for adamw, L2 for adam", number(0))
     warmup_steps: int = setting(100, "linear warm-up; the encoder's starts with its own training", number(0), "steps")
@@ -191,7 +192,7 @@ class TrainConfig(Section):
     steps: int = setting(3000, "optimiser steps", number(1))
     batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
     mode: str = setting("joint", "joint trains both networks, frozen the encoder alone", one_of("joint", "frozen"))
-    denoiser_from: str = setting("", "frozen: a run folder or saved model whose denoiser is used")
+    denoiser_from: str = setting("", "frozen: a run folder or saved model whose denoiser is used, whatever denoiser.* says")
     denoiser_warmup: float = setting(1 / 6, "share of the steps in which the denoiser learns alone, without guidance", number(0, 0.99))
 
 
@@ -207,7 +208,7 @@ class EngineConfig(Section):
 @dataclass(frozen=True)
 class LogConfig(Section):
     section = "log"
-    every: int = setting(50, "steps between two lines of metrics.jsonl", number(1), "steps")
+    every: int = setting(50, "steps between two lines of metrics.jsonl", number(1))
     tensorboard: bool = setting(True, "write tensorboard/")
     csv: bool = setting(False, "write csv/")
     wandb: bool = setting(False, "send to Weights & Biases (installed and logged in)")
@@ -216,9 +217,9 @@ class LogConfig(Section):
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
     section = "checkpoint"
-    every: int = setting(500, "steps between two checkpoints", number(1), "steps")
+    every: int = setting(500, "steps between two checkpoints", number(1))
     keep_last: int = setting(2, "newest checkpoints to keep", number(1))
-    keep_best: bool = setting(True, "also keep the checkpoint with the lowest validation loss")
+    keep_best: bool = setting(True, "also keep the checkpoint with the lowest validation loss; model/ is always the last")
     validation_images: int = setting(256, "held-out images of the validation loss", number(1))
 
 
@@ -232,7 +233,7 @@ class ReportConfig(Section):
 @dataclass(frozen=True)
 class Config(Section):
     name: str = setting(
-        "run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w.-]+", v)))
+        "run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w][\w.-]*", v)))
     )
     runs_dir: str = setting("runs", "where run folders lie")
     seed: int = setting(0, "key of every random number", number(0, 2**63 - 1))
@@ -261,8 +262,6 @@ class Config(Section):
         for owner in (self.encoder, self.denoiser):
             if not owner.channels:
                 raise UserError(f"{owner.key('channels')}: expected at least one level, found none")
-        if self.optimizer.implementation == "apex":
-            _require_nvidia_apex()
         if self.log.wandb and find_spec("wandb") is None:
             raise UserError("log.wandb: asked for, but wandb is not installed; `pip install wandb`, or leave it off")
 
@@ -273,16 +272,7 @@ class Config(Section):
     @property
     def first_joint_step(self) -> int:
         """The step from which the encoder learns."""
-        return round(self.train.denoiser_warmup * self.train.steps) if self.train.mode == "joint" else 0
-
-
-def _require_nvidia_apex() -> None:
-    try:
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except Exception:  # the namesake may fail in any way, at import or for lack of optimizers
-        raise UserError(
-            "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
-        ) from None
+        return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1) if self.train.mode == "joint" else 0
 
 
 def builtin_configs() -> Path:
@@ -367,9 +357,19 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
             raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
         merged = _merge(merged, layer, "command line")
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {(error.msg or str(error)).splitlines()[0]}") from None
+    # A saved config must mean the same from any folder.
+    return replace(
+        config,
+        data=replace(config.data, path=_absolute(config.data.path)),
+        train=replace(config.train, denoiser_from=_absolute(config.train.denoiser_from)),
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def to_yaml(config: Config) -> str:

@@ -1,22 +1,21 @@
 """DeepSpeed: processes, one engine around both networks, backward and update, averaged weights, checkpoints."""
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import MANIFEST, fingerprint, sync, write_failure
 from .config import Config, deepspeed_dict
 from .errors import UserError
 from .files import PARTIAL, write_text_whole
-
-MANIFEST = "manifest.json"
 
 
 def quiet_logging() -> None:
@@ -39,6 +38,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
 
     # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    # float32 means float32: rank counts and restarts must not show. bf16 is the switch for speed.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -70,6 +73,16 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, available // local_ranks))
 
 
+def _nvidia_apex_adam() -> type[torch.optim.Optimizer]:
+    try:
+        from apex.optimizers import FusedAdam
+    except Exception:  # the namesake on PyPI may fail in any way, at import or for lack of optimizers
+        raise UserError(
+            "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
+        ) from None
+    return FusedAdam
+
+
 def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """One optimiser with a parameter group per trained network.
 
@@ -93,14 +106,14 @@ def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, dev
         return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **arguments)
     try:
         if settings.implementation == "apex":
-            from apex.optimizers import FusedAdam
-
-            return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
+            return _nvidia_apex_adam()(groups, adam_w_mode=decoupled, **arguments)
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         if device.type == "cpu":
             return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
         return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
+    except UserError:
+        raise
     except Exception as error:  # a just-in-time build can fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"optimizer.implementation: {settings.implementation} cannot run here ({reason}); use torch") from None
@@ -181,11 +194,29 @@ class Engine:
             total = measured if total is None else total + measured
             self.deepspeed.step()
         if self.averaged:
+            decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
             with torch.no_grad():
-                weights = dict(self.module.named_parameters())
-                averages = list(self.averaged.values())
-                torch._foreach_lerp_(averages, [weights[name] for name in self.averaged], 1.0 - self.config.optimizer.ema_decay)
+                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parameters(), 1.0 - decay)
         return Measurement(self.mean_over_ranks(total / micro_batches))
+
+    def _averaged_parameters(self) -> list[Tensor]:
+        """The parameters that have an average, in the order of `averaged`."""
+        parameters = dict(self.module.named_parameters())
+        return [parameters[name] for name in self.averaged]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the networks hold the averaged weights, if any: for validation and export. Afterwards, bit for bit the trained ones."""
+        parameters = self._averaged_parameters()
+        trained = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for parameter, average in zip(parameters, self.averaged.values(), strict=True):
+                parameter.copy_(average)
+            try:
+                yield
+            finally:
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
 
     def mean_over_ranks(self, local_mean: Tensor) -> Tensor:
         """Average of a small tensor over ranks; the tensor itself when there is one rank."""
@@ -200,8 +231,6 @@ class Engine:
         monitor = self.deepspeed.monitor
         if self.rank == 0 and monitor.enabled:
             monitor.write_events([(name, value, step) for name, value in values.items()])
-
-    # Checkpoints. A folder step_<n> either holds everything its manifest lists, byte for byte, or is ignored.
 
     def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
         """Write checkpoint step_<n>: DeepSpeed's files, then a manifest, then one rename.
@@ -221,22 +250,26 @@ class Engine:
         try:
             self.deepspeed.save_checkpoint(str(folder), tag=partial.name, client_state=state, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-            failure = _reason(error, folder)
+            failure = write_failure(error, folder)
+            torch.distributed.barrier()  # DeepSpeed's own last one, where the other ranks wait
         self._agree(failure, partial, "write")
         if self.rank == 0:
             try:
                 facts = {**facts, "step": step, "world_size": self.world_size, "zero_stage": self.config.engine.zero_stage}
+                written = sorted(f for f in partial.rglob("*") if f.is_file())
+                for file in written:
+                    sync(file)
                 manifest = {
                     **facts,
-                    "files": {str(f.relative_to(partial)): _fingerprint(f) for f in sorted(partial.rglob("*")) if f.is_file()},
+                    "files": {str(f.relative_to(partial)): fingerprint(f) for f in written},
                 }
                 write_text_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)
-                _sync(folder)
+                sync(folder)
             except OSError as error:
-                failure = _reason(error, folder)
+                failure = write_failure(error, folder)
         self._agree(failure, partial, "finish")
         return final
 
@@ -256,86 +289,3 @@ class Engine:
         for name, value in state.pop("averaged").items():
             self.averaged[name].copy_(value)
         return state
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    full = shutil.disk_usage(folder).free < 1 << 20
-    return "the disk is full" if full else " ".join(str(error).split())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fingerprint(path: Path, sync: bool = True) -> str:
-    if sync:
-        _sync(path)
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, or None when it has none that can be read."""
-    try:
-        return json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def damage(checkpoint: Path) -> str:
-    """Why a checkpoint cannot be used, or an empty string when every byte is as written."""
-    manifest = read_manifest(checkpoint)
-    if manifest is None:
-        return "its manifest is missing or unreadable"
-    for name, expected in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if _fingerprint(file, sync=False) != expected:
-            return f"{name} is truncated or altered"
-    return ""
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, whole or not."""
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
-
-
-def newest_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that passes `damage`; tells `report` about every newer one that does not."""
-    for checkpoint in list_checkpoints(folder):
-        reason = damage(checkpoint)
-        if not reason:
-            return checkpoint
-        report(f"{checkpoint}: {reason}; falling back to the checkpoint before it")
-    return None
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for leftover in folder.glob(f"{PARTIAL}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest `keep_last` and, if asked, the one with the lowest validation loss."""
-    checkpoints = list_checkpoints(folder)
-    keep = set(checkpoints[:keep_last])
-    if keep_best:
-        scored = [(m["validation_nats"], c) for c in checkpoints if (m := read_manifest(c)) and m.get("validation_nats") is not None]
-        if scored:
-            keep.add(min(scored, key=lambda pair: pair[0])[1])
-    for checkpoint in checkpoints:
-        if checkpoint not in keep:
-            # Rename first: a kill in the middle must not leave a folder that looks like a checkpoint.
-            doomed = checkpoint.with_name(PARTIAL + checkpoint.name)
-            os.rename(checkpoint, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)

@@ -53,5 +53,5 @@ class KLWeight:
 
     @property
     def reference(self) -> float:
-        """One fixed weight that makes validation losses of different steps comparable: where the course ends."""
+        """One weight that makes validation losses of different steps comparable: where a course ends; else where it starts."""
         return self.settings.end if self.settings.kind in ("linear", "exponential") else self.settings.start

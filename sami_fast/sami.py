@@ -17,7 +17,6 @@ from .errors import UserError
 from .files import write_text_whole, write_whole
 from .models import Denoiser, Encoder
 from .schedule import SCHEDULES, Schedule, alpha_sigma
-from .step import EVALUATION_STEP
 
 FORMAT = "sami-fast/1"
 
@@ -42,7 +41,7 @@ class Posterior:
         Returns:
             [B, Z].
         """
-        eps_z = ops.random_normal(seed, EVALUATION_STEP, ops.Stream.EPS_Z, index, self.mu.shape[1])
+        eps_z = ops.random_normal(seed, ops.EVALUATION_STEP, ops.Stream.EPS_Z, index, self.mu.shape[1])
         return self.sample(eps_z.to(self.mu))
 
     @property
@@ -59,6 +58,7 @@ class Sami(nn.Module):
         denoiser: Any module or callable (x_t, t) -> eps_pred with t [B] in [0, 1].
         schedule: Noise levels.
         architecture: How to rebuild networks of this package ({"encoder": kwargs, "denoiser": kwargs}); `save_pretrained` needs it.
+        image_shape, latent_size: (C, H, W) and Z, for encoders that do not say so themselves; sampling needs them.
     Source: arXiv:2512.17127.
     """
 
@@ -68,10 +68,14 @@ class Sami(nn.Module):
         denoiser: Callable[[Tensor, Tensor], Tensor],
         schedule: Schedule,
         architecture: dict[str, dict[str, Any]] | None = None,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        latent_size: int | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.denoiser, self.schedule = encoder, denoiser, schedule
         self.architecture = architecture
+        self._image_shape, self._latent_size = image_shape, latent_size
 
     @classmethod
     def build(cls, architecture: dict[str, dict[str, Any]], schedule: dict[str, Any]) -> Self:
@@ -87,11 +91,18 @@ class Sami(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.encoder.image_shape
+        """(C, H, W) of the images."""
+        return self._image_shape or self.encoder.image_shape
+
+    @property
+    def latent_size(self) -> int:
+        """Z."""
+        return self._latent_size or self.encoder.latent_size
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the weights are; the CPU when there are none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z|x) of images, clean or noisy. [B, C, H, W] in [-1, 1] -> mu, var [B, Z]."""
@@ -133,11 +144,7 @@ class Sami(nn.Module):
         config = {
             "format": FORMAT,
             **self.architecture,
-            "schedule": {
-                "kind": self.schedule.kind,
-                "logsnr_min": self.schedule.logsnr_min,
-                "logsnr_max": self.schedule.logsnr_max,
-            },
+            "schedule": self.schedule.settings,
         }
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         write_whole(folder / "model.safetensors", lambda stream: stream.write(save(weights, metadata={"format": "pt"})))

@@ -129,7 +129,7 @@ def starting_noise(sami: Sami, count: int, seed: int, first: int = 0) -> Tensor:
 
 def prior_latents(sami: Sami, count: int, seed: int, first: int = 0) -> Tensor:
     """z ~ N(0, I) of the pictures first, first + 1, ... of a seed. [count, Z] float32 on the model's device."""
-    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(sami, count, first), sami.encoder.latent_size)
+    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(sami, count, first), sami.latent_size)
 
 
 @torch.no_grad()

@@ -45,6 +45,11 @@ class Schedule(ABC):
     def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
         """-d logsnr / d raw, > 0."""
 
+    @property
+    def settings(self) -> dict[str, str | float]:
+        """What `Sami.build` needs to make this schedule again."""
+        return {"kind": self.kind, "logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
+
     def _raw(self, t: Tensor) -> Tensor:
         return self._raw_first + t * (self._raw_last - self._raw_first)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from . import ops, score
 from .schedule import Schedule, alpha_sigma
 
-EVALUATION_STEP = 1 << 40  # evaluation draws its noise from here: no training step comes this far
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -115,11 +113,12 @@ def training_step(
 
     # KL( q(z | x_0) || N(0, I) ), each dimension's batch mean free up to the free bits
     kl = ops.gaussian_kl(mu_0, var_0)
-    kl_mean = kl.mean(0)
-    charged = global_mean(kl_mean.detach()) > objective.free_bits
-    kl_cost = torch.where(charged, kl_mean, kl_mean.detach()).sum()
+    kl_cost = kl.mean(0)
+    if objective.free_bits > 0:
+        charged = global_mean(kl_cost.detach()) > objective.free_bits
+        kl_cost = torch.where(charged, kl_cost, kl_cost.detach())
 
-    loss = diffusion.mean() + kl_weight * kl_cost
+    loss = diffusion.mean() + kl_weight * kl_cost.sum()
     guided = diffusion.detach() - objective.unconditional_weight * unguided
     return loss, StepTerms(guided, unguided, kl.detach())
 

@@ -4,14 +4,16 @@ deepspeed sami_fast/train.py --config configs/disks.yaml
 python sami_fast/train.py --config disks train.steps=500 name=short
 """
 
+import os
 import sys
 
 if __name__ == "__main__" and not __package__:
-    del sys.path[0]  # as a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules
+    # As a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules.
+    sys.path = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
 import json
-import os
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sami_fast import checkpoints, ops
 from sami_fast import engine as engines
 from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
 from sami_fast.data import TorchFeed, open_dataset
@@ -31,11 +34,12 @@ from sami_fast.files import write_text_whole
 from sami_fast.kl_weight import KLWeight
 from sami_fast.metrics.latents import LIVE_NATS
 from sami_fast.sami import Sami
-from sami_fast.step import EVALUATION_STEP, Draw, Objective, denoising_step, training_step
+from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
 DENOISER_TERM, GUIDED_TERM, LOSS_TERM = 0, 1, 2  # places of the measured terms; the KL per dimension follows
 NUM_TERMS = 3
+VALIDATION_BATCH = 64  # images at a time
 RUN_FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report"}
 
 
@@ -65,7 +69,8 @@ class TrainingModule(nn.Module):
                 loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective)
                 guided = unguided = unguided.mean()
                 kl = x_0.new_zeros(sami.encoder.latent_size)
-                # Every rank reduces every gradient: give the waiting encoder zeros.
+                # Every rank reduces every gradient: give the waiting encoder zeros. Adam counts these steps, which makes the encoder's
+                # first updates up to twice as large; its own learning-rate warm-up covers them.
                 loss = loss + 0.0 * sum(p.sum() for p in sami.encoder.parameters())
         return loss / x_0[0].numel(), torch.cat((torch.stack((unguided, guided, loss.detach())), kl)).float()
 
@@ -91,19 +96,14 @@ def build_sami(config: Config, image_shape: tuple[int, int, int]) -> Sami:
                 f"train.denoiser_from: its images are {list(given.denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
             )
         architecture["denoiser"] = given.architecture["denoiser"]
-        if given.schedule.kind != config.schedule.kind or (given.schedule.logsnr_min, given.schedule.logsnr_max) != (
-            config.schedule.logsnr_min,
-            config.schedule.logsnr_max,
-        ):
-            raise UserError(
-                f"schedule: the given denoiser was trained with kind={given.schedule.kind}, logsnr_min={given.schedule.logsnr_min:g}, "
-                f"logsnr_max={given.schedule.logsnr_max:g}; set the same"
-            )
+        if given.schedule.settings != asdict(config.schedule):
+            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
+            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
     torch.manual_seed(config.seed)
     try:
         sami = Sami.build(architecture, asdict(config.schedule))
     except ValueError as error:
-        raise UserError(f"encoder.channels, denoiser.channels or data.image_size: {error}") from None
+        raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
     if given is not None:
         sami.denoiser = given.denoiser.requires_grad_(False)
     return sami
@@ -114,6 +114,16 @@ def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{prefix[:-1]} ({old!r} there, {new!r} here)"]
     return [d for key in sorted({*old, *new}) for d in _difference(old.get(key), new.get(key), f"{prefix}{key}.")]
+
+
+def _lasting_settings(config: Config) -> dict[str, Any]:
+    """The settings that a resumed run must share: all but where it writes, how often, and how many threads it takes."""
+    settings = asdict(config)
+    for key in ("name", "runs_dir", "log", "checkpoint", "report"):
+        del settings[key]
+    for key in ("threads", "gradient_accumulation"):
+        del settings["engine"][key]
+    return settings
 
 
 class Trainer:
@@ -166,7 +176,10 @@ class Trainer:
     def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: expected a run folder, found a file; set name= or runs_dir=")
-        occupied = self.folder.exists() and any(self.folder.iterdir())
+        try:
+            occupied = self.folder.exists() and any(self.folder.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read ({error})") from None
         torch.distributed.barrier()
         if occupied and not resume and not overwrite:
             raise UserError(f"{self.folder}: holds a run already; continue it with --resume, replace it with --overwrite, or set name=")
@@ -179,40 +192,38 @@ class Trainer:
                     shutil.rmtree(self.folder)
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
                 for folder in (self.checkpoints, self.folder, self.folder / "model"):
-                    engines.remove_partial(folder)
+                    checkpoints.remove_partial(folder)
             except OSError as error:
                 raise UserError(f"{self.folder}: cannot write the run folder ({error})") from None
         torch.distributed.barrier()
 
-    @property
-    def _architecture(self) -> dict[str, Any]:
-        return {"encoder": self.sami.architecture["encoder"], "denoiser": self.sami.architecture["denoiser"]}
-
     def _restore(self) -> None:
         found: list[str | None] = [None]
         if self.chief:
-            checkpoint = engines.newest_whole_checkpoint(self.checkpoints, self.say)
-            for newer in engines.list_checkpoints(self.checkpoints):
+            checkpoint = checkpoints.newest_whole_checkpoint(self.checkpoints, self.say)
+            for newer in checkpoints.list_checkpoints(self.checkpoints):
                 if newer == checkpoint:
                     break
-                os.rename(newer, newer.with_name(f"damaged_{newer.name}_{int(time.time())}"))
+                aside = newer.with_name(f"damaged_{newer.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(newer, aside)
             found = [str(checkpoint) if checkpoint else None]
         torch.distributed.broadcast_object_list(found)
         if found[0] is None:
+            if self.chief:
+                self._cut_log()
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
         checkpoint = Path(found[0])
-        manifest = engines.read_manifest(checkpoint)
-        changed = _difference(manifest["architecture"], self._architecture)
+        manifest = checkpoints.read_manifest(checkpoint)
+        changed = _difference(manifest["architecture"], self.sami.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        here = (self.config.engine.zero_stage, self.world_size if self.config.engine.zero_stage else None)
-        there = (manifest["zero_stage"], manifest["world_size"] if manifest["zero_stage"] else None)
-        if here != there or manifest["averaged"] != (self.config.optimizer.ema_decay > 0):
-            raise UserError(
-                f"{checkpoint}: was written by {manifest['world_size']} ranks with engine.zero_stage={manifest['zero_stage']} and "
-                f"{'an' if manifest['averaged'] else 'no'} optimizer.ema_decay; resume with the same"
-            )
+        changed = _difference(manifest["settings"], _lasting_settings(self.config))
+        if changed:
+            raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
+        if self.config.engine.zero_stage and self.world_size != manifest["world_size"]:
+            raise UserError(f"{checkpoint}: was written by {manifest['world_size']} ranks, which engine.zero_stage > 0 needs again")
         state = self.engine.load(checkpoint)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.controlled = state["kl_weight"]
@@ -244,8 +255,8 @@ class Trainer:
         interval_start, interval_step = time.perf_counter(), self.step
         while self.step < steps:
             joint = self.step >= config.first_joint_step
-            beta = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
-            measured = self.engine.update(self.step, lambda micro: self._losses(micro, beta, joint))  # noqa: B023 (called at once)
+            kl_weight = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
+            measured = self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, joint))  # noqa: B023 (called at once)
             self._settle()
             self.pending = (self.step, measured)
             self.step += 1
@@ -253,26 +264,26 @@ class Trainer:
                 now = time.perf_counter()
                 rate = (self.step - interval_step) * config.train.batch_size / (now - interval_start)
                 self.seconds += now - interval_start
-                self._log(beta, measured, rate)
+                self._log(kl_weight, measured, rate)
                 interval_start, interval_step = time.perf_counter(), self.step
             if self.step % config.checkpoint.every == 0 or self.step == steps:
                 self.seconds += time.perf_counter() - interval_start
                 self._checkpoint()
                 interval_start, interval_step = time.perf_counter(), self.step
         if self.chief:
-            self.use_averaged_weights()
             try:
-                self.sami.save_pretrained(self.folder / "model")
+                with self.engine.averaged_weights():
+                    self.sami.save_pretrained(self.folder / "model")
             except OSError as error:
                 raise UserError(f"{self.folder}/model: cannot write the model ({error}); the last checkpoint is whole") from None
         torch.distributed.barrier()
         self.say(f"trained in {self.seconds:.0f} s")
         return self.folder
 
-    def _losses(self, micro: int, beta: float, joint: bool) -> tuple[Tensor, Tensor]:
+    def _losses(self, micro: int, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
         x_0, place = self.feed.micro_batch(self.step, micro)
         draw = Draw(self.config.seed, self.step, place, self.config.train.batch_size)
-        return self.engine.deepspeed(x_0, draw, beta, joint)
+        return self.engine.deepspeed(x_0, draw, kl_weight, joint)
 
     def _settle(self) -> None:
         """Look at the measurements of the step before: stop on bad numbers, steer the KL."""
@@ -296,7 +307,7 @@ class Trainer:
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"step {step}: {term} is {value}; stopped, the last good checkpoint is in {self.checkpoints}")
 
-    def _log(self, beta: float, measured: engines.Measurement, rate: float) -> None:
+    def _log(self, kl_weight: float, measured: engines.Measurement, rate: float) -> None:
         values = measured.read()
         self._require_finite(self.step - 1, values)
         kl_per_dim = values[NUM_TERMS:]
@@ -309,7 +320,7 @@ class Trainer:
             "diffusion_nats": values[GUIDED_TERM],
             "unguided_nats": values[DENOISER_TERM],
             "kl_nats": kl,
-            "kl_weight": beta,
+            "kl_weight": kl_weight,
             "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
             "images_per_second": rate,
             "seconds": self.seconds,
@@ -319,7 +330,7 @@ class Trainer:
             self._append({**row, "kl_per_dim": kl_per_dim})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
-        phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {beta:.3f}" if joint_done > 0 else "denoiser warm-up"
+        phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
         self.say(f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {pace}")
         if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
             self.warned = True
@@ -341,10 +352,12 @@ class Trainer:
             raise NonFiniteError(
                 f"step {self.step - 1}: the update left {bad} not finite; stopped, the last good checkpoint is in {self.checkpoints}"
             )
+        with self.engine.averaged_weights():
+            validation_nats = self._validate()
         facts = {
-            "architecture": self._architecture,
-            "validation_nats": self._validate(),
-            "averaged": bool(self.engine.averaged),
+            "architecture": self.sami.architecture,
+            "settings": _lasting_settings(self.config),
+            "validation_nats": validation_nats,
         }
         step, measured = self.pending
         state = {
@@ -353,33 +366,26 @@ class Trainer:
             "kl_weight": self.kl_weight.controlled,
             "pending": (step, torch.tensor(measured.read())),
         }
-        saved = self.engine.save(self.checkpoints, self.step, state, facts)
+        if self.chief:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
+            self._append({"step": self.step, "validation_nats": validation_nats})
+        self.engine.save(self.checkpoints, self.step, state, facts)
         if self.chief:
-            self._append({"step": self.step, "validation_nats": facts["validation_nats"], "checkpoint": saved.name})
-            engines.prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
+            checkpoints.prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
         torch.distributed.barrier()
 
     @torch.no_grad()
     def _validate(self) -> float | None:
-        """Loss on held-out images with fixed noise and the course's last beta, nats per image; None before the encoder learns."""
+        """Loss on held-out images with fixed noise and one fixed beta, nats per image; None before the encoder learns."""
         if self.step <= self.config.first_joint_step:
             return None
         count = self.config.checkpoint.validation_images
         count = count if self.validation.size is None else min(count, self.validation.size)
         total = 0.0
-        for start in range(0, count, self.feed.micro_size):
-            place = torch.arange(start, min(start + self.feed.micro_size, count))
-            draw = Draw(self.config.seed, EVALUATION_STEP, place.to(self.device), count)
+        for place in torch.arange(count).split(VALIDATION_BATCH):
+            draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
             loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, True)
             total += loss.item() * len(place)
-        return total / count * self.sami.encoder.image_shape[0] * self.sami.encoder.image_shape[1] ** 2
-
-    def use_averaged_weights(self) -> None:
-        """Put the averaged weights, if any, into the networks: for use, not for further training."""
-        with torch.no_grad():
-            weights = dict(self.module.named_parameters())
-            for name, average in self.engine.averaged.items():
-                weights[name].copy_(average)
+        return total / count * math.prod(self.sami.image_shape)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -433,11 +439,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(write_report(folder), flush=True)
         return 0
     except (UserError, NonFiniteError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: what is wrong may be wrong on one of them only
             print(f"sami-fast: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("sami-fast: interrupted; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("sami-fast: interrupted; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
 
 

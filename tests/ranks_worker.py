@@ -7,7 +7,7 @@ import torch
 
 from sami_fast import train as training
 from sami_fast.config import load_config
-from sami_fast.errors import NonFiniteError
+from sami_fast.errors import NonFiniteError, UserError
 
 HERE = Path(__file__).resolve().parent
 # Free bits and the controller both use the KL of the whole batch: they would show a rank that looks at its own part only.
@@ -37,6 +37,15 @@ def main(folder: str) -> None:
                 trainer.run()
             except stop:
                 training.train(half, resume=True)
+    full = training.Trainer(
+        load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", "name=full"]), resume=False, overwrite=False
+    )
+    if torch.distributed.get_rank() == 0:  # only this rank writes at ZeRO 0; the other must not wait for it for ever
+        full.engine.deepspeed.checkpoint_engine.save = _no_space
+    try:
+        full.run()
+    except UserError as error:
+        Path(folder, f"full_{torch.distributed.get_rank()}.txt").write_text(str(error))
     poisoned = training.Trainer(
         load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", "name=poisoned"]), resume=False, overwrite=False
     )
@@ -48,6 +57,10 @@ def main(folder: str) -> None:
         poisoned.run()
     except NonFiniteError as error:
         Path(folder, f"stopped_{rank}.txt").write_text(str(error))
+
+
+def _no_space(*arguments, **options):
+    raise OSError("No space left")
 
 
 def _save_then_stop(save, at):

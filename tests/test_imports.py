@@ -21,7 +21,7 @@ ALLOWED = {
     "score": {"ops"},
     "models": {"ops"},
     "step": {"ops", "schedule", "score"},
-    "sami": {"errors", "files", "models", "ops", "schedule", "score", "step"},
+    "sami": {"errors", "files", "models", "ops", "schedule", "score"},
     "config": {"errors", "models", "schedule"},  # names of styles, schedules and weightings
     "data": {"config", "errors", "ops"},
     "engine": {"config", "errors", "files"},

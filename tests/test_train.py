@@ -16,7 +16,7 @@ import torch
 from ranks_worker import COMMON
 from safetensors.torch import load_file
 
-from sami_fast import engine as engines
+from sami_fast import checkpoints, cli
 from sami_fast.config import load_config
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.sami import Sami
@@ -78,11 +78,11 @@ def test_saved_model_loads_and_is_the_average(finished):
 
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     run = train(tiny(tmp_path, "checkpoint.every=1", "checkpoint.keep_last=2"))
-    kept = engines.list_checkpoints(run / "checkpoints")
+    kept = checkpoints.list_checkpoints(run / "checkpoints")
     scores = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "validation_nats" in line]
     best = min((s for s in scores if s["validation_nats"] is not None), key=lambda s: s["validation_nats"])["step"]
     assert {p.name for p in kept} == {f"step_{n}" for n in (12, 11, best)}
-    assert all(engines.damage(p) == "" for p in kept)
+    assert all(checkpoints.damage(p) == "" for p in kept)
 
 
 def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
@@ -158,12 +158,23 @@ def test_collapse_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("the posterior has collapsed") == 1
 
 
-def test_array_data_trains_and_encodes(tmp_path):
+def test_own_images_train_encode_and_report(tmp_path, monkeypatch):
+    """From a relative path and another folder: what the run remembers of its data must not depend on where one stands."""
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", images)
-    run = train(tiny(tmp_path, "data.kind=array", f"data.path={tmp_path / 'mine.npz'}"))
-    model = Sami.from_pretrained(run)
-    assert model.image_shape == (3, 8, 8)
+    monkeypatch.chdir(tmp_path)
+    run = train(load_config(TINY, ["runs_dir=runs", "data.kind=array", "data.path=mine.npz"])).resolve()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert cli.main(["encode", str(run), "--data", str(tmp_path / "mine.npz"), "--output", "latents.npz"]) == 0
+    with np.load("latents.npz") as latents:
+        assert latents["mu"].shape == latents["var"].shape == (40, 4)
+        assert (latents["var"] > 0).all()
+    assert cli.main(["report", str(run)]) == 0
+    scores = json.loads((run / "report/metrics.json").read_text())
+    assert scores["num_images"] == 4
+    assert "linear_r2" not in scores
 
 
 # ---- ranks: one launch of the real launcher, several runs inside
@@ -221,22 +232,26 @@ def _kill_when(process, condition, patience=120.0):
 
 
 def test_sigkill_at_random_moments_changes_nothing(tmp_path):
-    """Two kills while a checkpoint is being written, two at random times; the end is the same bit for bit."""
+    """A kill before the first checkpoint, two while one is being written, two at random times; the end is the same bit for bit."""
     options = ["train.steps=60", "checkpoint.every=3", "kl_weight.kind=controller", "kl_weight.target=2", "encoder.channels=[32,32]"]
     expected = train(tiny(tmp_path / "whole", *options))
     folder, chance = tmp_path / "killed", random.Random(7)
-    checkpoints = folder / "tiny/checkpoints"
+    written = folder / "tiny/checkpoints"
+    process = _start(folder, *options)
+    log = folder / "tiny/metrics.jsonl"
+    assert _kill_when(process, lambda: log.exists() and log.read_text().count("\n") > 1), process.stdout.read()
+    assert not list(written.glob("step_*"))
     for attempt in range(4):
-        seen = {p.name for p in checkpoints.glob("step_*")}
+        seen = {p.name for p in written.glob("step_*")}
         process = _start(folder, *options)
         if attempt % 2 == 0:
-            fresh = lambda seen=seen: {p.name for p in checkpoints.glob("step_*")} - seen  # noqa: E731
-            writing = lambda fresh=fresh: bool(fresh()) and any(checkpoints.glob(".partial-step_*"))  # noqa: E731
+            fresh = lambda seen=seen: {p.name for p in written.glob("step_*")} - seen  # noqa: E731
+            writing = lambda fresh=fresh: bool(fresh()) and any(written.glob(".partial-step_*"))  # noqa: E731
         else:
             start, wait = [], chance.uniform(0.05, 0.6)
 
             def writing(seen=seen, start=start, wait=wait):
-                if not start and {p.name for p in checkpoints.glob("step_*")} - seen:
+                if not start and {p.name for p in written.glob("step_*")} - seen:
                     start.append(time.monotonic())
                 return bool(start) and time.monotonic() - start[0] > wait
 
@@ -247,7 +262,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path):
     assert "resumed from" in output
     assert_same_weights(folder / "tiny", expected)
     assert [row["loss_nats"] for row in rows(folder / "tiny")] == [row["loss_nats"] for row in rows(expected)]
-    assert not list(checkpoints.glob(".partial-*"))
+    assert not list(written.glob(".partial-*"))
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "lose", "manifest"])
@@ -289,8 +304,11 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
         (["encoder.latent_size=5"], "holds another architecture: encoder.latent_size (4 there, 5 here)"),
         (["denoiser.channels=[4,16]"], "holds another architecture: denoiser.channels"),
         (["data.channels=2"], "holds another architecture: denoiser.image_channels (1 there, 2 here)"),
-        (["engine.zero_stage=1"], "engine.zero_stage=0"),
-        (["optimizer.ema_decay=0"], "an optimizer.ema_decay"),
+        (["engine.zero_stage=1"], "belongs to a run with other settings: engine.zero_stage (0 there, 1 here)"),
+        (["optimizer.ema_decay=0"], "optimizer.ema_decay (0.9 there, 0.0 here)"),
+        (["seed=1"], "seed (0 there, 1 here)"),
+        (["train.steps=20"], "train.steps (12 there, 20 here)"),
+        (["data.disks.edge_slope=1"], "data.disks.edge_slope (1.5 there, 1.0 here)"),
     ],
 )
 def test_resume_with_what_does_not_fit(overrides, fragment, tmp_path, finished):
@@ -359,10 +377,17 @@ def test_nan_stops_the_run_and_names_step_and_term(network, term, at_step, tmp_p
     trainer.engine.update = poisoning_update
     with pytest.raises(NonFiniteError, match=f"step {at_step}: {term} is nan"):
         trainer.run()
-    whole = engines.newest_whole_checkpoint(trainer.checkpoints, print)
+    whole = checkpoints.newest_whole_checkpoint(trainer.checkpoints, print)
     assert whole.name == ("step_4" if at_step == 6 else "step_8")
     state = torch.load(whole / "mp_rank_00_model_states.pt", weights_only=False)
     assert all(value.isfinite().all() for value in state["module"].values())
+
+
+def test_full_disk_on_one_rank_stops_all(two_ranks):
+    messages = {(two_ranks / f"full_{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(messages) == 1
+    assert "cannot write a checkpoint (No space left)" in messages.pop()
+    assert not list((two_ranks / "full/checkpoints").iterdir())
 
 
 def test_nan_exits_with_status_one(tmp_path, capsys):
@@ -390,5 +415,5 @@ def test_full_disk_gets_one_sentence_and_keeps_the_last_checkpoint(small_disk, c
     message = _main_error(arguments, capsys)
     assert "cannot write a checkpoint (the disk is full)" in message
     run = small_disk / "tiny"
-    assert engines.newest_whole_checkpoint(run / "checkpoints", print) is not None
+    assert checkpoints.newest_whole_checkpoint(run / "checkpoints", print) is not None
     assert not list(run.rglob(".partial-*"))

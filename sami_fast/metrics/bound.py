@@ -29,9 +29,8 @@ from torch import Tensor
 from .. import ops, score
 from ..sami import Sami
 from ..schedule import alpha_sigma
-from ..step import EVALUATION_STEP
 
-RECONSTRUCTION_STEP = EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's
+RECONSTRUCTION_STEP = ops.EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's
 
 Images = Callable[[Tensor], Tensor]  # [n] int64 -> [n, C, H, W] in [-1, 1], on the model's device
 
@@ -131,7 +130,7 @@ def negative_elbo(
     everything = torch.arange(count)
     span = schedule.logsnr_max - schedule.logsnr_min
     # Stratified uniforms, taken over logsnr: the integrand is bounded there, whatever the schedule.
-    level = schedule.logsnr_max - span * schedule.sample(everything, 1, count, seed=seed, step=EVALUATION_STEP)  # [N, 1]
+    level = schedule.logsnr_max - span * schedule.sample(everything, 1, count, seed=seed, step=ops.EVALUATION_STEP)  # [N, 1]
     parts = []
     for index in everything.split(batch_size):
         x_0 = images(index)
@@ -140,7 +139,7 @@ def negative_elbo(
         z = posterior.draw(index, seed)
 
         alpha_t, sigma_t = alpha_sigma(logsnr)
-        x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=EVALUATION_STEP)
+        x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=ops.EVALUATION_STEP)
         eps_pred = sami.denoiser(x_t, schedule.t(logsnr).flatten()).to(x_t.dtype)
         weight = torch.full_like(sigma_t[:, 0], 0.5 * span)
         diffusion, unguided = ops.guided_loss(

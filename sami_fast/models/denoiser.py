@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_image_size, conv, norm_act
+from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_attention, check_image_size, conv, norm_act
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:
@@ -35,6 +35,8 @@ class Denoiser(nn.Module):
         embedding_size: Width of the noise-level embedding, even.
     Shapes:
         x_t [B, C, H, W], t [B] in [0, 1] -> eps_pred [B, C, H, W].
+    Raises:
+        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
     Differentiable: twice, though training needs it once.
     """
 
@@ -59,6 +61,7 @@ class Denoiser(nn.Module):
             nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
         )
         attention = attention or []
+        check_attention(attention, [image_size >> level for level in range(len(channels))], "denoiser")
         self.stem = conv(image_channels, channels[0], 3, style)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 

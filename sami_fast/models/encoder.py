@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import STYLES, AttentionBlock, ResBlock, check_image_size, conv, norm_act
+from .layers import STYLES, AttentionBlock, ResBlock, check_attention, check_image_size, conv, norm_act
 
 
 class Encoder(nn.Module):
@@ -26,6 +26,8 @@ class Encoder(nn.Module):
         init_std: Posterior standard deviation at the start, and the scale of the variance head's first weights is 0.1 of the default.
     Shapes:
         x [B, C, H, W] -> mu, var, both [B, Z] float32 (float64 for a float64 model).
+    Raises:
+        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
     Differentiable: twice.
     Source: SAMI, arXiv:2512.17127, encoder; var in float32 under autocast.
     """
@@ -48,6 +50,8 @@ class Encoder(nn.Module):
         if style not in STYLES:
             raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
         check_image_size(image_size, len(channels), "encoder")
+        attention = attention or []
+        check_attention(attention, [image_size >> level for level in range(1, len(channels) + 1)], "encoder")
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_size = latent_size
         layers: list[nn.Module] = []
@@ -57,7 +61,7 @@ class Encoder(nn.Module):
             width, side = level_width, side // 2
             for _ in range(blocks):
                 layers.append(ResBlock(width, width, groups, style))
-            if side in (attention or []):
+            if side in attention:
                 layers.append(AttentionBlock(width, groups, style))
         # The middle: a plain convolution that ends every path, residual or not, in a norm and an activation.
         layers += [conv(width, width, 3, style), norm_act(width, groups, style)]

@@ -82,6 +82,13 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+def check_attention(attention: list[int], sides: list[int], owner: str) -> None:
+    """ValueError unless every resolution that is to have attention exists."""
+    for side in attention:
+        if side not in sides:
+            raise ValueError(f"attention {side}: the {owner} has no such resolution, its own are {', '.join(map(str, sides))}")
+
+
 def check_image_size(image_size: int, halvings: int, owner: str) -> None:
     """ValueError unless the image can be halved that often."""
     if image_size % 2**halvings:

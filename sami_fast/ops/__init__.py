@@ -1,6 +1,7 @@
 """The public ops: what models and the step call. Today each is its plain torch reference; faster backends register behind these names."""
 
 from ..reference import (
+    EVALUATION_STEP,
     Stream,
     attention,
     gaussian_kl,
@@ -15,6 +16,7 @@ from ..reference import (
 )
 
 __all__ = [
+    "EVALUATION_STEP",
     "Stream",
     "attention",
     "gaussian_kl",

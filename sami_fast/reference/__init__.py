@@ -5,9 +5,10 @@ from .gaussian_log_prob import gaussian_kl, gaussian_log_prob, gaussian_reparame
 from .group_norm_silu import group_norm_silu
 from .guided_loss import guided_loss
 from .noise_sample import noise_sample
-from .random import Stream, random_normal, random_permutation, random_uniform
+from .random import EVALUATION_STEP, Stream, random_normal, random_permutation, random_uniform
 
 __all__ = [
+    "EVALUATION_STEP",
     "Stream",
     "attention",
     "gaussian_kl",

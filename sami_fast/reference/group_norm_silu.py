@@ -17,7 +17,7 @@ def group_norm_silu(
     """h = weight x_hat + bias with x_hat normalised over each group; returns h sigmoid(h), or h without SiLU.
 
     Args:
-        x: Features. [B, C, ...], float32, float64 or bfloat16 (statistics in float32 at least).
+        x: Features. [B, C, ...], float32, float64 or bfloat16 (computed in float32).
         weight, bias: Scale and shift per channel. [C].
         num_groups: G, divides C.
         norm_eps: Added to the variance.
@@ -35,6 +35,7 @@ def group_norm_silu(
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != (channels,):
             raise ValueError(f"{name}: expected [{channels}], found {list(value.shape)}")
-    # Statistics in float32 at least. Not F.group_norm: it refuses a single image with a single pixel.
-    h = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), norm_eps)
-    return F.silu(h) if silu else h
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    # Not F.group_norm: it refuses a single image with a single pixel.
+    h = torch.group_norm(wide, num_groups, weight.to(wide.dtype), bias.to(wide.dtype), norm_eps)
+    return (F.silu(h) if silu else h).to(x.dtype)

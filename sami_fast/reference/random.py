@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 NUM_STREAMS = 16  # fixed: changing it changes every random number of every run
+EVALUATION_STEP = 1 << 40  # evaluation draws its noise from here: no training step comes this far
 
 
 class Stream(IntEnum):
@@ -132,6 +133,8 @@ def random_bits(seed: int, step: int, stream: int, index: Tensor, size: int) -> 
         size: Elements per sample.
     Returns:
         [S, ceil(size / 4), 4] int64, values in [0, 2**32), on the device of `index`.
+    Raises:
+        ValueError: there is no such stream.
     """
     if not 0 <= stream < NUM_STREAMS:
         raise ValueError(f"stream: expected 0 to {NUM_STREAMS - 1}, found {stream}")

@@ -50,11 +50,9 @@ def batch_size(run: Run) -> int:
 
 def untrained(run: Run) -> Sami:
     """The run's networks as they were before the first step: same architecture, same seed."""
-    schedule = run.sami.schedule
-    levels = {"kind": schedule.kind, "logsnr_min": schedule.logsnr_min, "logsnr_max": schedule.logsnr_max}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
-        fresh = Sami.build(run.sami.architecture, levels)
+        fresh = Sami.build(run.sami.architecture, run.sami.schedule.settings)
     return fresh.to(run.sami.device).eval()
 
 
