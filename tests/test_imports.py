@@ -24,7 +24,8 @@ ALLOWED = {
     "sami": {"errors", "files", "models", "ops", "schedule", "score"},
     "config": {"errors", "models", "schedule"},  # names of styles, schedules and weightings
     "data": {"config", "errors", "ops"},
-    "engine": {"config", "errors", "files"},
+    "engine": {"checkpoints", "config", "errors", "files"},
+    "checkpoints": {"files"},
     "files": set(),
 }
 

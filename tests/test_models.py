@@ -32,6 +32,7 @@ SIZES = [
 @each_style
 @pytest.mark.parametrize(("image_channels", "size", "channels", "blocks", "attention"), SIZES)
 def test_encoder_shapes(image_channels, size, channels, blocks, attention, style):
+    attention = [side for side in attention if side < size and side >= size >> len(channels)]
     encoder = Encoder(image_channels, size, 5, channels, blocks, attention, style=style)
     assert encoder.image_shape == (image_channels, size, size)
     for batch in (1, 3, 0):
@@ -44,6 +45,7 @@ def test_encoder_shapes(image_channels, size, channels, blocks, attention, style
 @each_style
 @pytest.mark.parametrize(("image_channels", "size", "channels", "blocks", "attention"), SIZES)
 def test_denoiser_shapes(image_channels, size, channels, blocks, attention, style):
+    attention = [side for side in attention if side >= size >> (len(channels) - 1)]
     denoiser = Denoiser(image_channels, size, channels, max(1, blocks), attention, style=style, embedding_size=12)
     assert denoiser.image_shape == (image_channels, size, size)
     for batch in (1, 3, 0):
@@ -232,6 +234,8 @@ def test_non_contiguous_images(style):
     ("build", "message"),
     [
         (lambda: Encoder(1, 20, 4, [8, 8, 8]), r"image size 20 is not divisible by 8, which the encoder's 3 halvings need"),
+        (lambda: Encoder(1, 16, 4, [8, 8], attention=[16]), r"attention 16: the encoder has no such resolution, its own are 8, 4"),
+        (lambda: Denoiser(1, 16, [8, 8], attention=[4]), r"attention 4: the denoiser has no such resolution, its own are 16, 8"),
         (lambda: Denoiser(1, 18, [8, 8, 8]), r"image size 18 is not divisible by 4, which the denoiser's 2 halvings need"),
         (lambda: Encoder(1, 16, 4, [8], style="relu"), r"style: expected one of group_norm_silu, bias_free_relu, found 'relu'"),
         (lambda: Denoiser(1, 16, [8], style="relu"), r"style: expected one of group_norm_silu, bias_free_relu, found 'relu'"),
