@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from .files import PARTIAL
 
 MANIFEST = "manifest.json"
+FACTS = {"files", "step", "world_size", "architecture", "settings", "validation_nats"}  # what every manifest states
 
 
 def write_failure(error: Exception, folder: Path) -> str:
@@ -38,9 +40,11 @@ def fingerprint(path: Path) -> str:
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None when it has none that can be read."""
     try:
-        return json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    complete = isinstance(manifest, dict) and manifest.keys() >= FACTS and isinstance(manifest["files"], dict) and manifest["files"]
+    return manifest if complete else None
 
 
 def damage(checkpoint: Path) -> str:
@@ -59,18 +63,20 @@ def damage(checkpoint: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, whole or not."""
-    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+    found = [p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch("step_[0-9]+", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def newest_whole_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that passes `damage`; tells `report` about every newer one that does not."""
+def set_damaged_aside(folder: Path, report: Callable[[str], None]) -> None:
+    """Rename the newest checkpoints to damaged_* until one is whole, and tell `report` about each."""
     for checkpoint in list_checkpoints(folder):
         reason = damage(checkpoint)
         if not reason:
-            return checkpoint
+            return
         report(f"{checkpoint}: {reason}; falling back to the checkpoint before it")
-    return None
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
 
 
 def remove_partial(folder: Path) -> None:

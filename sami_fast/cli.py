@@ -1,6 +1,6 @@
 """The `sami-fast` command: what one does with a trained model.
 
-Exit status: 0 done, 2 something the user gave cannot work (one sentence on stderr). Torch is imported only once a command needs it.
+Exit status: 0 done, 2 something the user gave cannot work (one sentence on stderr), 130 interrupted. Torch is imported only once a command needs it.
 """
 
 import argparse
@@ -28,10 +28,10 @@ REFERENCE_IMAGES = 1000  # of the aggregated posterior behind a traversal: enoug
 ROW = 12  # images in a row of reconstructions
 
 
-def _at_least(low: int) -> Callable[[str], int]:
+def _at_least(low: int, high: int = 10**7) -> Callable[[str], int]:
     def whole_number(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+        if not text.lstrip("-").isdecimal() or len(text) > 20 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, found {text!r}")
         return int(text)
 
     return whole_number
@@ -42,8 +42,8 @@ def _non_negative(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e6, found {text!r}")
     return value
 
 
@@ -91,9 +91,9 @@ def _device(name: str | None) -> "torch.device":
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown name, no such device, or a torch built without it
-        raise UserError(f"--device: {name} cannot be used here ({str(error).splitlines()[0]})") from None
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # unknown name, no such device, a torch built without it: every backend has its own kind
+        raise UserError(f"--device: {name} cannot be used here ({str(error).splitlines()[0][:120]})") from None
     return device
 
 
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--array-key", default="", metavar="NAME", help="entry of an .npz; the only one, or 'images', when left out")
 
     sampler = argparse.ArgumentParser(add_help=False)
-    sampler.add_argument("--seed", type=_at_least(0), default=0, help="of all noise (%(default)s)")
+    sampler.add_argument("--seed", type=_at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
     sampler.add_argument("--steps", type=_at_least(1), default=50, metavar="N", help="denoising steps (%(default)s)")
     sampler.add_argument("--guidance-scale", type=_non_negative, default=1.0, metavar="S", help="1 is Bayes' rule, 0 is off (%(default)s)")
     sampler.add_argument(
@@ -379,9 +379,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run_command(arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a name too long, no permission; the system's own words
         print(f"sami-fast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sami-fast: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -31,7 +31,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
 
     def inside(value: Any) -> bool:
         values = value if isinstance(value, list) else [value]
-        return all(math.isfinite(v) and (low < v if open_low else low <= v) and v <= high for v in values)
+        return all(abs(v) < 1e308 and (low < v if open_low else low <= v) and v <= high for v in values)
 
     bound = f"above {low:g}" if open_low else f"at least {low:g}"
     if math.isinf(low):
@@ -178,7 +178,7 @@ class OptimizerConfig(Section):
     lr: float = setting(1e-3, "peak learning rate", number(0, open_low=True))
     encoder_lr: float = setting(0.0, "peak learning rate of the encoder; 0 means lr", number(0))
     betas: list[float] = setting([0.9, 0.99], "decay of the two moments", PAIR_OF_DECAYS)
-    eps: float = setting(1e-8, "added to the second moment's root", number(0))
+    eps: float = setting(1e-8, "added to the second moment's root", number(0, open_low=True))
     weight_decay: float = setting(0.0, "decoupled for adamw, L2 for adam", number(0))
     warmup_steps: int = setting(100, "linear warm-up; the encoder's starts with its own training", number(0), "steps")
     final_fraction: float = setting(0.02, "learning rate at the end of the cosine, as a share of the peak", number(0, 1))
@@ -306,9 +306,9 @@ def setting_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 def _merge(base: Any, layer: Any, origin: str) -> Any:
     sections = {item.name for item in fields(Config) if is_dataclass(item.type)}
-    for key in layer:
-        if key in sections and not OmegaConf.is_dict(layer[key]):
-            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {layer[key]!r} ({origin})")
+    for key, value in OmegaConf.to_container(layer, resolve=False).items():
+        if key in sections and not isinstance(value, dict):
+            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {value!r} ({origin})")
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:

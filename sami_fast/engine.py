@@ -24,6 +24,35 @@ def quiet_logging() -> None:
     os.environ.setdefault("LOG_LEVEL", "error")
 
 
+def from_environment(name: str, default: int) -> int:
+    """A whole number that a launcher left in the environment.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name}: expected a whole number, found {text!r}")
+    return int(text)
+
+
+def on_chief(action: Callable[[], object]) -> None:
+    """Rank 0 acts while the others wait; what a user must hear of its failure is raised on all of them.
+
+    Raises:
+        UserError: the action raised one, or an OSError.
+    """
+    failure = [""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except (UserError, OSError) as error:
+            failure = [str(error)]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(failure[0])
+
+
 def init_distributed() -> tuple[int, int, torch.device]:
     """Join the process group the launcher describes, or make one of a single process.
 
@@ -31,6 +60,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
         rank, world size, this rank's device.
     """
     quiet_logging()
+    local_rank = from_environment("LOCAL_RANK", 0)
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(f"environment variable {missing[0]}: missing while RANK is set; use a launcher, or unset RANK")
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -44,7 +77,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
     torch.backends.cudnn.deterministic = True
 
     accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.is_available() and accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
@@ -69,7 +101,8 @@ def leave_distributed() -> None:
 def set_threads(threads: int) -> None:
     """CPU threads of this rank; 0 gives every rank of the machine an equal share of the cores it may use."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), "WORLD_SIZE")
+    local_ranks = max(1, from_environment(name, 1) if "RANK" in os.environ else 1)
     torch.set_num_threads(threads or max(1, available // local_ranks))
 
 
@@ -110,6 +143,8 @@ def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, dev
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         if device.type == "cpu":
+            cache = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+            print(f"DeepSpeed compiles its Adam once; if this never ends, a killed build left a file `lock` under {cache}", flush=True)
             return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
         return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
     except UserError:

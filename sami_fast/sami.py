@@ -174,7 +174,7 @@ class Sami(nn.Module):
             if config.get("format") != FORMAT:
                 raise UserError(f"{folder}/config.json: expected format {FORMAT}, found {config.get('format')!r}")
             model = cls.build({key: config[key] for key in ("encoder", "denoiser")}, config["schedule"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
         try:
             weights = load_file(folder / "model.safetensors")

@@ -14,7 +14,6 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,9 +29,9 @@ from sami_fast.config import Config, deepspeed_dict, load_config, settings_table
 from sami_fast.data import TorchFeed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
-from sami_fast.files import write_text_whole
 from sami_fast.kl_weight import KLWeight
 from sami_fast.metrics.latents import LIVE_NATS
+from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
@@ -40,7 +39,6 @@ COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is wor
 DENOISER_TERM, GUIDED_TERM, LOSS_TERM = 0, 1, 2  # places of the measured terms; the KL per dimension follows
 NUM_TERMS = 3
 VALIDATION_BATCH = 64  # images at a time
-RUN_FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report"}
 
 
 class TrainingModule(nn.Module):
@@ -136,11 +134,12 @@ class Trainer:
         self.chief = self.rank == 0
         self.dataset = open_dataset(config.data, config.seed)
         self.validation = open_dataset(config.data, config.seed, split=1)
-        self.folder, self.checkpoints = config.run_dir, config.run_dir / "checkpoints"
+        self.run_folder = RunFolder(config.run_dir)
+        self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dict(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.sami = build_sami(config, self.dataset.image_shape).to(self.device)
         optimizer = engines.build_optimizer(self.sami.encoder, self.sami.denoiser, config, self.device)
-        self._prepare_folder(resume, overwrite)
+        engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.sami, config)
         self.engine = engines.Engine(self.module, optimizer, config)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
@@ -158,63 +157,33 @@ class Trainer:
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
         self.pending: tuple[int, engines.Measurement] | None = None
         if resume:
-            self._restore()
-        if self.chief:
-            self._write("config.yaml", to_yaml(config))
-            self._write("environment.json", json.dumps(describe(), indent=2))
+            try:
+                self._restore()
+            except UserError:
+                self.run_folder.release()
+                raise
+        engines.on_chief(self._describe)
 
-    def _write(self, name: str, text: str) -> None:
-        try:
-            write_text_whole(self.folder / name, text)
-        except OSError as error:
-            raise UserError(f"{self.folder / name}: cannot write ({error})") from None
+    def _describe(self) -> None:
+        self.run_folder.write("config.yaml", to_yaml(self.config))
+        self.run_folder.write("environment.json", json.dumps(describe(), indent=2))
+
+    @property
+    def _stopped(self) -> str:
+        good = checkpoints.list_checkpoints(self.checkpoints)
+        return f"stopped, the last good checkpoint is {good[0]}" if good else "stopped before the first checkpoint"
 
     def say(self, message: str) -> None:
         if self.chief:
             print(message, flush=True)
 
-    def _prepare_folder(self, resume: bool, overwrite: bool) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder}: expected a run folder, found a file; set name= or runs_dir=")
-        try:
-            occupied = self.folder.exists() and any(self.folder.iterdir())
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({error})") from None
-        torch.distributed.barrier()
-        if occupied and not resume and not overwrite:
-            raise UserError(f"{self.folder}: holds a run already; continue it with --resume, replace it with --overwrite, or set name=")
-        if self.chief:
-            try:
-                if overwrite and occupied:
-                    foreign = sorted({entry.name for entry in self.folder.iterdir()} - RUN_FOLDER)
-                    if foreign:
-                        raise UserError(f"{self.folder}: --overwrite replaces run folders only, and this one holds {foreign[0]}")
-                    shutil.rmtree(self.folder)
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                for folder in (self.checkpoints, self.folder, self.folder / "model"):
-                    checkpoints.remove_partial(folder)
-            except OSError as error:
-                raise UserError(f"{self.folder}: cannot write the run folder ({error})") from None
-        torch.distributed.barrier()
-
     def _restore(self) -> None:
-        found: list[str | None] = [None]
-        if self.chief:
-            checkpoint = checkpoints.newest_whole_checkpoint(self.checkpoints, self.say)
-            for newer in checkpoints.list_checkpoints(self.checkpoints):
-                if newer == checkpoint:
-                    break
-                aside = newer.with_name(f"damaged_{newer.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(newer, aside)
-            found = [str(checkpoint) if checkpoint else None]
-        torch.distributed.broadcast_object_list(found)
-        if found[0] is None:
-            if self.chief:
-                self._cut_log()
+        engines.on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say))
+        checkpoint = next(iter(checkpoints.list_checkpoints(self.checkpoints)), None)
+        if checkpoint is None:
+            engines.on_chief(lambda: self.run_folder.cut_log(0))
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
-        checkpoint = Path(found[0])
         manifest = checkpoints.read_manifest(checkpoint)
         changed = _difference(manifest["architecture"], self.sami.architecture)
         if changed:
@@ -229,26 +198,21 @@ class Trainer:
         self.kl_weight.controlled = state["kl_weight"]
         step, measured = state["pending"]
         self.pending = (step, engines.Measurement(measured))
-        if self.chief:
-            self._cut_log()
+        engines.on_chief(lambda: self.run_folder.cut_log(self.step))
         self.say(f"resumed from {checkpoint}")
 
-    def _cut_log(self) -> None:
-        """Drop the log lines of steps that will be done again."""
-        log = self.folder / "metrics.jsonl"
-        if not log.exists():
-            return
-        kept = []
-        for line in log.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line cut short by a kill
-        write_text_whole(log, "".join(kept))
-
     def run(self) -> Path:
-        """Train to the last step. Returns the run folder."""
+        """Train to the last step and save the model. Returns the run folder, which other processes may use again."""
+        try:
+            self._steps()
+            with self.engine.averaged_weights():
+                engines.on_chief(lambda: self.sami.save_pretrained(self.folder / "model"))
+        finally:
+            self.run_folder.release()
+        self.say(f"trained in {self.seconds:.0f} s")
+        return self.folder
+
+    def _steps(self) -> None:
         config, steps = self.config, self.config.train.steps
         place = f"{self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each"
         self.say(f"{self.folder}: {place}, steps {self.step} to {steps}")
@@ -270,15 +234,6 @@ class Trainer:
                 self.seconds += time.perf_counter() - interval_start
                 self._checkpoint()
                 interval_start, interval_step = time.perf_counter(), self.step
-        if self.chief:
-            try:
-                with self.engine.averaged_weights():
-                    self.sami.save_pretrained(self.folder / "model")
-            except OSError as error:
-                raise UserError(f"{self.folder}/model: cannot write the model ({error}); the last checkpoint is whole") from None
-        torch.distributed.barrier()
-        self.say(f"trained in {self.seconds:.0f} s")
-        return self.folder
 
     def _losses(self, micro: int, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
         x_0, place = self.feed.micro_batch(self.step, micro)
@@ -305,7 +260,7 @@ class Trainer:
             ("the loss", values[LOSS_TERM]),
         ):
             if not abs(value) < float("inf"):
-                raise NonFiniteError(f"step {step}: {term} is {value}; stopped, the last good checkpoint is in {self.checkpoints}")
+                raise NonFiniteError(f"step {step}: {term} is {value}; {self._stopped}")
 
     def _log(self, kl_weight: float, measured: engines.Measurement, rate: float) -> None:
         values = measured.read()
@@ -327,7 +282,7 @@ class Trainer:
         }
         self.engine.log(row, self.step)
         if self.chief:
-            self._append({**row, "kl_per_dim": kl_per_dim})
+            self.run_folder.append({**row, "kl_per_dim": kl_per_dim})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
         phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
@@ -339,21 +294,14 @@ class Trainer:
                 "lower kl_weight.start or set objective.free_bits"
             )
 
-    def _append(self, row: dict[str, Any]) -> None:
-        try:
-            with open(self.folder / "metrics.jsonl", "a") as stream:
-                stream.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder}/metrics.jsonl: cannot write ({error}); the last checkpoint is whole") from None
-
     def _checkpoint(self) -> None:
         bad = next((name for name, p in self.sami.named_parameters() if not p.isfinite().all()), None)
         if bad is not None:
-            raise NonFiniteError(
-                f"step {self.step - 1}: the update left {bad} not finite; stopped, the last good checkpoint is in {self.checkpoints}"
-            )
+            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
         with self.engine.averaged_weights():
             validation_nats = self._validate()
+        if validation_nats is not None and not math.isfinite(validation_nats):
+            raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
         facts = {
             "architecture": self.sami.architecture,
             "settings": _lasting_settings(self.config),
@@ -367,7 +315,7 @@ class Trainer:
             "pending": (step, torch.tensor(measured.read())),
         }
         if self.chief:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
-            self._append({"step": self.step, "validation_nats": validation_nats})
+            self.run_folder.append({"step": self.step, "validation_nats": validation_nats})
         self.engine.save(self.checkpoints, self.step, state, facts)
         if self.chief:
             checkpoints.prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
@@ -414,6 +362,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def _speaks() -> bool:
+    """Whether this process prints errors: one per machine, since what is wrong may be wrong on one of them only."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status: 0 done, 1 stopped by bad numbers, 2 something the user gave cannot work, 130 interrupted."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -425,8 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--resume and --overwrite: choose one")
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            if os.environ.get("RANK", "0") == "0":
+            world_size = max(1, engines.from_environment("WORLD_SIZE", 1))
+            if engines.from_environment("RANK", 0) == 0:
                 print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dict(config, world_size), indent=2))
             return 0
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -439,11 +392,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(write_report(folder), flush=True)
         return 0
     except (UserError, NonFiniteError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: what is wrong may be wrong on one of them only
+        if _speaks():
             print(f"sami-fast: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # a name too long, no permission, a folder gone: the system's own words
+        print(f"sami-fast: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _speaks():
             print("sami-fast: interrupted; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
 

@@ -378,7 +378,7 @@ def test_missing_pieces(tmp_path, missing, message):
     [
         ("metrics.jsonl", '{"step": 1, "validation_nats": 3.0}\n', "holds no step of training"),
         ("metrics.jsonl", "", "holds no step of training"),
-        ("environment.json", "{", "not valid JSON"),
+        ("environment.json", "{", "not what training writes there"),
         ("model/model.safetensors", "short", "damaged"),
     ],
 )

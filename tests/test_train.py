@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from sami_fast import checkpoints, cli
 from sami_fast.config import load_config
 from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
 from sami_fast.train import Trainer, build_sami, main, train
 
@@ -38,6 +39,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model/model.safetensors")
 
 
+def newest_whole(folder: Path) -> Path | None:
+    return next((c for c in checkpoints.list_checkpoints(folder) if not checkpoints.damage(c)), None)
+
+
 def assert_same_weights(one: Path, other: Path):
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
@@ -55,7 +60,7 @@ def finished(tmp_path_factory):
 
 
 def test_run_folder_holds_what_the_docs_say(finished):
-    assert {p.name for p in finished.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "model"}
+    assert {p.name for p in finished.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "model", ".lock"}
     assert load_config(str(finished / "config.yaml")).train.steps == 12
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"] == torch.__version__
@@ -291,6 +296,33 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, finished):
     assert_same_weights(train(tiny(tmp_path), resume=True), finished)
 
 
+def test_two_processes_do_not_share_a_folder(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    busy = RunFolder(tmp_path / "tiny")
+    busy.claim(resume=True, overwrite=False)
+    with pytest.raises(UserError, match="another process is training there"):
+        train(tiny(tmp_path), resume=True)
+    busy.release()
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_a_folder_of_something_else_is_left_alone(flag, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.yaml").write_text("my: precious")
+    with pytest.raises(UserError, match="expected a run folder"):
+        train(tiny(tmp_path), **{flag: True})
+    assert [p.name for p in (tmp_path / "tiny").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "tiny/config.yaml").read_text() == "my: precious"
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"files": {}}', "not json"])
+def test_damaged_manifest_is_passed_over(manifest, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    (tmp_path / "tiny/checkpoints/step_12/manifest.json").write_text(manifest)
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+
+
 def test_resume_without_a_checkpoint_starts(tmp_path):
     assert rows(train(tiny(tmp_path, "train.steps=5"), resume=True))[0]["step"] == 1
 
@@ -331,7 +363,7 @@ def _main_error(arguments, capsys):
     ("prepare", "arguments", "fragment"),
     [
         (None, [], "holds a run already"),
-        (lambda run: (run / "thesis.doc").touch(), ["--overwrite"], "--overwrite replaces run folders only, and this one holds thesis.doc"),
+        (lambda run: (run / "thesis.doc").touch(), ["--overwrite"], "expected a run folder, and this one holds thesis.doc"),
         (lambda run: (shutil.rmtree(run), run.write_text("a file")), [], "expected a run folder, found a file"),
         (None, ["--resume", "train.batch_size=9", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2"),
         (None, ["--overwrite", "data.image_size=10"], "image size 10 is not divisible by 4"),
@@ -377,7 +409,7 @@ def test_nan_stops_the_run_and_names_step_and_term(network, term, at_step, tmp_p
     trainer.engine.update = poisoning_update
     with pytest.raises(NonFiniteError, match=f"step {at_step}: {term} is nan"):
         trainer.run()
-    whole = checkpoints.newest_whole_checkpoint(trainer.checkpoints, print)
+    whole = newest_whole(trainer.checkpoints)
     assert whole.name == ("step_4" if at_step == 6 else "step_8")
     state = torch.load(whole / "mp_rank_00_model_states.pt", weights_only=False)
     assert all(value.isfinite().all() for value in state["module"].values())
@@ -388,6 +420,40 @@ def test_full_disk_on_one_rank_stops_all(two_ranks):
     assert len(messages) == 1
     assert "cannot write a checkpoint (No space left)" in messages.pop()
     assert not list((two_ranks / "full/checkpoints").iterdir())
+
+
+def test_bad_numbers_after_the_last_update_stop_too(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "checkpoint.every=100"), resume=False, overwrite=False)
+    update = trainer.engine.update
+
+    def overshooting_update(step, losses):
+        measured = update(step, losses)
+        if step == 11:
+            with torch.no_grad():
+                trainer.engine.averaged["sami.denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
+        return measured
+
+    trainer.engine.update = overshooting_update
+    with pytest.raises(NonFiniteError, match=r"step 11: the update left a validation loss of .*; stopped before the first checkpoint"):
+        trainer.run()
+    assert not checkpoints.list_checkpoints(trainer.checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("variables", "fragment"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE: missing while RANK is set"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: expected a whole number, found 'x'"),
+    ],
+)
+def test_strange_environments_get_one_sentence(variables, fragment, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--config", TINY, f"runs_dir={tmp_path}"]) == 2
+    message = capsys.readouterr().err
+    assert fragment in message
+    assert message.count("\n") == 1
 
 
 def test_nan_exits_with_status_one(tmp_path, capsys):
@@ -415,5 +481,5 @@ def test_full_disk_gets_one_sentence_and_keeps_the_last_checkpoint(small_disk, c
     message = _main_error(arguments, capsys)
     assert "cannot write a checkpoint (the disk is full)" in message
     run = small_disk / "tiny"
-    assert checkpoints.newest_whole_checkpoint(run / "checkpoints", print) is not None
+    assert newest_whole(run / "checkpoints") is not None
     assert not list(run.rglob(".partial-*"))

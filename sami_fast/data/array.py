@@ -15,22 +15,29 @@ def _load(path: Path, key: str) -> np.ndarray:
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
+            if key:
+                raise UserError(f"data.array_key: {path} holds one array without a name; leave the key empty")
             return loaded
         names = loaded.files
         chosen = key or (names[0] if len(names) == 1 else "images")
         if chosen not in names:
             raise UserError(f"data.array_key: no entry {chosen!r} in {path}, which holds {', '.join(names) or 'nothing'}")
-        return loaded[chosen]
+        array = loaded[chosen]
     except UserError:
         raise
     except Exception as error:  # numpy raises many kinds for a file that is cut short or not an array
-        raise UserError(f"data.path: {path} is not a readable .npy or .npz of plain numbers: {error}") from None
+        reason = "" if "pickle" in str(error) else f" ({error})"  # numpy's advice to allow pickles is not ours
+        raise UserError(f"data.path: {path} is not a readable .npy or .npz of plain numbers{reason}") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"data.array_key: {chosen!r} in {path} is not an array")
+    return array
 
 
 class ArrayImages:
     """Images of an array (N, H, W), (N, H, W, C) or (N, C, H, W): uint8 scaled to [-1, 1], or floats in [-1, 1] as they are.
 
-    The channel axis of a 4-D array is the last one if it has 1 to 4 entries, else the second. An .npy is memory-mapped.
+    The channel axis of a 4-D array is the second if it has 1 to 4 entries and the last two make a square, else the last one.
+    An .npy is memory-mapped.
 
     Args:
         path: The file.
@@ -50,7 +57,7 @@ class ArrayImages:
             array = array[..., None]
         if array.ndim != 4:
             raise UserError(f"data.path: expected images (N, H, W), (N, H, W, C) or (N, C, H, W) in {path}, found shape {array.shape}")
-        if array.shape[3] > 4 and array.shape[1] <= 4:
+        if array.shape[1] <= 4 and array.shape[2] == array.shape[3] and array.shape[1] != array.shape[2]:
             array = array.transpose(0, 2, 3, 1)
         if array.shape[3] > 4:
             raise UserError(f"data.path: expected 1 to 4 channels in {path}, found shape {array.shape}")
@@ -66,7 +73,8 @@ class ArrayImages:
                 if not (low >= -1.001 and high <= 1.001):
                     raise UserError(f"data.path: expected floats in [-1, 1] in {path}, found values from {low:g} to {high:g}")
         places = np.arange(len(array))
-        if holdout > 0 and len(array) > 1:
+        self.held_out = holdout > 0 and len(array) > 1  # else training and evaluation share the images
+        if self.held_out:
             held_out = np.floor((places + 1) * holdout) > np.floor(places * holdout)
             if not held_out.any():
                 held_out[-1] = True

@@ -1,4 +1,4 @@
-"""Batches for one rank, as a function of the step alone: a restart, another rank count or other micro-batches change nothing."""
+"""Batches for one rank, as a function of the step alone: a restart, another rank count or other micro-batches change no image."""
 
 from typing import Protocol
 

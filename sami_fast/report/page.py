@@ -58,11 +58,11 @@ def _source(run: Run) -> str:
 def _summary(run: Run, scores: dict[str, Any]) -> str:
     """What was done and what came out, in plain sentences."""
     names, latents, live, kl = run.evaluation.factor_names, len(scores["kl_per_dim"]), scores["active_dims"], scores["kl_nats"]
-    held_out = run.config.data.kind != "array" or run.config.data.holdout > 0
+    held_out = getattr(run.evaluation, "held_out", True)
     text = paragraph(METHOD) + paragraph(
         f"This run trained on {_source(run)}, for {scores['steps']} steps: {_duration(scores['wall_seconds'])}, "
         f"{scores['images_per_second']:.0f} images per second. The scores are measured on {scores['num_images']} images "
-        + ("that training did not use." if held_out else "that training used too: none are held out (data.holdout is 0).")
+        + ("that training did not use." if held_out else "that training used too: none are held out.")
     )
     if not live:
         return text + paragraph(COLLAPSED.format(latents=latents, kl=kl), "alarm")

@@ -13,6 +13,8 @@ from ..data import Dataset, open_dataset
 from ..errors import UserError
 from ..sami import Sami
 
+ROW = {"step", "loss_nats", "diffusion_nats", "unguided_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,7 +59,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue  # a line cut short by a kill
-        if isinstance(row, dict) and "loss_nats" in row:
+        if isinstance(row, dict) and row.keys() >= ROW:
             rows.append(row)
     if not rows:
         raise UserError(f"{file}: holds no step of training; the run ended before its first log line")
@@ -77,8 +79,10 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
     try:
         environment = json.loads(_read(folder / "environment.json", "expected the description of the machine that training writes"))
+        if not isinstance(environment, dict):
+            raise ValueError
     except ValueError:
-        raise UserError(f"{folder}/environment.json: not valid JSON") from None
+        raise UserError(f"{folder}/environment.json: not what training writes there") from None
     log = _read_log(folder / "metrics.jsonl")
     sami = Sami.from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
     train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
