@@ -1,6 +1,7 @@
 """The `sami-fast` command: what one does with a trained model.
 
-Exit status: 0 done, 2 something the user gave cannot work (one sentence on stderr), 130 interrupted. Torch is imported only once a command needs it.
+Exit status: 0 done, 2 something the user gave cannot work (one sentence on stderr), 130 interrupted.
+Torch is imported only once a command needs it.
 """
 
 import argparse
