@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from sami_fast import checkpoints, cli
 from sami_fast.config import load_config
+from sami_fast.engine import build_optimizer
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
@@ -140,6 +142,33 @@ def test_options_train(overrides, tmp_path):
     assert all(np.isfinite(row["loss_nats"]) for row in log)
 
 
+@pytest.mark.parametrize("genuine", [True, False])
+def test_apex_is_told_from_its_namesake(genuine, monkeypatch):
+    """A stand-in for both packages: NVIDIA's cannot be built on a machine without CUDA."""
+
+    class FusedAdam(torch.optim.Adam):
+        def __init__(self, groups, adam_w_mode, **arguments):
+            super().__init__(groups, **arguments)
+            self.adam_w_mode = adam_w_mode
+
+    apex = ModuleType("apex")
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    if genuine:
+        apex.__path__, optimizers = [], ModuleType("apex.optimizers")
+        optimizers.FusedAdam = FusedAdam
+        monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    config = load_config(TINY, ["optimizer.implementation=apex", "optimizer.kind=adamw"])
+    sami = build_sami(config, (1, 8, 8))
+    if genuine:
+        optimizer = build_optimizer(sami.encoder, sami.denoiser, config, torch.device("cpu"))
+        assert isinstance(optimizer, FusedAdam)
+        assert optimizer.adam_w_mode
+        assert [group["name"] for group in optimizer.param_groups] == ["encoder", "denoiser"]
+    else:
+        with pytest.raises(UserError, match="NVIDIA apex is not installed"):
+            build_optimizer(sami.encoder, sami.denoiser, config, torch.device("cpu"))
+
+
 def test_monitors_write(tmp_path):
     run = train(tiny(tmp_path, "log.tensorboard=true", "log.csv=true"))
     assert list(run.glob("tensorboard/events.*"))
@@ -185,15 +214,36 @@ def test_own_images_train_encode_and_report(tmp_path, monkeypatch):
 # ---- ranks: one launch of the real launcher, several runs inside
 
 
+def launch(folder: Path, *command) -> subprocess.CompletedProcess:
+    """Two ranks on this machine through the deepspeed command, standing in a folder."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [launcher, "--num_accelerators", "2", "--master_port", str(29600 + os.getpid() % 300), *command]
+    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_accelerators", "2", "--master_port", str(29600 + os.getpid() % 300), ROOT / "tests/ranks_worker.py", folder]
-    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    done = launch(folder, ROOT / "tests/ranks_worker.py", folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
+
+
+def test_the_launcher_trains_and_reports_from_any_folder(tmp_path, finished):
+    folder = tmp_path / "another folder"
+    folder.mkdir()
+    done = launch(folder, ROOT / "sami_fast/train.py", "--config", TINY)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.rstrip().splitlines().count("runs/tiny/report/index.html") == 1
+    losses = [[row["loss_nats"] for row in rows(run)] for run in (folder / "runs/tiny", finished)]
+    np.testing.assert_allclose(*losses, rtol=5e-5)
+
+
+def test_the_launcher_passes_on_the_status_of_a_mistake(tmp_path):
+    done = launch(tmp_path, ROOT / "sami_fast/train.py", "--config", TINY, "train.batch_size=7")
+    assert done.returncode == 2
+    assert done.stderr.count("sami-fast: train.batch_size: expected a multiple of 2") == 1
 
 
 @pytest.mark.parametrize("variant", ["zero0", "zero1", "zero2", "accumulated", "resumed"])
