@@ -299,18 +299,17 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path):
     for attempt in range(4):
         seen = {p.name for p in written.glob("step_*")}
         process = _start(folder, *options)
-        if attempt % 2 == 0:
-            fresh = lambda seen=seen: {p.name for p in written.glob("step_*")} - seen  # noqa: E731
-            writing = lambda fresh=fresh: bool(fresh()) and any(written.glob(".partial-step_*"))  # noqa: E731
-        else:
-            start, wait = [], chance.uniform(0.05, 0.6)
+        enough = 1 if attempt % 2 == 0 else chance.randint(1, 3)
 
-            def writing(seen=seen, start=start, wait=wait):
-                if not start and {p.name for p in written.glob("step_*")} - seen:
-                    start.append(time.monotonic())
-                return bool(start) and time.monotonic() - start[0] > wait
+        def moment(seen=seen, enough=enough, writing=attempt % 2 == 0):
+            if len({p.name for p in written.glob("step_*")} - seen) < enough:
+                return False
+            if writing:
+                return any(written.glob(".partial-step_*"))
+            time.sleep(chance.uniform(0, 0.1))
+            return True
 
-        assert _kill_when(process, writing), process.stdout.read()
+        assert _kill_when(process, moment), process.stdout.read()
     process = _start(folder, *options)
     output, _ = process.communicate(timeout=300)
     assert (folder / "tiny/model/model.safetensors").is_file(), output
