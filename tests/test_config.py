@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,9 @@ SETTING_ERRORS = [
     (["train.steps"], "train.steps: expected key=value", "train.steps=50"),
     (["=5"], "=5: expected key=value", ""),
     (["train.steps=[1"], "train.steps=[1: not a value YAML can read", ""),
+    (["train=???"], "train: expected settings below it", "'???'"),
+    (["seed=" + "9" * 400], "seed: expected at least 0", ""),
+    (["optimizer.eps=0"], "optimizer.eps: expected above 0", "found 0.0"),
     (["train=5"], "train: expected settings below it", "found 5"),
     (["train.steps=0"], "train.steps: expected at least 1", "found 0"),
     (["seed=-1"], "seed: expected at least 0", "found -1"),
@@ -161,6 +165,11 @@ def _cut(path, images):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def _with_a_text_entry(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", "not an array")
+
+
 IMAGES = np.zeros((20, 8, 8, 1), np.uint8)
 DATA_ERRORS = [
     ("missing.npz", lambda path: None, [], "data.path: no file"),
@@ -178,6 +187,8 @@ DATA_ERRORS = [
     ("int.npy", lambda path: np.save(path, IMAGES.astype(np.int64)), [], "expected uint8 or floats"),
     ("range.npy", lambda path: np.save(path, IMAGES.astype(np.float32) + 255), [], "expected floats in [-1, 1]"),
     ("nan.npy", lambda path: np.save(path, IMAGES.astype(np.float32) + np.nan), [], "expected floats in [-1, 1]"),
+    ("named.npy", lambda path: np.save(path, IMAGES), ["data.array_key=images"], "data.array_key:"),
+    ("bytes.npz", lambda path: _with_a_text_entry(path), [], "is not an array"),
     ("odd.npy", lambda path: np.save(path, np.zeros((20, 9, 9), np.uint8)), [], "image size 9 is not divisible by 8"),
 ]
 

@@ -106,16 +106,22 @@ def test_other_schedules_styles_and_densities(kind, style):
 
 
 @each_objective
-def test_against_the_reference_step(objective):
+@pytest.mark.parametrize("charged", [3, 1])
+def test_against_the_reference_step(objective, charged):
+    """With free bits between the KLs of the three dimensions, so that all or one of them are charged."""
     encoder, denoiser, schedule = tiny_encoder(), tiny_denoiser(), UniformLogsnr(-7.0, 5.0)
     x_0, draw, levels = images(4), whole_batch(4), objective.noise_levels
+    kl = ops.gaussian_kl(*encoder(x_0)).mean(0).detach().sort().values
+    objective = replace(objective, free_bits=kl[1:].mean().item() if charged == 1 else 0.0)
     loss, _ = training_step(encoder, denoiser, schedule, x_0, draw, objective, BETA)
 
     t = schedule.sample(draw.index, levels, 4, seed=draw.seed, step=draw.step).double()
     eps = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS, torch.arange(4 * levels), 64).double().view(4, levels, 1, 8, 8)
     eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, 3).double()
     weight = schedule.weight(t, objective.weighting)
-    expected = reference_step(encoder, denoiser, x_0, t, schedule.logsnr(t), weight, eps, eps_z, BETA, objective.unconditional_weight)
+    expected = reference_step(
+        encoder, denoiser, x_0, t, schedule.logsnr(t), weight, eps, eps_z, BETA, objective.unconditional_weight, objective.free_bits
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
     assert_same_gradients(gradients(loss, encoder, denoiser), gradients(expected, encoder, denoiser), 1e-11)
 

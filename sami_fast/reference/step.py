@@ -20,12 +20,15 @@ def step(
     eps_z: Tensor,  # [B, Z]
     kl_weight: float,
     unconditional_weight: float = 0.0,
+    free_bits: float = 0.0,
 ) -> Tensor:  # scalar
     """Loss of SAMI in nats per image, differentiable in every parameter through autograd alone.
 
         x_t     = alpha_t x_0 + sigma_t eps
         eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t),   z = mu(x_0) + std(x_0) eps_z
-        L       = mean_B [ mean_K w ( ||eps - eps_hat||^2 + u ||eps - eps_theta||^2 ) + beta KL( q(z | x_0) || N(0, I) ) ]
+        L       = mean_B [ mean_K w ( ||eps - eps_hat||^2 + u ||eps - eps_theta||^2 ) ] + beta sum_Z KL_Z
+
+    with KL_Z the batch mean of KL( q(z | x_0) || N(0, I) ) in each dimension, without gradient where it is at most the free bits.
 
     Args:
         encoder: x -> (mu, var).
@@ -36,6 +39,7 @@ def step(
         eps, eps_z: Standard normal noise of the images and of the latent.
         kl_weight: beta.
         unconditional_weight: u.
+        free_bits: Nats per latent dimension that cost nothing.
     Source: SAMI, arXiv:2512.17127.
     """
     levels = t.shape[1]
@@ -53,4 +57,6 @@ def step(
 
     w = weight.flatten() / levels
     per_sample, _ = guided_loss(eps.flatten(0, 1), eps_pred, grad_log_q, sigma_t.flatten(), w, unconditional_weight * w)
-    return per_sample.view(-1, levels).sum(1).mean() + kl_weight * gaussian_kl(mu_0, var_0).sum(1).mean()
+    kl = gaussian_kl(mu_0, var_0).mean(0)  # [Z]
+    kl = torch.where(kl > free_bits, kl, kl.detach())
+    return per_sample.view(-1, levels).sum(1).mean() + kl_weight * kl.sum()
