@@ -389,7 +389,7 @@ GROUP_NORM_SILU = Op(
     },
     implementations={
         "reference": Implementation(reference.group_norm_silu),
-        # The arithmetic of the reference without its argument checks: their ratio is the noise of the run.
+        # In float32 the arithmetic of the reference without its argument checks: their ratio there is the noise of the run.
         "torch.group_norm": Implementation(_group_norm_silu_torch),
     },
     baseline="torch.group_norm",

@@ -94,7 +94,7 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_best: bool) -> None:
     keep = set(checkpoints[:keep_last])
     if keep_best:
         scored = [
-            (m["validation_nats"], c) for c in checkpoints if (m := read_manifest(c)) and math.isfinite(m["validation_nats"] or math.nan)
+            (nats, c) for c in checkpoints if (m := read_manifest(c)) and (nats := m["validation_nats"]) is not None and math.isfinite(nats)
         ]
         if scored:
             keep.add(min(scored, key=lambda pair: pair[0])[1])

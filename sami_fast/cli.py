@@ -102,8 +102,6 @@ def _model(arguments: argparse.Namespace) -> "Sami":
     folder = Path(arguments.run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a run folder or a saved model")
-    if (folder / "config.yaml").is_file() and not (folder / "model").exists():
-        raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
     device = _device(arguments.device)
     from .sami import Sami
 

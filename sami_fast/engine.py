@@ -18,12 +18,6 @@ from .errors import UserError
 from .files import PARTIAL, write_text_whole
 
 
-def quiet_logging() -> None:
-    """Keep DeepSpeed's own news to warnings; must run before its first import to hold for import-time lines too."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("LOG_LEVEL", "error")
-
-
 def from_environment(name: str, default: int) -> int:
     """A whole number that a launcher left in the environment.
 
@@ -59,13 +53,15 @@ def init_distributed() -> tuple[int, int, torch.device]:
     Returns:
         rank, world size, this rank's device.
     """
-    quiet_logging()
     local_rank = from_environment("LOCAL_RANK", 0)
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if "RANK" in os.environ and missing:
         raise UserError(f"environment variable {missing[0]}: missing while RANK is set; use a launcher, or unset RANK")
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's own news are for its developers; these must stand before its first import.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LOG_LEVEL", "error")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -194,10 +190,9 @@ class Engine:
             for monitor in ("tensorboard", "csv_monitor", "wandb"):
                 settings[monitor]["enabled"] = False
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.module = module
-        self.averaged: dict[str, Tensor] = {}
-        if config.optimizer.ema_decay > 0:
-            self.averaged = {name: p.detach().clone() for name, p in module.named_parameters()}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad} if config.optimizer.ema_decay > 0 else {}
+        self.averaged = {name: p.detach().clone() for name, p in trained.items()}
+        self._averaged_parameters = list(trained.values())  # in the order of `averaged`
 
     def learning_rate(self, network: str, step: int) -> float:
         """Linear warm-up from the network's first training step, and one cosine over the whole run."""
@@ -231,18 +226,13 @@ class Engine:
         if self.averaged:
             decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parameters(), 1.0 - decay)
+                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parameters, 1.0 - decay)
         return Measurement(self.mean_over_ranks(total / micro_batches))
-
-    def _averaged_parameters(self) -> list[Tensor]:
-        """The parameters that have an average, in the order of `averaged`."""
-        parameters = dict(self.module.named_parameters())
-        return [parameters[name] for name in self.averaged]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the networks hold the averaged weights, if any: for validation and export. Afterwards, bit for bit the trained ones."""
-        parameters = self._averaged_parameters()
+        parameters = self._averaged_parameters
         trained = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             for parameter, average in zip(parameters, self.averaged.values(), strict=True):

@@ -159,11 +159,13 @@ class Sami(nn.Module):
                 huggingface_hub is installed, a hub id.
             device: Where the weights go.
         Raises:
-            UserError: files missing, damaged, of another format or of another architecture.
+            UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture.
         """
         folder = Path(folder_or_id)
         if (folder / "model" / "config.json").is_file():
             folder = folder / "model"
+        elif (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
         if not folder.exists() and str(folder_or_id).count("/") == 1:
             folder = _download(str(folder_or_id))
         for name in ("config.json", "model.safetensors"):

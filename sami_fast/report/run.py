@@ -75,8 +75,6 @@ def open_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
     config = load_config(str(folder / "config.yaml"))
-    if not (folder / "model" / "config.json").is_file():
-        raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
     try:
         environment = json.loads(_read(folder / "environment.json", "expected the description of the machine that training writes"))
         if not isinstance(environment, dict):
