@@ -39,6 +39,7 @@ CONFIGS = {
     ),
 }
 BASELINE = "reference"
+IMPLEMENTATIONS = (BASELINE, "reverse", "sweeps", "dual")  # the engine's by the method that differentiates the encoder's score
 
 
 class Step:
@@ -67,12 +68,13 @@ class Step:
         eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.encoder.latent_size)
         return t, eps.unflatten(0, t.shape), eps_z
 
-    def engine(self) -> Callable[[], Sequence[Tensor]]:
+    def engine(self, score_method: str) -> Callable[[], Sequence[Tensor]]:
         """Draws its noise inside the clock."""
         sami, parameters = self.sami, list(self.sami.parameters())
 
         def run() -> Sequence[Tensor]:
-            loss, _ = training_step(sami.encoder, sami.denoiser, sami.schedule, self.x_0, self.draw, self.objective, self.kl_weight)
+            networks = sami.encoder, sami.denoiser, sami.schedule
+            loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, score_method=score_method)
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         return run
@@ -119,13 +121,13 @@ def flops(run: Callable[[], object]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", [BASELINE, "engine"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("config_name", CONFIGS)
 def test_step(config_name: str, name: str, record: Callable[..., None]) -> None:
     file, overrides = CONFIGS[config_name]
     config = load_config(file, overrides)
     step = Step(config)
-    run = step.engine() if name == "engine" else step.reference()
+    run = step.reference() if name == BASELINE else step.engine(name)
     compare(f"step {config_name}: {name}", "step", run(), step.reference(torch.float64)(), step.reference()())
     row: dict[str, Any] = {
         "op": f"step {config_name}",

@@ -1,4 +1,7 @@
-"""Triton kernels, reachable only as `sami_fast.kernels`; see README.md beside this file for what comes."""
+"""Triton kernels, reachable only as `sami_fast.kernels`: <op>.py holds the kernels of an op, then their launchers.
+
+A launcher takes and returns tensors, knows nothing of autograd and has a twin of the same name and signature in `sami_fast.reference`.
+"""
 
 if __name__ != "sami_fast.kernels":
     raise ImportError("import sami_fast.kernels, not kernels: this folder is installed inside the package")

@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from .errors import UserError
 from .models.layers import STYLES
 from .schedule import SCHEDULES, WEIGHTINGS
+from .score import METHODS
 
 Check = tuple[str, Callable[[Any], bool]]
 
@@ -202,6 +203,8 @@ class EngineConfig(Section):
     zero_stage: int = setting(0, "DeepSpeed ZeRO stage", ("0, 1 or 2", lambda value: value in (0, 1, 2)))
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
+    score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*METHODS))
+    store_eps: bool = setting(True, "keep the noise from noising to loss; false draws it twice: 4 bytes per noisy pixel less")
     threads: int = setting(0, "CPU threads per rank; 0 shares the cores among the ranks of the machine", number(0, 1024))
 
 

@@ -48,5 +48,5 @@ def describe() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
-        "ops": {name: "reference" for name in ops.__all__ if callable(getattr(ops, name)) and name != "Stream"},
+        "ops": ops.describe(),
     }

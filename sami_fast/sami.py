@@ -128,7 +128,7 @@ class Sami(nn.Module):
             reach = clip * var.sqrt()
             z = torch.clamp(z, mu - reach, mu + reach)
         _, sigma_t = alpha_sigma(self.schedule.logsnr(t))
-        guidance = scale * sigma_t.view(-1, 1, 1, 1) * score.reverse(self.encoder, x_t, z)
+        guidance = scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(self.encoder, x_t, z)
         return eps_pred - guidance
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -99,7 +99,7 @@ class Schedule(ABC):
 
             u = (k + (rank(b) + v_bk) / B) / K,   t = u^(1/a)
 
-        with rank a random order of the global batch and v uniform. A level picked at random among the K of an image has density
+        (`ops.stratified_uniform`). A level picked at random among the K of an image has density
         a t^(a-1) on [0, 1]; level k alone is confined to its stratum.
 
         Args:
@@ -110,10 +110,7 @@ class Schedule(ABC):
         Returns:
             [B_local, K] float32.
         """
-        rank = ops.random_permutation(seed, step, ops.Stream.RANK, global_batch, index.device)[index]
-        v = ops.random_uniform(seed, step, ops.Stream.LOGSNR, index, levels)
-        k = torch.arange(levels, device=index.device)
-        u = (k + (rank[:, None] + v) / global_batch) / levels
+        u = ops.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
         if power == 1.0:
             return u
         # Zero has density zero but may come up in float32, where elbo weights of some schedules are not finite. The power is taken in

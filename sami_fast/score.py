@@ -1,35 +1,144 @@
-"""grad_x log q(z|x_t), the encoder's own score, kept differentiable: the one place where an inner gradient is taken."""
+"""grad_x log q(z|x_t), the encoder's own score, and its gradients: the one place where an inner gradient is taken.
+
+    reverse   autograd, twice; any encoder                                                            6F
+    sweeps    four passes written out, no double backward; encoders made of `models.sweeps` layers    6F, the least memory and time
+    dual      the score as a constant, and its gradient through dual numbers: autograd once, so it    8F
+              compiles as one graph and works where parameters are partitioned
+
+F is the cost of the encoder's convolutions. All three give the same gradients. With v = dL/dg what arrives for the score g,
+
+    dL/dphi = d/dphi <v, g>,    <v, g> = D_v log q = sum_Z [ lambda_mu mu' + lambda_var var' ],
+
+where (mu', var') is the tangent of the encoder along v, lambda_mu = d / var, lambda_var = 1/2 (d^2 / var - 1) / var, d = z - mu.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .sweeps import Layer, Tape
 
-Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encoder = Callable[..., Any]
+METHODS = ("auto", "reverse", "sweeps", "dual")
 
 
-def reverse(
+def pick(encoder: Encoder, method: str = "auto") -> str:
+    """The method that `auto` stands for with this encoder, or the one that was asked for.
+
+    Raises:
+        ValueError: unknown method.
+        TypeError: this encoder cannot be swept, or takes no tangent.
+    """
+    if method not in METHODS:
+        raise ValueError(f"score: expected one of {', '.join(METHODS)}, found {method!r}")
+    own = isinstance(encoder, Layer)
+    if method == "auto":
+        return "dual" if own and torch.compiler.is_compiling() else "sweeps" if own else "reverse"
+    if method != "reverse" and not own:
+        raise TypeError(f"score: {method} needs an encoder made of sami_fast.models layers, {type(encoder).__name__} is not; use reverse")
+    return method
+
+
+def grad_log_q(
     encoder: Encoder,
     x_t: Tensor,  # [S, C, H, W]
     z: Tensor,  # [S, Z]
+    method: str = "auto",
 ) -> Tensor:  # [S, C, H, W]
-    """grad_log_q by reverse-mode autograd through any encoder.
+    """Gradient of log q(z|x_t) in x_t.
 
     Args:
-        encoder: x -> (mu, var), both [S, Z]; every operation in it must be differentiable twice.
+        encoder: x -> (mu, var), both [S, Z].
         x_t: Noisy images. [S, C, H, W]; treated as constant.
         z: Latent whose density is differentiated, one per noisy image. [S, Z].
+        method: "reverse", "sweeps", "dual", or "auto".
     Returns:
-        grad_log_q: [S, C, H, W], nats per unit of x.
-    Differentiable: once more, in z and in the encoder's parameters, unless called under torch.no_grad (sampling).
+        [S, C, H, W], nats per unit of x.
+    Raises:
+        As `pick`.
+    Differentiable: once more, in z and in the encoder's parameters, unless called under torch.no_grad (sampling); with "dual" not, there
+    `directional` carries the gradient.
     Source: SAMI, arXiv:2512.17127, guidance by Bayes' rule.
     """
+    method = pick(encoder, method)
+    return {"reverse": reverse, "sweeps": sweeps, "dual": constant}[method](encoder, x_t, z)
+
+
+def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
+    """grad_log_q by reverse-mode autograd through any encoder; every operation in it must be differentiable twice."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         mu, var = encoder(x_t)
         log_q = ops.gaussian_log_prob(z, mu, var)
-        (grad_log_q,) = torch.autograd.grad(log_q.sum(), x_t, create_graph=create_graph)
-    return grad_log_q
+        (gradient,) = torch.autograd.grad(log_q.sum(), x_t, create_graph=create_graph)
+    return gradient
+
+
+def constant(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
+    """grad_log_q without a graph behind it."""
+    z = z.detach()
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return reverse(encoder, x_t, z)
+    # A compiled graph may hold torch.func.grad, but not torch.autograd.grad.
+    return torch.func.grad(lambda x: ops.gaussian_log_prob(z, *encoder(x)).sum())(x_t.detach()).detach()
+
+
+def directional(
+    encoder: Encoder,
+    x_t: Tensor,  # [S, C, H, W]
+    z: Tensor,  # [S, Z]
+    v: Tensor,  # [S, C, H, W]
+) -> Tensor:  # [S]
+    """<v, grad_log_q> as the derivative of log q along v, by dual numbers: its gradient is that of the score under the cotangent v.
+
+    Args:
+        encoder: Also (x, tx) -> ((mu, var), (tmu, tvar)), as `models.Encoder` does.
+        v: Direction. [S, C, H, W]; treated as constant.
+    Differentiable: once, in z and in the encoder's parameters.
+    """
+    (mu, var), (tmu, tvar) = encoder(x_t.detach(), v.detach())
+    d = z - mu
+    return (d / var * tmu + 0.5 * (d.square() / var - 1) / var * tvar).sum(-1)
+
+
+def sweeps(encoder: Layer, x_t: Tensor, z: Tensor) -> Tensor:
+    """grad_log_q by two sweeps over the layers; when its gradient is asked for, two more."""
+    return _Sweeps.apply(encoder, x_t.detach(), z, *encoder.parameters())
+
+
+class _Sweeps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, encoder: Layer, x_t: Tensor, z: Tensor, *parameters: Tensor) -> Tensor:
+        device = x_t.device.type
+        tape = Tape(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+        with torch.autocast(device, enabled=False):
+            mu, var = encoder.sweep_forward(x_t, tape)
+            levels = ops.sweep_levels("gaussian_log_prob", z)
+            ones = torch.ones_like(z[:, 0])
+            _, *head = levels.gaussian_log_prob_bwd(ones, z, mu, var)
+            gradient = encoder.sweep_adjoint(tuple(head), tape)
+        ctx.encoder, ctx.tape, ctx.head = encoder, tape, (levels, ones, z.detach(), mu, var)
+        ctx.parameters = parameters
+        ctx.save_for_backward(*parameters)  # so that autograd notices a parameter changed in between
+        return gradient.to(x_t.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("score.sweeps gives one gradient, and create_graph=True asks for more: use the method reverse")
+        if ctx.tape is None:
+            raise RuntimeError("score.sweeps frees its notes in its first backward pass, and this is a second: use the method reverse")
+        _ = ctx.saved_tensors
+        tape, (levels, ones, z, mu, var) = ctx.tape, ctx.head
+        ctx.tape = ctx.head = None
+        with torch.autocast(v.device.type, enabled=False):
+            tmu, tvar = ctx.encoder.sweep_tangent(v, tape)
+            _, z_bar, mu_bar, var_bar = levels.gaussian_log_prob_bwd_bwd(None, tmu, tvar, ones, z, mu, var)
+            ctx.encoder.sweep_joint((mu_bar, var_bar), tape, need_input=False)
+        gradients = (tape.gradients.get(p) for p in ctx.parameters)
+        return None, None, z_bar, *gradients

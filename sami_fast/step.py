@@ -51,13 +51,15 @@ class StepTerms:
     kl: Tensor  # [B, Z] raw KL per latent dimension, no free-bits floor
 
 
-def _noised(schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _noised(
+    schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective, store_eps: bool
+) -> tuple[Tensor, Tensor | ops.Noise, Tensor, Tensor, Tensor]:
     """x_t and eps [B*K, C, H, W]; t, sigma_t and weight [B*K], the weight divided by K so that a sum over levels is their mean."""
     t = schedule.sample(
         draw.index, objective.noise_levels, draw.global_batch, seed=draw.seed, step=draw.step, power=objective.time_power
     ).to(x_0.dtype)  # [B, K]
     alpha_t, sigma_t = alpha_sigma(schedule.logsnr(t))
-    x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, draw.index, seed=draw.seed, step=draw.step)
+    x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, draw.index, seed=draw.seed, step=draw.step, store_eps=store_eps)
     weight = schedule.weight(t, objective.weighting, objective.time_power) / objective.noise_levels
     return x_t, eps, t.flatten(), sigma_t.flatten(), weight.flatten()
 
@@ -75,6 +77,8 @@ def training_step(
     objective: Objective,
     kl_weight: float,
     *,
+    score_method: str = "auto",
+    store_eps: bool = True,
     global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean,
 ) -> tuple[Tensor, StepTerms]:
     """The loss of one batch: both networks learn from it.
@@ -87,6 +91,8 @@ def training_step(
         draw: Which random numbers to use.
         objective: Constants of the loss.
         kl_weight: beta at this step; 1 is the bound.
+        score_method: How the encoder's score is differentiated (`score.METHODS`); all give the same gradients.
+        store_eps: Keep the noise from noising to loss; otherwise it is drawn twice, for 4 bytes per noisy pixel less memory.
         global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of one micro-batch of all ranks.
     Returns:
         loss: scalar, nats per image, mean over the batch.
@@ -94,6 +100,7 @@ def training_step(
     Differentiable: once, in the parameters of both networks (the encoder's own score is differentiated on the way).
     """
     levels = objective.noise_levels
+    score_method = score.pick(encoder, score_method)
 
     # z ~ q(z | x_0), one per image, shared by its K noise levels
     mu_0, var_0 = encoder(x_0)
@@ -101,14 +108,17 @@ def training_step(
     z = ops.gaussian_reparameterize(mu_0, var_0, eps_z)
 
     # x_t = alpha_t x_0 + sigma_t eps
-    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective)
+    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective, store_eps)
 
     # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
-    grad_log_q = score.reverse(encoder, x_t, z.repeat_interleave(levels, 0))
+    z = z.repeat_interleave(levels, 0)
+    grad_log_q = score.grad_log_q(encoder, x_t, z, score_method)
 
     # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2, then the K levels of each image together
-    diffusion, unguided = ops.guided_loss(eps, eps_pred, grad_log_q, sigma_t, weight, objective.unconditional_weight * weight)
+    diffusion, unguided, cotangent = ops.guided_loss(
+        eps, eps_pred, grad_log_q, sigma_t, weight, objective.unconditional_weight * weight, return_cotangent=True
+    )
     diffusion, unguided = _per_image(diffusion, levels), _per_image(weight * unguided, levels)
 
     # KL( q(z | x_0) || N(0, I) ), each dimension's batch mean free up to the free bits
@@ -119,6 +129,10 @@ def training_step(
         kl_cost = torch.where(charged, kl_cost, kl_cost.detach())
 
     loss = diffusion.mean() + kl_weight * kl_cost.sum()
+    if score_method == "dual":
+        # The score was a constant in the loss: its gradient comes through <dL/dg, g>, whose own value is taken off again.
+        directional = score.directional(encoder, x_t, z, cotangent / x_0.shape[0]).sum()
+        loss = loss + (directional - directional.detach())
     guided = diffusion.detach() - objective.unconditional_weight * unguided
     return loss, StepTerms(guided, unguided, kl.detach())
 
@@ -129,6 +143,8 @@ def denoising_step(
     x_0: Tensor,  # [B, C, H, W] in [-1, 1]
     draw: Draw,
     objective: Objective,
+    *,
+    store_eps: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The loss of one batch for the denoiser alone, without guidance: its warm-up.
 
@@ -136,8 +152,8 @@ def denoising_step(
         loss: scalar, nats per image.
         unguided: [B] the same per image, without gradient.
     """
-    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective)
+    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective, store_eps)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
-    per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(eps), sigma_t, weight, torch.zeros_like(weight))
+    per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
     unguided = _per_image(per_sample, objective.noise_levels)
     return unguided.mean(), unguided.detach()

@@ -53,6 +53,7 @@ class TrainingModule(nn.Module):
         self.sami = sami
         self.objective = Objective(**asdict(config.objective))
         self.bf16 = config.engine.precision == "bf16"
+        self.score_method, self.store_eps = config.engine.score, config.engine.store_eps
         self.mean_over_ranks = lambda local_mean: local_mean
 
     def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
@@ -60,11 +61,20 @@ class TrainingModule(nn.Module):
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
             if joint:
                 loss, terms = training_step(
-                    sami.encoder, sami.denoiser, sami.schedule, x_0, draw, self.objective, kl_weight, global_mean=self.mean_over_ranks
+                    sami.encoder,
+                    sami.denoiser,
+                    sami.schedule,
+                    x_0,
+                    draw,
+                    self.objective,
+                    kl_weight,
+                    score_method=self.score_method,
+                    store_eps=self.store_eps,
+                    global_mean=self.mean_over_ranks,
                 )
                 unguided, guided, kl = terms.unguided.mean(), terms.diffusion.mean(), terms.kl.mean(0)
             else:
-                loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective)
+                loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective, store_eps=self.store_eps)
                 guided = unguided = unguided.mean()
                 kl = x_0.new_zeros(sami.encoder.latent_size)
                 # Every rank reduces every gradient: give the waiting encoder zeros. Adam counts these steps, which makes the encoder's

@@ -1,7 +1,15 @@
-"""Settings of the whole suite: one CPU thread, uninitialised memory that cannot pass for data, GPU cases skipped without a GPU."""
+"""Settings of the whole suite: one CPU thread, uninitialised memory that cannot pass for data, GPU cases skipped without a GPU.
+
+Without a GPU the Triton kernels run through Triton's interpreter, which has to be decided before Triton is imported.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,12 +1,18 @@
-"""Softmax attention, against torch's own and against loops."""
+"""Softmax attention, against torch's own and against loops; its raw levels against autograd, and the Triton ones against those."""
+
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import normal, relative_error
+from helpers import normal, peak_bytes, relative_error
+from sami_fast.kernels import attention as kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 from sami_fast.ops import attention
+
+twins = import_module("sami_fast.reference.attention")  # the package's own name of it is the op
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # batch, queries, keys, heads, head size
 SHAPES = [(1, 1, 1, 1, 1), (2, 4, 4, 2, 8), (1, 63, 63, 1, 3), (3, 5, 63, 2, 16), (1, 64, 7, 3, 24), (1, 1, 1000, 1, 4)]
@@ -123,3 +129,238 @@ def test_extreme_logits():
 def test_wrong_shapes(shapes, causal, message):
     with pytest.raises(ValueError, match="^" + message):
         attention(*(torch.zeros(shape) for shape in shapes), causal=causal)
+
+
+# The levels that the derivatives are made of, and the Triton kernels with the same signatures
+
+NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "tout", "tau", "q_bar", "k_bar", "v_bar")
+
+
+def level_inputs(batch: int, queries: int, keys: int, heads: int, size: int, dtype=torch.float64, joint=True) -> dict:
+    lengths = {"q": queries, "k": keys, "v": keys, "tq": queries, "tk": keys, "tv": keys, "grad_out": queries, "out_bar": queries}
+    given = {name: normal(batch, n, heads, size, seed=seed, dtype=dtype) for seed, (name, n) in enumerate(lengths.items())}
+    return given if joint else given | {"out_bar": None}
+
+
+def run_levels(levels, q, k, v, tq, tk, tv, grad_out, out_bar, scale: float, causal: bool) -> list[torch.Tensor]:
+    """What every level returns, in the order of NAMES, each fed with what the levels before it gave."""
+    out, lse = levels.attention_fwd(q, k, v, scale, causal)
+    first = levels.attention_bwd(grad_out, q, k, v, out, lse, scale, causal)
+    tout, tau = levels.attention_tan(tq, tk, tv, q, k, v, out, lse, scale, causal)
+    second = levels.attention_bwd_bwd(tq, tk, tv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
+    return [out, lse, *first, tout, tau, *second]
+
+
+def run_autograd(q, k, v, tq, tk, tv, grad_out, out_bar, scale: float, causal: bool) -> list[torch.Tensor]:
+    """The same numbers, from the public reference and autograd alone."""
+    q, k, v, grad_out = (x.detach().requires_grad_() for x in (q, k, v, grad_out))
+    out = twins.attention(q, k, v, scale=scale, causal=causal)
+    first = torch.autograd.grad(out, (q, k, v), grad_out, create_graph=True)
+    pairing = sum((g * t).sum() for g, t in zip(first, (tq, tk, tv), strict=True))
+    (tout,) = torch.autograd.grad(pairing, grad_out, retain_graph=True)
+    if out_bar is not None:
+        pairing = pairing + (out_bar * out).sum()
+    second = torch.autograd.grad(pairing, (q, k, v))
+    hidden = torch.full((q.shape[1], k.shape[1]), float("-inf"), dtype=q.dtype).triu(1) if causal else 0.0
+
+    def lse_of(q, k):
+        return (scale * torch.einsum("bqnd,bknd->bnqk", q, k) + hidden).logsumexp(-1)
+
+    lse, tau = torch.func.jvp(lse_of, (q.detach(), k), (tq, tk))
+    return [out, lse, *first, tout, tau, *second]
+
+
+def assert_levels(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> None:
+    """Each within `limit` of its own largest value, or of 1 where that is smaller: with a single key most of them are zero."""
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert a.shape == b.shape, name
+        if b.numel():
+            error = (a.cpu().double() - b.cpu().double()).abs().max().item()
+            assert error <= limit * max(1.0, b.abs().max().item()), f"{name}: off by {error:.2g}"
+
+
+def double(given: dict) -> dict:
+    return {name: None if x is None else x.double().cpu() for name, x in given.items()}
+
+
+# Plain torch
+
+LEVEL_SHAPES = [(1, 1, 1, 1, 1), (2, 4, 4, 2, 8), (1, 63, 64, 2, 3), (2, 130, 17, 1, 40), (1, 17, 300, 2, 16), (0, 5, 6, 2, 3)]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("shape", LEVEL_SHAPES)
+def test_levels_against_autograd(shape, joint):
+    given = level_inputs(*shape, joint=joint)
+    assert_levels(run_levels(twins, **given, scale=0.6, causal=False), run_autograd(**given, scale=0.6, causal=False), 1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+def test_causal_levels_against_autograd(tokens):
+    given = level_inputs(2, tokens, tokens, 2, 8)
+    assert_levels(run_levels(twins, **given, scale=0.6, causal=True), run_autograd(**given, scale=0.6, causal=True), 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_levels_in_lower_precision(dtype, limit):
+    given = level_inputs(2, 140, 33, 2, 16, dtype=dtype)
+    found = run_levels(twins, **given, scale=0.25, causal=False)
+    statistics = ("lse", "tau")
+    assert [x.dtype for x in found] == [torch.float32 if name in statistics else dtype for name in NAMES]
+    assert_levels(found, run_levels(twins, **double(given), scale=0.25, causal=False), limit)
+
+
+def test_memory_of_the_levels_grows_linearly():
+    def peak(tokens: int) -> int:
+        given = level_inputs(1, tokens, tokens, 1, 8, dtype=torch.float32)
+        return peak_bytes(lambda: run_levels(twins, **given, scale=0.3, causal=False))
+
+    small, middle, large = (peak(n) for n in (256, 512, 1024))
+    assert middle < 2.1 * small
+    assert large < 2.1 * middle
+    assert large < 4.5 * 4 * 128 * 1024 + 40 * 4 * 1024 * 8  # four matrices of 128 rows; tensors of the size of q
+
+
+# Triton: float32 within 2e-6 (found: 7e-7), float16 within 2e-3 (found: 7e-4) of the largest value, in its interpreter
+
+LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+KERNEL_SHAPES = [
+    (1, 1, 1, 1, 8),
+    (2, 63, 17, 2, 40),
+    (1, 17, 130, 1, 96),
+    (1, 64, 64, 2, 16),
+    (1, 1, 1000, 1, 24),
+    (1, 130, 1, 1, 3),
+    (1, 70, 65, 1, 128),
+]
+
+
+def on_device(given: dict) -> dict:
+    return {name: None if x is None else x.to(DEVICE) for name, x in given.items()}
+
+
+def check_kernels(given: dict, scale: float, causal: bool = False, factor: float = 1.0) -> list[torch.Tensor]:
+    found = run_levels(kernels, **on_device(given), scale=scale, causal=causal)
+    limit = factor * LIMITS[given["q"].dtype]
+    assert_levels(found, run_levels(twins, **double(given), scale=scale, causal=causal), limit)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernels(shape, dtype):
+    found = check_kernels(level_inputs(*shape, dtype=dtype), shape[-1] ** -0.5)
+    assert [x.dtype for x in found] == [torch.float32 if name in ("lse", "tau") else dtype for name in NAMES]
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES[1:3])
+def test_kernels_without_out_bar(shape):
+    check_kernels(level_inputs(*shape, dtype=torch.float32, joint=False), 0.3)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float32), (63, torch.float16), (130, torch.float32)])
+def test_causal_kernels(tokens, dtype):
+    check_kernels(level_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.3, causal=True)
+
+
+def test_kernels_on_an_empty_batch():
+    given = level_inputs(0, 5, 6, 2, 8, dtype=torch.float32)
+    assert_levels(run_levels(kernels, **given, scale=1.0, causal=False), run_levels(twins, **given, scale=1.0, causal=False), 0.0)
+
+
+def heads_outside(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def tokens_inside(x: torch.Tensor) -> torch.Tensor:
+    """A view of a feature map [B, N * D, H, W]."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def of_a_projection(x: torch.Tensor) -> torch.Tensor:
+    """A slice of a fused [B, S, 3, N, D], whose other parts are NaN."""
+    fused = torch.full((*x.shape[:2], 3, *x.shape[2:]), float("nan"), dtype=x.dtype)
+    fused[:, :, 1] = x
+    return fused[:, :, 1]
+
+
+@pytest.mark.parametrize("layout", [heads_outside, tokens_inside, of_a_projection])
+@pytest.mark.parametrize("levels", [twins, kernels], ids=["torch", "triton"])
+def test_layouts(levels, layout):
+    given = level_inputs(2, 33, 40, 2, 16, dtype=torch.float32)
+    expected = run_levels(levels, **on_device(given), scale=0.3, causal=False)
+    # Once the tensors that define the layout, once all of them, cotangents too.
+    for names in (("q", "k", "v"), given):
+        arranged = given | {name: layout(given[name]) for name in names}
+        found = run_levels(levels, **on_device(arranged), scale=0.3, causal=False)
+        assert_levels(found, expected, 1e-6)
+        for name, result in zip(NAMES, found, strict=True):
+            if name in ("out", "lse", "tout", "tau"):
+                assert result.is_contiguous()
+            else:
+                assert result.stride() == torch.empty_like(arranged[name[-1] if name.startswith("grad") else name[0]]).stride()
+
+
+def test_layouts_that_differ_and_expanded_cotangents():
+    given = level_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
+    given |= {"q": tokens_inside(given["q"]), "k": of_a_projection(given["k"]), "v": heads_outside(given["v"])}
+    given |= {"grad_out": torch.tensor(0.7).expand(1, 20, 2, 8), "tk": torch.tensor([[0.3], [-1.1]]).expand(1, 33, 2, 8)}
+    check_kernels(given, 0.3)
+
+
+def test_sharp_softmax():
+    given = level_inputs(1, 20, 40, 1, 16, dtype=torch.float32)
+    expected = run_levels(twins, **double(given), scale=4.0, causal=False)
+    assert (4.0 * torch.einsum("bqnd,bknd->bnqk", given["q"], given["k"])).abs().max() > 40
+    # A logit of 50 in float32 is off by 50 * 6e-8, and so is every probability, in relation to itself.
+    for levels in (twins, kernels):
+        assert_levels(run_levels(levels, **on_device(given), scale=4.0, causal=False), expected, 1e-5)
+
+
+def test_common_offset_of_the_keys():
+    given = level_inputs(1, 20, 40, 1, 16, dtype=torch.float32)
+    given["k"] += 10 * normal(16, seed=20, dtype=torch.float32)
+    expected = run_levels(twins, **double(given), scale=0.25, causal=False)
+    for levels in (twins, kernels):
+        assert_levels(run_levels(levels, **on_device(given), scale=0.25, causal=False), expected, 1e-4)
+
+
+def test_huge_and_vanishing_logits():
+    given = level_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
+    for scale in (1e6, -1e6, 0.0):
+        found = run_levels(kernels, **on_device(given), scale=scale, causal=False)
+        assert all(x.isfinite().all() for x in found)
+    check_kernels(given, 0.0)
+    check_kernels(given, -0.5)
+
+
+def test_inputs_stay_as_they_came():
+    given = level_inputs(1, 17, 20, 2, 8, dtype=torch.float32)
+    before = {name: x.clone() for name, x in given.items()}
+    for levels in (twins, kernels):
+        run_levels(levels, **given, scale=0.3, causal=False)
+        assert all(torch.equal(given[name], x) for name, x in before.items())
+
+
+# On a GPU, at real sizes
+
+REAL_SHAPES = [(16, 256, 256, 4, 64), (2, 1024, 1024, 2, 128), (2, 1000, 333, 3, 40), (8, 64, 64, 8, 32), (1, 4096, 4096, 1, 16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+def test_kernels_at_real_sizes(shape, dtype):
+    causal = shape[1] == 1024
+    given = level_inputs(*shape, dtype=dtype)
+    first = check_kernels(given, shape[-1] ** -0.5, causal, factor=2.0)
+    again = run_levels(kernels, **on_device(given), scale=shape[-1] ** -0.5, causal=causal)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [heads_outside, tokens_inside, of_a_projection])
+def test_layouts_at_real_sizes(layout, dtype):
+    given = level_inputs(4, 256, 256, 4, 64, dtype=dtype)
+    check_kernels({name: layout(x) for name, x in given.items()}, 0.125, factor=2.0)

@@ -16,20 +16,21 @@ ALLOWED = {
     "kl_weight": set(),
     "reference": set(),
     "kernels": set(),
-    "ops": {"kernels", "_C", "reference"},
+    "ops": {"_C", "errors", "kernels", "reference"},
     "schedule": {"ops"},
-    "score": {"ops"},
-    "models": {"ops"},
+    "sweeps": set(),
+    "score": {"ops", "sweeps"},
+    "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
     "sami": {"errors", "files", "models", "ops", "schedule", "score"},
-    "config": {"errors", "models", "schedule"},  # names of styles, schedules and weightings
+    "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
     "data": {"config", "errors", "ops"},
     "engine": {"checkpoints", "config", "errors", "files"},
     "checkpoints": {"files"},
     "files": set(),
 }
 
-TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "models", "step", "kl_weight", "errors")
+TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")
 
 
 def module_name(path: Path) -> str:

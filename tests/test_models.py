@@ -99,7 +99,7 @@ def test_time_embedding():
 
 def test_the_encoder_is_blind_to_the_noise_level():
     """No time among its inputs, and no layer that could take one."""
-    assert list(inspect.signature(Encoder.forward).parameters) == ["self", "x"]
+    assert list(inspect.signature(Encoder.forward).parameters) == ["self", "x", "tx"]  # a tangent of x, no time
     encoder = tiny_encoder()
     assert not any("embed" in name for name, _ in encoder.named_parameters())
     assert not list(encoder.buffers())
@@ -137,13 +137,13 @@ def test_norm_has_the_parameters_of_torch():
 
 @pytest.mark.parametrize(("channels", "heads"), [(3, 1), (64, 1), (65, 5), (96, 2), (128, 2), (127, 127)])
 def test_attention_heads_are_at_most_64_wide(channels, heads):
-    assert AttentionBlock(channels, 1, STYLES[0]).num_heads == heads
+    assert AttentionBlock(channels, 1, STYLES[0]).attention.num_heads == heads
 
 
 def test_attention_block_by_hand():
     torch.manual_seed(0)
     block, x = AttentionBlock(4, 2, STYLES[0]).double(), normal(2, 4, 3, 5)
-    block.num_heads = 2
+    block.attention.num_heads = 2
     h = nn.functional.group_norm(x, 2, block.norm.weight, block.norm.bias)
     out = torch.empty_like(x)
     for b in range(2):

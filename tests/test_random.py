@@ -1,13 +1,22 @@
 """Philox, uniforms, normals and permutations, against plain Python integers and numpy float32 arithmetic."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
+from sami_fast.kernels import random as kernels
 from scipy import stats
 
+from sami_fast import reference
 from sami_fast.ops import Stream, random_normal, random_permutation, random_uniform
 from sami_fast.reference.random import NUM_STREAMS, box_muller, philox4x32, random_bits, uniform_from_bits
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORD = 0xFFFFFFFF
 
 # Counter, key and result, from the known-answer file of Random123.
@@ -196,6 +205,102 @@ def test_permutation_is_a_permutation():
     for step in range(500):
         counts[np.arange(5), random_permutation(8, step, Stream.RANK, 5).numpy()] += 1
     assert stats.chisquare(counts.ravel(), ddof=8).pvalue > 1e-3
+
+
+# Triton, bit for bit
+
+
+@triton.jit
+def _box_muller_kernel(bits_ptr, out_ptr, SIZE: tl.constexpr):
+    """Normals of every pair of words, so that words which a generator hardly ever yields can be tried."""
+    i = tl.arange(0, SIZE)
+    u = kernels.uniform_from_bits(tl.load(bits_ptr + i).to(tl.uint32))
+    n0, n1 = kernels.box_muller(u[:, None] + tl.zeros((SIZE, SIZE), tl.float32), u[None, :] + tl.zeros((SIZE, SIZE), tl.float32))
+    place = i[:, None] * SIZE + i[None, :]
+    tl.store(out_ptr + place, n0)
+    tl.store(out_ptr + SIZE * SIZE + place, n1)
+
+
+def equal_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal as 32-bit patterns on any two devices, signs of zeros included."""
+    assert found.dtype == expected.dtype == torch.float32
+    return torch.equal(found.cpu().contiguous().view(torch.int32), expected.cpu().contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize("draw", ["random_uniform", "random_normal"])
+@pytest.mark.parametrize(("seed", "step", "stream", "index", "size"), DRAWS)
+def test_triton_draws(draw, seed, step, stream, index, size):
+    indices = torch.tensor([index, 0, index + 1])
+    found = getattr(kernels, draw)(seed, step, stream, indices.to(DEVICE), size)
+    assert found.shape == (3, size)
+    assert equal_bits(found, getattr(reference, draw)(seed, step, stream, indices, size))
+
+
+@pytest.mark.parametrize("draw", ["random_uniform", "random_normal"])
+@pytest.mark.parametrize("size", [1, 4, 63, 1000])
+def test_triton_draws_of_many_samples(draw, size):
+    indices = torch.arange(1, 400, 3) * 2**31
+    found = getattr(kernels, draw)(3, 4, Stream.EPS_Z, indices[::2].to(DEVICE), size)
+    assert equal_bits(found, getattr(reference, draw)(3, 4, Stream.EPS_Z, indices[::2], size))
+
+
+def test_triton_box_muller_of_rare_words():
+    # Ends and middle of the range, the smallest uniforms that count, and words within rounding of every eighth of a turn.
+    words = [0, 1, 2**31 - 1, 2**31, WORD - 1, WORD, 213, 214, 215, 216, *(n * 2**28 + near for n in range(1, 8) for near in (0, 64, 128))]
+    words = torch.tensor([*words, 2**30 + 256])
+    assert len(words) == 32
+    u = uniform_from_bits(words)
+    expected = torch.stack(box_muller(*torch.broadcast_tensors(u[:, None], u[None, :])))
+    found = torch.empty(2, 32, 32, device=DEVICE)
+    _box_muller_kernel[(1,)](words.to(DEVICE), found, SIZE=32, enable_fp_fusion=False)
+    assert equal_bits(found, expected)
+    assert ((expected == 0) & expected.signbit()).any()  # a negative zero is among them
+
+
+def test_triton_constants_are_those_of_the_reference():
+    assert (kernels.NUM_STREAMS, kernels.STREAM_LOGSNR, kernels.STREAM_RANK) == (NUM_STREAMS, Stream.LOGSNR, Stream.RANK)
+
+
+def test_triton_without_samples_or_elements():
+    for draw in (kernels.random_normal, kernels.random_uniform):
+        assert draw(0, 0, 0, torch.zeros(0, dtype=torch.int64, device=DEVICE), 5).shape == (0, 5)
+        assert draw(0, 0, 0, torch.arange(3, device=DEVICE), 0).shape == (3, 0)
+
+
+def test_seed_and_step_compile_nothing_anew():
+    """The values of the four counter words, small, large, 1 or a multiple of 16, choose no other binary."""
+    code = """
+import torch
+from sami_fast.kernels import guided_loss, noise_sample, random
+from sami_fast.kernels._common import recording
+from sami_fast.kernels.aot import _specialise
+x, a, i = torch.empty(2, 1, 4, 4, device="meta"), torch.empty(2, 1, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+found = {}
+for seed, step in ((0, 0), (1, 1), (16, 1), (7, 3), (2**31, 2**27), (2**32 + 1, 2**59 - 1), (2**64 - 1, 2**28 + 1), (2**63, 2**32)):
+    with recording() as launches:
+        random.random_normal(seed, step, 1, i, 4)
+        random.stratified_uniform(i, 4, 8, seed=seed, step=step)
+        noise_sample.noise_sample_fwd(x, a, a, i, seed, step, 0, True)
+        guided_loss.guided_loss_fwd(None, x, x, a[:, 0], a[:, 0], a[:, 0], i, 1, seed, step, 0)
+    for item in launches:
+        kinds = [_specialise("", v, not p.do_not_specialize) for v, p in zip(item.args, item.kernel.params)]
+        found.setdefault(item.kernel.fn.__name__, set()).add(str(kinds))
+print(sorted((name, len(kinds)) for name, kinds in found.items()))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    names = ("_guided_loss_fwd_kernel", "_noise_sample_fwd_kernel", "_random_kernel", "_stratified_uniform_kernel")
+    assert process.stdout.strip() == str([(name, 1) for name in names]), process.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("draw", ["random_uniform", "random_normal"])
+@pytest.mark.parametrize("size", [10, 3 * 64 * 64, 3 * 63 * 63])
+def test_triton_draws_at_real_sizes(draw, size):
+    indices = torch.arange(512) + 2**34
+    found = [getattr(kernels, draw)(2**64 - 3, 2**33, Stream.EPS, indices.to(DEVICE), size) for _ in range(2)]
+    assert equal_bits(*found)
+    assert equal_bits(found[0], getattr(reference, draw)(2**64 - 3, 2**33, Stream.EPS, indices, size))
 
 
 # Odd inputs

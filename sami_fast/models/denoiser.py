@@ -17,7 +17,7 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
 
 def _run(level: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
     for layer in level:
-        h = layer(h, embedding) if isinstance(layer, ResBlock) else layer(h)
+        h = layer(h, embedding=embedding) if isinstance(layer, ResBlock) else layer(h)
     return h
 
 
@@ -99,7 +99,7 @@ class Denoiser(nn.Module):
             if shrink is not None:
                 skips.append(h)
                 h = shrink(h)
-        h = self.middle(h, embedding)
+        h = self.middle(h, embedding=embedding)
         for grow, level in zip(self.grow, self.up, strict=True):
             h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding)
         return self.out(self.out_norm(h))

@@ -7,9 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import STYLES, AttentionBlock, ResBlock, check_attention, check_image_size, conv, norm_act
+from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
 
 
-class Encoder(nn.Module):
+class Variance(Pointwise):
+    """var = softplus(raw_var)^2 + min_var."""
+
+    def __init__(self, min_var: float) -> None:
+        super().__init__()
+        self.min_var = min_var
+
+    def function(self, x: Tensor) -> Tensor:
+        return F.softplus(x).square() + self.min_var
+
+    def slope(self, x: Tensor) -> Tensor:
+        return 2 * F.softplus(x) * torch.sigmoid(x)
+
+    def curvature(self, x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return 2 * s * (s + F.softplus(x) * (1 - s))
+
+
+class Encoder(Layer):
     """Images to a diagonal Gaussian over latents.
 
         var = softplus(raw_var)^2 + min_var
@@ -28,7 +47,7 @@ class Encoder(nn.Module):
         x [B, C, H, W] -> mu, var, both [B, Z] float32 (float64 for a float64 model).
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
-    Differentiable: twice.
+    Differentiable: twice by autograd; also swept (sweeps.py): adjoint of (grad_mu, grad_var), tangent (tmu, tvar).
     Source: SAMI, arXiv:2512.17127, encoder; var in float32 under autocast.
     """
 
@@ -54,7 +73,7 @@ class Encoder(nn.Module):
         check_attention(attention, [image_size >> level for level in range(1, len(channels) + 1)], "encoder")
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_size = latent_size
-        layers: list[nn.Module] = []
+        layers: list[Layer] = []
         width, side = image_channels, image_size
         for level_width in channels:
             layers += [conv(width, level_width, 3, style, stride=2), norm_act(level_width, groups, style)]
@@ -65,15 +84,46 @@ class Encoder(nn.Module):
                 layers.append(AttentionBlock(width, groups, style))
         # The middle: a plain convolution that ends every path, residual or not, in a norm and an activation.
         layers += [conv(width, width, 3, style), norm_act(width, groups, style)]
-        self.body = nn.Sequential(*layers)
-        self.mu = nn.Linear(width * side * side, latent_size, bias=style != "bias_free_relu")
-        self.raw_var = nn.Linear(width * side * side, latent_size)
+        self.body = Chain(*layers)
+        self.mu = Linear(width * side * side, latent_size, bias=style != "bias_free_relu")
+        self.raw_var = Linear(width * side * side, latent_size)
+        self.var = Variance(self.min_var)
         with torch.no_grad():
             self.raw_var.weight.mul_(0.1)
             self.raw_var.bias.fill_(math.log(math.expm1(init_std)))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x).flatten(1)
-        with torch.autocast(h.device.type, enabled=False):  # heads stay in full precision
-            h = h.to(self.mu.weight.dtype)
-            return self.mu(h), F.softplus(self.raw_var(h)).square() + self.min_var
+    def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(mu, var), or ((mu, var), (tmu, tvar)) with their tangents along tx."""
+        h = self.body(x, tx)
+        with torch.autocast(x.device.type, enabled=False):  # heads stay in full precision
+            if tx is None:
+                h = self._flat(h)
+                return self.mu(h), self.var(self.raw_var(h))
+            h = tuple(map(self._flat, h))
+            (mu, tmu), (var, tvar) = self.mu(*h), self.var(*self.raw_var(*h))
+            return (mu, var), (tmu, tvar)
+
+    def _flat(self, h: Tensor) -> Tensor:
+        return h.flatten(1).to(self.mu.weight.dtype)
+
+    def sweep_forward(self, x: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        h = self.body.sweep_forward(x, tape)
+        tape.note(self, features=h)
+        flat = self._flat(h)
+        return self.mu.sweep_forward(flat, tape), chain_forward((self.raw_var, self.var), flat, tape)
+
+    def sweep_adjoint(self, grad_y: tuple[Tensor, Tensor], tape: Tape) -> Tensor:
+        features = tape.note(self).features
+        grad_mu, grad_var = grad_y
+        flat = self.mu.sweep_adjoint(grad_mu, tape) + chain_adjoint((self.raw_var, self.var), grad_var, tape)
+        return self.body.sweep_adjoint(flat.view_as(features).to(features.dtype), tape)
+
+    def sweep_tangent(self, tx: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        flat = self._flat(self.body.sweep_tangent(tx, tape))
+        return self.mu.sweep_tangent(flat, tape), chain_tangent((self.raw_var, self.var), flat, tape)
+
+    def sweep_joint(self, y_bar: tuple[Tensor, Tensor], tape: Tape, need_input: bool = True) -> Tensor | None:
+        features = tape.take(self).features
+        mu_bar, var_bar = y_bar
+        flat = self.mu.sweep_joint(mu_bar, tape) + chain_joint((self.raw_var, self.var), var_bar, tape, True)
+        return self.body.sweep_joint(flat.view_as(features).to(features.dtype), tape, need_input)

@@ -1,16 +1,21 @@
-"""The blocks that encoder and denoiser share. All of them can be differentiated twice."""
+"""The blocks that encoder and denoiser share. All of them can be differentiated twice by autograd, and swept (sweeps.py)."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
 
 STYLES = ("group_norm_silu", "bias_free_relu")
 
 
-class GroupNormSiLU(nn.Module):
+class GroupNormSiLU(Layer):
     """Group norm and SiLU over [B, C, ...]; G = the largest divisor of C up to `groups`. Parameters as in nn.GroupNorm."""
+
+    norm_eps = 1e-5
 
     def __init__(self, channels: int, groups: int, silu: bool = True) -> None:
         super().__init__()
@@ -19,21 +24,47 @@ class GroupNormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, silu=self.silu)
+    def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        settings = {"norm_eps": self.norm_eps, "silu": self.silu}
+        if tx is None:
+            return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, **settings)
+        return ops.group_norm_silu_dual(x, tx, self.weight, self.bias, self.num_groups, **settings)
+
+    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
+        levels = ops.sweep_levels("group_norm_silu", x)
+        y, mean, rstd = levels.group_norm_silu_fwd(x, self.weight, self.bias, self.num_groups, self.norm_eps, self.silu)
+        tape.note(self, levels=levels, saved=(x, self.weight, self.bias, mean, rstd, self.num_groups, self.silu))
+        return y
+
+    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
+        note = tape.note(self, grad_y=grad_y)
+        return note.levels.group_norm_silu_bwd(grad_y, *note.saved)[0]
+
+    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
+        note = tape.note(self, tx=tx)
+        return note.levels.group_norm_silu_tan(tx, *note.saved)
+
+    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor:
+        note = tape.take(self)
+        _, x_bar, weight_bar, bias_bar = note.levels.group_norm_silu_bwd_bwd(
+            note.tx, None, None, note.grad_y, *note.saved, y_bar=y_bar, need_tangent=False
+        )
+        tape.add(self.weight, weight_bar)
+        tape.add(self.bias, bias_bar)
+        return x_bar
 
 
-def norm_act(channels: int, groups: int, style: str) -> nn.Module:
+def norm_act(channels: int, groups: int, style: str) -> Layer:
     """What stands between two convolutions: GroupNorm + SiLU, or a ReLU alone (the paper's bias-free networks)."""
-    return GroupNormSiLU(channels, groups) if style == "group_norm_silu" else nn.ReLU()
+    return GroupNormSiLU(channels, groups) if style == "group_norm_silu" else ReLU()
 
 
-def conv(in_channels: int, out_channels: int, size: int, style: str, stride: int = 1) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, size: int, style: str, stride: int = 1) -> Conv2d:
     """A padded convolution; without bias in the bias-free style."""
-    return nn.Conv2d(in_channels, out_channels, size, stride, size // 2, bias=style != "bias_free_relu")
+    return Conv2d(in_channels, out_channels, size, stride, size // 2, bias=style != "bias_free_relu")
 
 
-class ResBlock(nn.Module):
+class ResBlock(Residual):
     """[B, C_in, H, W] -> [B, C_out, H, W]: norm, conv, (+ noise-level embedding), norm, conv, plus a skip."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, style: str, embedding_size: int = 0) -> None:
@@ -43,32 +74,90 @@ class ResBlock(nn.Module):
         self.embed = nn.Linear(embedding_size, out_channels) if embedding_size else None
         self.norm_2 = norm_act(out_channels, groups, style)
         self.conv_2 = conv(out_channels, out_channels, 3, style)
-        self.skip = conv(in_channels, out_channels, 1, style) if in_channels != out_channels else nn.Identity()
+        self.skip = conv(in_channels, out_channels, 1, style) if in_channels != out_channels else Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    @property
+    def branch(self) -> tuple[Layer, ...]:
+        return self.norm_1, self.conv_1, self.norm_2, self.conv_2
+
+    def forward(self, x: Tensor, tx: Tensor | None = None, *, embedding: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if self.embed is None:
+            return super().forward(x, tx)
         h = self.conv_1(self.norm_1(x))
-        if self.embed is not None:
-            h = h + self.embed(embedding)[:, :, None, None]
+        h = h + self.embed(embedding)[:, :, None, None]
         return self.skip(x) + self.conv_2(self.norm_2(h))
 
 
-class AttentionBlock(nn.Module):
+class SelfAttention(Layer):
+    """[B, 3C, H, W] -> [B, C, H, W]: attention among the H*W positions, without parameters; q, k and v lie in the channels."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """[B, 3C, H, W] -> three views of [B, S, N, D]."""
+        return qkv.flatten(2).unflatten(1, (3, self.num_heads, qkv.shape[1] // (3 * self.num_heads))).permute(1, 0, 4, 2, 3).unbind(0)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> a view of [B, S, N, D]."""
+        return x.flatten(2).unflatten(1, (self.num_heads, x.shape[1] // self.num_heads)).permute(0, 3, 1, 2)
+
+    def _image(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """[B, S, N, D] -> [B, C, H, W]."""
+        return tokens.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, like.shape[2:])
+
+    def _channels(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The inverse of `_split`. [B, 3C, H, W]"""
+        return torch.cat([self._image(part, like) for part in parts], 1)
+
+    def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if tx is None:
+            return self._image(ops.attention(*self._split(x)), x)
+        out, tout = ops.attention_dual(*self._split(x), *self._split(tx))
+        return self._image(out, x), self._image(tout, x)
+
+    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
+        q, k, v = self._split(x)
+        levels, settings = ops.attention_levels(q)
+        out, lse = levels.attention_fwd(q, k, v, *settings)
+        tape.note(self, levels=levels, settings=settings, like=x, saved=(q, k, v, out, lse))
+        return self._image(out, x)
+
+    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
+        note = tape.note(self, grad_out=self._tokens(grad_y))
+        return self._channels(note.levels.attention_bwd(note.grad_out, *note.saved, *note.settings), grad_y)
+
+    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
+        note = tape.note(self, tangents=self._split(tx))
+        note.tout, note.tau = note.levels.attention_tan(*note.tangents, *note.saved, *note.settings)
+        return self._image(note.tout, tx)
+
+    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
+        note = tape.take(self)
+        if not need_input:
+            return None
+        bars = note.levels.attention_bwd_bwd(
+            *note.tangents, note.grad_out, *note.saved, note.tout, note.tau, *note.settings, self._tokens(y_bar)
+        )
+        return self._channels(bars, y_bar)
+
+
+class AttentionBlock(Residual):
     """Self-attention over the H*W tokens of [B, C, H, W], plus a skip; heads of at most 64 channels."""
 
     def __init__(self, channels: int, groups: int, style: str) -> None:
         super().__init__()
-        self.num_heads = next(n for n in range(-(-channels // 64), channels + 1) if channels % n == 0)
-        self.norm = GroupNormSiLU(channels, groups, silu=False) if style == "group_norm_silu" else nn.Identity()
+        num_heads = next(n for n in range(-(-channels // 64), channels + 1) if channels % n == 0)
+        self.norm = GroupNormSiLU(channels, groups, silu=False) if style == "group_norm_silu" else Identity()
         self.qkv = conv(channels, 3 * channels, 1, style)
+        self.attention = SelfAttention(num_heads)
         self.out = conv(channels, channels, 1, style)
+        self.skip = Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        # [B, 3C, H, W] -> three of [B, S, N, D]
-        tokens = self.qkv(self.norm(x)).view(batch, 3, self.num_heads, channels // self.num_heads, height * width)
-        q, k, v = tokens.permute(1, 0, 4, 2, 3)
-        h = ops.attention(q, k, v).permute(0, 2, 3, 1).reshape(batch, channels, height, width)
-        return x + self.out(h)
+    @property
+    def branch(self) -> tuple[Layer, ...]:
+        return self.norm, self.qkv, self.attention, self.out
 
 
 class Upsample(nn.Module):

@@ -1,31 +1,39 @@
-"""The public ops: what models and the step call. Today each is its plain torch reference; faster backends register behind these names."""
+"""The public ops: what models and the step call, and what can replace a torch function of the same meaning elsewhere.
 
-from ..reference import (
-    EVALUATION_STEP,
-    Stream,
-    attention,
-    gaussian_kl,
-    gaussian_log_prob,
-    gaussian_reparameterize,
-    group_norm_silu,
-    guided_loss,
-    noise_sample,
-    random_normal,
-    random_permutation,
-    random_uniform,
-)
+<op>.py holds an op's contract, its checks, the choice of its backend and its derivative formulas. `sweep_levels` gives the level functions
+below autograd (forward, derivative, tangent, second derivative) to those who order the derivatives themselves.
+"""
+
+from ..reference import EVALUATION_STEP, Stream, random_permutation
+from .attention import attention, attention_dual, attention_levels
+from .backend import BackendError, describe, sweep_levels, use_backend
+from .gaussian_log_prob import gaussian_kl, gaussian_log_prob, gaussian_reparameterize
+from .group_norm_silu import group_norm_silu, group_norm_silu_dual
+from .guided_loss import guided_loss
+from .noise_sample import Noise, noise_sample
+from .random import random_normal, random_uniform
+from .stratified_uniform import stratified_uniform
 
 __all__ = [
     "EVALUATION_STEP",
+    "BackendError",
+    "Noise",
     "Stream",
     "attention",
+    "attention_dual",
+    "attention_levels",
+    "describe",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_reparameterize",
     "group_norm_silu",
+    "group_norm_silu_dual",
     "guided_loss",
     "noise_sample",
     "random_normal",
     "random_permutation",
     "random_uniform",
+    "stratified_uniform",
+    "sweep_levels",
+    "use_backend",
 ]

@@ -22,17 +22,24 @@ def noise_sample(
     the batch split or the number of ranks.
 
     Args:
-        x_0: Clean images. [B, C, H, W], float32 or float64.
-        alpha_t, sigma_t: Signal and noise amplitudes of K levels per image. [B, K], dtype of x_0.
+        x_0: Clean images. [B, C, H, W], float32, float64, float16 or bfloat16; arithmetic runs in float32 (float64 for float64).
+        alpha_t, sigma_t: Signal and noise amplitudes of K levels per image. [B, K].
         index: Global index of each image in the step's whole batch. [B] int64.
         seed, step, stream: See `random.py`.
     Returns:
-        x_t and eps, both [B*K, C, H, W] in the dtype of x_0, image-major (the K levels of an image lie together).
+        x_t and eps, both [B*K, C, H, W] in the dtype of x_0, image-major (the K levels of an image lie together). In half precision
+        x_t is made of the rounded eps.
     Raises:
         ValueError: shapes do not fit; the message names the argument, what was expected and what came.
     Differentiable: twice, in x_0, alpha_t and sigma_t.
     Source: SAMI, arXiv:2512.17127, forward process.
     """
+    check_noise_sample(x_0, alpha_t, sigma_t, index)
+    return noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, True)
+
+
+def check_noise_sample(x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor) -> None:
+    """Raise the ValueError of `noise_sample` where shapes do not fit."""
     if x_0.dim() != 4:
         raise ValueError(f"x_0: expected [B, C, H, W], found {list(x_0.shape)}")
     batch, levels = x_0.shape[0], alpha_t.shape[-1]
@@ -41,8 +48,24 @@ def noise_sample(
             raise ValueError(f"{name}: expected [{batch}, {levels}], found {list(value.shape)}")
     if index.shape != (batch,):
         raise ValueError(f"index: expected [{batch}], found {list(index.shape)}")
+
+
+def noise_sample_fwd(
+    x_0: Tensor,  # [B, C, H, W]
+    alpha_t: Tensor,  # [B, K]
+    sigma_t: Tensor,  # [B, K]
+    index: Tensor,  # [B]
+    seed: int,
+    step: int,
+    stream: int,
+    store_eps: bool,
+) -> tuple[Tensor, Tensor | None]:  # [B*K, C, H, W] twice
+    """x_t and, where asked for, eps; both contiguous."""
+    batch, levels = alpha_t.shape
     sample = (index[:, None] * levels + torch.arange(levels, device=index.device)).flatten()
     eps = random_normal(seed, step, stream, sample, x_0.shape[1:].numel()).to(x_0.dtype).view(batch, levels, *x_0.shape[1:])
-    shape = (batch, levels, 1, 1, 1)
-    x_t = alpha_t.view(shape) * x_0[:, None] + sigma_t.view(shape) * eps
-    return x_t.flatten(0, 1), eps.flatten(0, 1)
+    wide = torch.promote_types(x_0.dtype, torch.float32)
+    alpha, sigma = (value.to(wide).view(batch, levels, 1, 1, 1) for value in (alpha_t, sigma_t))
+    x_t = (alpha * x_0.to(wide)[:, None] + sigma * eps.to(wide)).to(x_0.dtype)
+    x_t, eps = x_t.flatten(0, 1).contiguous(), eps.flatten(0, 1).contiguous()
+    return x_t, eps if store_eps else None

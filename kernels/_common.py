@@ -1,0 +1,68 @@
+"""What all launchers share: the one place where a kernel is started, or recorded to be compiled ahead of time."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that selects what is compiled: argument types, compile-time constants, schedule."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    fp_fusion: bool
+
+
+_state = threading.local()  # a backward pass on another thread keeps running its kernels
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects this thread's launches instead of running them; launchers may then be called with meta or fake tensors."""
+    _state.record = []
+    try:
+        yield _state.record
+    finally:
+        _state.record = None
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Tensor | int | float | None,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    fp_fusion: bool = True,
+    **constants: Any,
+) -> None:
+    """Run `kernel` over `grid` on the device of its first argument, a tensor; an empty grid runs nothing.
+
+    Args:
+        kernel: A triton.jit function.
+        grid: Number of programs along up to three axes.
+        args: Its run-time arguments in order.
+        num_warps, num_stages: Warps per program, depth of the software pipeline.
+        fp_fusion: Let a product and a sum contract into one rounding; False where results must be equal bit for bit.
+        constants: Its compile-time arguments by name.
+    """
+    record = getattr(_state, "record", None)
+    if record is not None:
+        record.append(Launch(kernel, args, constants, num_warps, num_stages, fp_fusion))
+        return
+    if 0 in grid:
+        return
+    first = args[0]
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[tuple(grid)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)

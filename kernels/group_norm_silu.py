@@ -1,0 +1,788 @@
+"""Group normalisation with the SiLU that usually follows it.
+
+x_hat = (x - mean) rstd,  h = weight x_hat + bias,  s = sigmoid(h),  f1 = s (1 + h (1 - s)),  f2 = s (1 - s) (2 + h (1 - 2 s)).
+Without SiLU f1 = 1 and f2 = 0. M[.] is the mean over a group.
+
+Forward
+    y = h s, or h
+Backward, with w = grad_y f1, u = weight w, a = M[u], b = M[u x_hat]
+    grad_x = rstd (u - a - x_hat b),  grad_weight = sum w x_hat,  grad_bias = sum w
+Tangent along t, with c = M[t], e = M[t x_hat]
+    x_hat_dot = rstd (t - c - x_hat e),  ty = f1 weight x_hat_dot
+Second backward along t = ggx, with q = M[u t], k = grad_y f2
+    h_dot = weight x_hat_dot + ggweight x_hat + ggbias,  h_bar = k h_dot + y_bar f1,  v = weight h_bar + ggweight w
+    gg_y = f1 h_dot
+    x_bar = rstd (v - M[v] - x_hat M[v x_hat]) - rstd^2 (e (u - a) + b (t - c) + x_hat (q - a c - 3 b e))
+    weight_bar = sum (x_hat_dot w + h_bar x_hat),  bias_bar = sum h_bar
+h_bar is affine in c and e, so one sweep of sums gives every group mean of the second backward, those of v included.
+
+How the work is cut. x is B images of C channels and P positions, with channels or positions innermost. A program takes one group of one
+image and walks over it in tiles [BLOCK_C, BLOCK_P]. It sweeps twice, first for the sums, then for the result. The first tile stays in
+registers, so that a group of one tile is read once; a larger one is usually still in a cache. Where there are too few groups to fill a
+GPU, the positions are split among programs and the two sweeps become two launches, with the sums in a buffer between them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import launch
+
+MAX_SPLITS = tl.constexpr(32)
+PER_THREAD = tl.constexpr(8)  # elements of a tile
+
+
+@triton.jit
+def _work(channels, positions, num_groups, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
+    """What the program works on: image, first channel and the one after the last, first tile of positions and the one after the last."""
+    size = channels // num_groups
+    image = tl.program_id(0) // num_groups
+    c_first = (tl.program_id(0) % num_groups) * size
+    num_tiles = tl.cdiv(positions, BLOCK_P)
+    tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(1))
+    first = tl.program_id(1) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, num_tiles)
+    # The compiler cannot know that groups start on whole vectors.
+    return image.to(tl.int64), tl.multiple_of(c_first, VECTOR), tl.multiple_of(c_first + size, VECTOR), first, last
+
+
+@triton.jit
+def _inside(channels, positions, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Offsets from the first element of a tile, the same in every tile; 32 bits do. [BLOCK_C, BLOCK_P]."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    p = tl.arange(0, BLOCK_P)[None, :]
+    return p * channels + c if CHANNELS_LAST else c * positions + p
+
+
+@triton.jit
+def _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The offset of a tile's first element, and what of the tile exists. [BLOCK_C, BLOCK_P]."""
+    c = c_begin + tl.arange(0, BLOCK_C)
+    p_begin = tile * BLOCK_P
+    p = p_begin + tl.arange(0, BLOCK_P)
+    start = image * channels * positions
+    if CHANNELS_LAST:
+        start += tl.cast(p_begin, tl.int64) * channels + c_begin
+    else:
+        start += tl.cast(c_begin, tl.int64) * positions + p_begin
+    return start, (c < c_end)[:, None] & (p < positions)[None, :]
+
+
+@triton.jit
+def _channel(ptr, c_begin, c_end, BLOCK_C: tl.constexpr):
+    """A parameter of the tile's channels. [BLOCK_C, 1]."""
+    c = c_begin + tl.arange(0, BLOCK_C)
+    return tl.load(ptr + c, c < c_end, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _store_sum(ptr, value, k: tl.constexpr, NUM: tl.constexpr):
+    """Sum number k of this split. The buffer is [B, G, NUM, splits]."""
+    tl.store(ptr + (tl.program_id(0).to(tl.int64) * NUM + k) * tl.num_programs(1) + tl.program_id(1), value)
+
+
+@triton.jit
+def _load_sums(ptr, k: tl.constexpr, NUM: tl.constexpr):
+    """Sum number k of every split. [MAX_SPLITS], zero where there is no split."""
+    split = tl.arange(0, MAX_SPLITS)
+    row = (tl.program_id(0).to(tl.int64) * NUM + k) * tl.num_programs(1)
+    return tl.load(ptr + row + split, split < tl.num_programs(1), other=0.0)
+
+
+@triton.jit
+def _load_sum(ptr, k: tl.constexpr, NUM: tl.constexpr):
+    return tl.sum(_load_sums(ptr, k, NUM), 0)
+
+
+@triton.jit
+def _store_channel(ptr, image, values, c_begin, c_end, channels, BLOCK_C: tl.constexpr):
+    """Sums per channel, [B, splits, C], which the launcher adds up for the gradient of a parameter."""
+    c = c_begin + tl.arange(0, BLOCK_C)
+    tl.store(ptr + (image * tl.num_programs(1) + tl.program_id(1)) * channels + c, values, c < c_end)
+
+
+@triton.jit
+def _fold(values, CHANNELS_LAST: tl.constexpr):
+    """Adds neighbours in memory, which one thread has: a sum over tiles costs no exchange between threads until the last one."""
+    c: tl.constexpr = values.shape[0]
+    p: tl.constexpr = values.shape[1]
+    return tl.sum(tl.reshape(values, [c // 4, 4, p]), 1) if CHANNELS_LAST else tl.sum(tl.reshape(values, [c, p // 4, 4]), 2)
+
+
+@triton.jit
+def _moments(x, shift, mask, c_begin, c_end, tile, positions, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Count, mean, sum of squared deviations of x - shift at a tile."""
+    rows = tl.minimum(c_end - c_begin, BLOCK_C)
+    count = rows.to(tl.float32) * tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
+    x = tl.where(mask, x - shift, 0.0)
+    mean = tl.sum(x) / count
+    d = tl.where(mask, x - mean, 0.0)
+    return count, mean, tl.sum(d * d)
+
+
+@triton.jit
+def _activation(x_hat, gamma, beta, silu):
+    """y at a tile."""
+    h = x_hat * gamma + beta
+    return tl.where(silu, h * tl.sigmoid(h), h)
+
+
+@triton.jit
+def _slopes(x_hat, gamma, beta, silu):
+    """f1 and f2 at a tile; what of them is not used costs nothing."""
+    h = x_hat * gamma + beta
+    s = tl.sigmoid(h)
+    f1 = tl.where(silu, s * (1.0 + h * (1.0 - s)), 1.0)
+    return f1, tl.where(silu, s * (1.0 - s) * (2.0 + h * (1.0 - 2.0 * s)), 0.0)
+
+
+@triton.jit
+def _x_hat(x, mask, mean, rstd):
+    # The mean goes first, or a large one would cancel. What is not there must not become NaN: it is multiplied by zeros.
+    return tl.where(mask, (x.to(tl.float32) - mean) * rstd, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_groups", "norm_eps"])
+def _group_norm_silu_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    channels,
+    positions,
+    num_groups,
+    norm_eps,
+    silu,
+    sums,
+    apply,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    kept = tl.load(x_ptr + start + inside, mask, other=0.0)
+
+    if sums:
+        # Far from zero, means are only as exact as float32 is there. So the first tile's mean is taken away before any are compared.
+        x = kept.to(tl.float32)
+        shift = tl.sum(x) / tl.sum(mask.to(tl.float32))
+        count, mean, m2 = _moments(x, shift, mask, c_first, c_end, first, positions, BLOCK_C, BLOCK_P)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x = tl.load(x_ptr + at + inside, there, other=0.0).to(tl.float32)
+                more, its_mean, its_m2 = _moments(x, shift, there, c_begin, c_end, tile, positions, BLOCK_C, BLOCK_P)
+                # Chan's rule
+                difference = its_mean - mean
+                share = more / (count + more)
+                m2 += its_m2 + difference * difference * (count * share)
+                mean += difference * share
+                count += more
+    else:
+        counts = _load_sums(sums_ptr, 0, 4)
+        shifts = _load_sums(sums_ptr, 1, 4)
+        shift = tl.load(sums_ptr + (tl.program_id(0).to(tl.int64) * 4 + 1) * tl.num_programs(1))
+        means = shifts - shift + _load_sums(sums_ptr, 2, 4)
+        count = tl.sum(counts, 0)
+        mean = tl.sum(counts * means, 0) / count
+        m2 = tl.sum(_load_sums(sums_ptr, 3, 4) + counts * (means - mean) * (means - mean), 0)
+
+    if apply:
+        mean += shift
+        rstd = 1.0 / tl.sqrt_rn(m2 / count + norm_eps)
+        writes = tl.program_id(1) == 0
+        tl.store(mean_ptr + tl.program_id(0), mean, writes)
+        tl.store(rstd_ptr + tl.program_id(0), rstd, writes)
+        gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
+        beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
+        tl.store(y_ptr + start + inside, _activation(_x_hat(kept, mask, mean, rstd), gamma, beta, silu), mask)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
+                tl.store(y_ptr + at + inside, _activation(x_hat, gamma, beta, silu), there)
+    else:
+        _store_sum(sums_ptr, count, 0, 4)
+        _store_sum(sums_ptr, shift, 1, 4)
+        _store_sum(sums_ptr, mean, 2, 4)
+        _store_sum(sums_ptr, m2, 3, 4)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _group_norm_silu_bwd_kernel(
+    x_ptr,
+    dy_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    sums_ptr,
+    channels,
+    positions,
+    num_groups,
+    silu,
+    sums,
+    apply,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    mean = tl.load(mean_ptr + tl.program_id(0))
+    rstd = tl.load(rstd_ptr + tl.program_id(0))
+    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
+    kept_dy = tl.load(dy_ptr + start + inside, mask, other=0.0)
+    first_gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
+    first_beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
+
+    if sums:
+        x_hat = _x_hat(kept_x, mask, mean, rstd)
+        w = kept_dy.to(tl.float32) * _slopes(x_hat, first_gamma, first_beta, silu)[0]
+        a = 0.0
+        b = 0.0
+        sum_w = tl.sum(w, 1)
+        sum_wx = tl.sum(w * x_hat, 1)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
+                w = tl.load(dy_ptr + at + inside, there, other=0.0).to(tl.float32) * _slopes(x_hat, gamma, beta, silu)[0]
+                sum_w += tl.sum(w, 1)
+                sum_wx += tl.sum(w * x_hat, 1)
+            _store_channel(dbias_ptr, image, sum_w, c_begin, c_end, channels, BLOCK_C)
+            _store_channel(dweight_ptr, image, sum_wx, c_begin, c_end, channels, BLOCK_C)
+            a += tl.sum(gamma * sum_w[:, None])
+            b += tl.sum(gamma * sum_wx[:, None])
+            sum_w = tl.zeros_like(sum_w)
+            sum_wx = tl.zeros_like(sum_wx)
+    else:
+        a = _load_sum(sums_ptr, 0, 2)
+        b = _load_sum(sums_ptr, 1, 2)
+
+    if apply:
+        size = (channels // num_groups).to(tl.float32) * positions
+        a /= size
+        b /= size
+        x_hat = _x_hat(kept_x, mask, mean, rstd)
+        u = first_gamma * kept_dy.to(tl.float32) * _slopes(x_hat, first_gamma, first_beta, silu)[0]
+        tl.store(dx_ptr + start + inside, rstd * (u - a - x_hat * b), mask)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
+                u = gamma * tl.load(dy_ptr + at + inside, there, other=0.0).to(tl.float32) * _slopes(x_hat, gamma, beta, silu)[0]
+                tl.store(dx_ptr + at + inside, rstd * (u - a - x_hat * b), there)
+    else:
+        _store_sum(sums_ptr, a, 0, 2)
+        _store_sum(sums_ptr, b, 1, 2)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _group_norm_silu_tan_kernel(
+    x_ptr,
+    tx_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    ty_ptr,
+    sums_ptr,
+    channels,
+    positions,
+    num_groups,
+    silu,
+    sums,
+    apply,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    mean = tl.load(mean_ptr + tl.program_id(0))
+    rstd = tl.load(rstd_ptr + tl.program_id(0))
+    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
+    kept_t = tl.load(tx_ptr + start + inside, mask, other=0.0)
+
+    if sums:
+        t = kept_t.to(tl.float32)
+        c = _fold(t, CHANNELS_LAST)
+        e = _fold(t * _x_hat(kept_x, mask, mean, rstd), CHANNELS_LAST)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                t = tl.load(tx_ptr + at + inside, there, other=0.0).to(tl.float32)
+                c += _fold(t, CHANNELS_LAST)
+                e += _fold(t * _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd), CHANNELS_LAST)
+        c = tl.sum(c)
+        e = tl.sum(e)
+    else:
+        c = _load_sum(sums_ptr, 0, 2)
+        e = _load_sum(sums_ptr, 1, 2)
+
+    if apply:
+        size = (channels // num_groups).to(tl.float32) * positions
+        c /= size
+        e /= size
+        gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
+        beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
+        x_hat = _x_hat(kept_x, mask, mean, rstd)
+        h_dot = gamma * rstd * (kept_t.to(tl.float32) - c - x_hat * e)
+        tl.store(ty_ptr + start + inside, _slopes(x_hat, gamma, beta, silu)[0] * h_dot, mask)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
+                h_dot = gamma * rstd * (tl.load(tx_ptr + at + inside, there, other=0.0).to(tl.float32) - c - x_hat * e)
+                tl.store(ty_ptr + at + inside, _slopes(x_hat, gamma, beta, silu)[0] * h_dot, there)
+    else:
+        _store_sum(sums_ptr, c, 0, 2)
+        _store_sum(sums_ptr, e, 1, 2)
+
+
+@triton.jit
+def _second_sums(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, CHANNELS_LAST: tl.constexpr):
+    """The twelve sums, folded, that every group mean of the second backward is made of.
+
+    In their names w = grad_y f1, k = grad_y f2, x = x_hat, and r is the part of v without c and e; each has its powers of weight in it.
+    """
+    x = _x_hat(x, mask, mean, rstd)
+    t = t.to(tl.float32)
+    dy = dy.to(tl.float32)
+    f1, f2 = _slopes(x, gamma, beta, silu)
+    w = dy * f1
+    k = dy * f2
+    u = gamma * w
+    r = gamma * (k * (dd_gamma * x + dd_beta) + y_bar.to(tl.float32) * f1) + dd_gamma * w
+    k = gamma * gamma * k
+    kx = k * x
+    return (
+        _fold(t, CHANNELS_LAST),
+        _fold(t * x, CHANNELS_LAST),
+        _fold(u, CHANNELS_LAST),
+        _fold(u * x, CHANNELS_LAST),
+        _fold(u * t, CHANNELS_LAST),
+        _fold(k, CHANNELS_LAST),
+        _fold(kx, CHANNELS_LAST),
+        _fold(kx * x, CHANNELS_LAST),
+        _fold(k * t, CHANNELS_LAST),
+        _fold(kx * t, CHANNELS_LAST),
+        _fold(r, CHANNELS_LAST),
+        _fold(r * x, CHANNELS_LAST),
+    )
+
+
+@triton.jit
+def _second_results(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, a, b, c, e, p0, p1, x_coefficient):
+    """gg_y and x_bar at a tile, and its sums for weight_bar and bias_bar."""
+    x = _x_hat(x, mask, mean, rstd)
+    t = t.to(tl.float32) - c
+    f1, f2 = _slopes(x, gamma, beta, silu)
+    dy = dy.to(tl.float32)
+    w = dy * f1
+    x_dot = rstd * (t - x * e)
+    h_dot = gamma * x_dot + dd_gamma * x + dd_beta
+    h_bar = dy * f2 * h_dot + y_bar.to(tl.float32) * f1
+    v = gamma * h_bar + dd_gamma * w
+    rest = e * (gamma * w - a) + b * t + x * x_coefficient
+    x_bar = rstd * (v - p0 - x * p1 - rstd * rest)
+    return f1 * h_dot, x_bar, tl.sum(x_dot * w + h_bar * x, 1), tl.sum(h_bar, 1)
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _group_norm_silu_bwd_bwd_kernel(
+    x_ptr,
+    ggx_ptr,
+    dy_ptr,
+    y_bar_ptr,
+    weight_ptr,
+    bias_ptr,
+    ggweight_ptr,
+    ggbias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    ggy_ptr,
+    x_bar_ptr,
+    weight_bar_ptr,
+    bias_bar_ptr,
+    sums_ptr,
+    channels,
+    positions,
+    num_groups,
+    silu,
+    has_y_bar,
+    has_ggweight,
+    has_ggbias,
+    need_tangent,
+    sums,
+    apply,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    # What is absent is a load or a store of nothing, not another kernel: flags in the mask, and ends of channel ranges that are 0.
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    mean = tl.load(mean_ptr + tl.program_id(0))
+    rstd = tl.load(rstd_ptr + tl.program_id(0))
+    weight_end = tl.where(has_ggweight, c_end, 0)
+    bias_end = tl.where(has_ggbias, c_end, 0)
+    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
+    kept_t = tl.load(ggx_ptr + start + inside, mask, other=0.0)
+    kept_dy = tl.load(dy_ptr + start + inside, mask, other=0.0)
+    kept_y_bar = tl.load(y_bar_ptr + start + inside, mask & has_y_bar, other=0.0)
+    first_gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
+    first_beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
+    first_dd_gamma = _channel(ggweight_ptr, c_first, weight_end, BLOCK_C)
+    first_dd_beta = _channel(ggbias_ptr, c_first, bias_end, BLOCK_C)
+
+    if sums:
+        c, e, a, b, q, sum_k, sum_kx, sum_kxx, sum_kt, sum_kxt, sum_r, sum_rx = _second_sums(
+            kept_x,
+            kept_t,
+            kept_dy,
+            kept_y_bar,
+            mask,
+            mean,
+            rstd,
+            first_gamma,
+            first_beta,
+            first_dd_gamma,
+            first_dd_beta,
+            silu,
+            CHANNELS_LAST,
+        )
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            dd_gamma = _channel(ggweight_ptr, c_begin, weight_end, BLOCK_C)
+            dd_beta = _channel(ggbias_ptr, c_begin, bias_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x = tl.load(x_ptr + at + inside, there, other=0.0)
+                t = tl.load(ggx_ptr + at + inside, there, other=0.0)
+                dy = tl.load(dy_ptr + at + inside, there, other=0.0)
+                y_bar = tl.load(y_bar_ptr + at + inside, there & has_y_bar, other=0.0)
+                s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 = _second_sums(
+                    x, t, dy, y_bar, there, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, CHANNELS_LAST
+                )
+                c += s0
+                e += s1
+                a += s2
+                b += s3
+                q += s4
+                sum_k += s5
+                sum_kx += s6
+                sum_kxx += s7
+                sum_kt += s8
+                sum_kxt += s9
+                sum_r += s10
+                sum_rx += s11
+        c = tl.sum(c)
+        e = tl.sum(e)
+        a = tl.sum(a)
+        b = tl.sum(b)
+        q = tl.sum(q)
+        sum_k = tl.sum(sum_k)
+        sum_kx = tl.sum(sum_kx)
+        sum_kxx = tl.sum(sum_kxx)
+        sum_kt = tl.sum(sum_kt)
+        sum_kxt = tl.sum(sum_kxt)
+        sum_r = tl.sum(sum_r)
+        sum_rx = tl.sum(sum_rx)
+    else:
+        c = _load_sum(sums_ptr, 0, 12)
+        e = _load_sum(sums_ptr, 1, 12)
+        a = _load_sum(sums_ptr, 2, 12)
+        b = _load_sum(sums_ptr, 3, 12)
+        q = _load_sum(sums_ptr, 4, 12)
+        sum_k = _load_sum(sums_ptr, 5, 12)
+        sum_kx = _load_sum(sums_ptr, 6, 12)
+        sum_kxx = _load_sum(sums_ptr, 7, 12)
+        sum_kt = _load_sum(sums_ptr, 8, 12)
+        sum_kxt = _load_sum(sums_ptr, 9, 12)
+        sum_r = _load_sum(sums_ptr, 10, 12)
+        sum_rx = _load_sum(sums_ptr, 11, 12)
+
+    if apply:
+        size = (channels // num_groups).to(tl.float32) * positions
+        c /= size
+        e /= size
+        a /= size
+        b /= size
+        # M[v] and M[v x_hat], now that c and e are known
+        p0 = (rstd * (sum_kt - c * sum_k - e * sum_kx) + sum_r) / size
+        p1 = (rstd * (sum_kxt - c * sum_kx - e * sum_kxx) + sum_rx) / size
+        x_coefficient = q / size - a * c - 3.0 * b * e
+
+        gg_y, x_bar, weight_bar, bias_bar = _second_results(
+            kept_x,
+            kept_t,
+            kept_dy,
+            kept_y_bar,
+            mask,
+            mean,
+            rstd,
+            first_gamma,
+            first_beta,
+            first_dd_gamma,
+            first_dd_beta,
+            silu,
+            a,
+            b,
+            c,
+            e,
+            p0,
+            p1,
+            x_coefficient,
+        )
+        tl.store(ggy_ptr + start + inside, gg_y, mask & need_tangent)
+        tl.store(x_bar_ptr + start + inside, x_bar, mask)
+        for c_begin in range(c_first, c_end, BLOCK_C):
+            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
+            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            dd_gamma = _channel(ggweight_ptr, c_begin, weight_end, BLOCK_C)
+            dd_beta = _channel(ggbias_ptr, c_begin, bias_end, BLOCK_C)
+            for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
+                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x = tl.load(x_ptr + at + inside, there, other=0.0)
+                t = tl.load(ggx_ptr + at + inside, there, other=0.0)
+                dy = tl.load(dy_ptr + at + inside, there, other=0.0)
+                y_bar = tl.load(y_bar_ptr + at + inside, there & has_y_bar, other=0.0)
+                gg_y, x_bar, s0, s1 = _second_results(
+                    x, t, dy, y_bar, there, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, a, b, c, e, p0, p1, x_coefficient
+                )
+                tl.store(ggy_ptr + at + inside, gg_y, there & need_tangent)
+                tl.store(x_bar_ptr + at + inside, x_bar, there)
+                weight_bar += s0
+                bias_bar += s1
+            _store_channel(weight_bar_ptr, image, weight_bar, c_begin, c_end, channels, BLOCK_C)
+            _store_channel(bias_bar_ptr, image, bias_bar, c_begin, c_end, channels, BLOCK_C)
+            weight_bar = tl.zeros_like(weight_bar)
+            bias_bar = tl.zeros_like(bias_bar)
+    else:
+        _store_sum(sums_ptr, c, 0, 12)
+        _store_sum(sums_ptr, e, 1, 12)
+        _store_sum(sums_ptr, a, 2, 12)
+        _store_sum(sums_ptr, b, 3, 12)
+        _store_sum(sums_ptr, q, 4, 12)
+        _store_sum(sums_ptr, sum_k, 5, 12)
+        _store_sum(sums_ptr, sum_kx, 6, 12)
+        _store_sum(sums_ptr, sum_kxx, 7, 12)
+        _store_sum(sums_ptr, sum_kt, 8, 12)
+        _store_sum(sums_ptr, sum_kxt, 9, 12)
+        _store_sum(sums_ptr, sum_r, 10, 12)
+        _store_sum(sums_ptr, sum_rx, 11, 12)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is cut into programs and tiles."""
+
+    channels_last: bool
+    vector: int  # groups start at multiples of it
+    block_c: int
+    block_p: int
+    num_splits: int
+    num_warps: int
+
+
+ENOUGH_PROGRAMS = 512  # about two waves on the largest of today's GPUs
+TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
+
+
+def _plan(x: Tensor, num_groups: int, warps: tuple[int, int]) -> _Plan:
+    """`warps` of a program: where vectors can be loaded, and where every element needs registers for an address of its own."""
+    batch, channels = x.shape[:2]
+    positions = x.shape[2:].numel()
+    size = channels // num_groups
+    channels_last, vector = not x.is_contiguous(), 1
+    # All tiles have 8 elements a thread. What lies together in memory decides their shape, and only there vectors matter.
+    if channels_last:
+        block_c = 8 if size <= 8 else 32
+        vector = 8 if size % 8 == 0 else 4 if size % 4 == 0 else 1
+        aligned = vector > 1 and channels % 16 == 0
+    else:
+        block_c = 32 if positions <= 64 else 8 if positions <= 256 else 2
+        aligned = positions % 16 == 0
+    num_warps = warps[0 if aligned else 1]
+    block_p = PER_THREAD.value * 32 * num_warps // block_c
+    tiles = -(-positions // block_p)
+    wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
+    splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
+    splits = -(-tiles // -(-tiles // splits))  # the kernel rounds tiles per split up; no split may be left without one
+    return _Plan(channels_last, vector, block_c, block_p, splits, num_warps)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where channels or positions lie together, else a contiguous copy."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """value in the dtype and the layout of x, which is dense."""
+    if value.dtype == x.dtype and (value.is_contiguous() if x.is_contiguous() else value.movedim(1, -1).is_contiguous()):
+        return value
+    return torch.empty_like(x).copy_(value)
+
+
+def _launch(
+    kernel: triton.JITFunction, plan: _Plan, x: Tensor, num_groups: int, *arguments: Tensor, after: tuple[float | bool, ...]
+) -> None:
+    """One launch that sweeps twice, or two that sweep once each."""
+    sizes = x.shape[1], x.shape[2:].numel(), num_groups
+    grid = x.shape[0] * num_groups, plan.num_splits
+    tile = {"CHANNELS_LAST": plan.channels_last, "VECTOR": plan.vector, "BLOCK_C": plan.block_c, "BLOCK_P": plan.block_p}
+    for sums, apply in [(True, True)] if plan.num_splits == 1 else [(True, False), (False, True)]:
+        launch(kernel, grid, x, *arguments, *sizes, *after, sums, apply, num_warps=plan.num_warps, **tile)
+
+
+def _sums(plan: _Plan, count: int, like: Tensor) -> Tensor:
+    """The buffer between two launches, for `like` [B, G]; where there is one launch, any pointer will do."""
+    return like if plan.num_splits == 1 else like.new_empty(like.numel() * count * plan.num_splits)
+
+
+def group_norm_silu_fwd(
+    x: Tensor,  # [B, C, ...]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    num_groups: int,
+    norm_eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
+    """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32."""
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    plan, y = _plan(x, num_groups, warps=(8, 4)), torch.empty_like(x)
+    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
+    arguments = weight, bias, y, mean, rstd, _sums(plan, 4, mean)
+    _launch(_group_norm_silu_fwd_kernel, plan, x, num_groups, *arguments, after=(norm_eps, silu))
+    return y, mean, rstd
+
+
+def group_norm_silu_bwd(
+    grad_y: Tensor,  # [B, C, ...]
+    x: Tensor,  # [B, C, ...]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+    num_groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [C], [C]
+    """grad_x, grad_weight, grad_bias: the gradient of <grad_y, y>."""
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    plan, grad_x = _plan(x, num_groups, warps=(8, 8)), torch.empty_like(x)
+    grad_weight, grad_bias = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
+    arguments = _like(grad_y, x), weight, bias, mean.contiguous(), rstd.contiguous(), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
+    _launch(_group_norm_silu_bwd_kernel, plan, x, num_groups, *arguments, after=(silu,))
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
+
+
+def group_norm_silu_tan(
+    tx: Tensor,  # [B, C, ...]
+    x: Tensor,  # [B, C, ...]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+    num_groups: int,
+    silu: bool,
+) -> Tensor:  # [B, C, ...]
+    """ty: the tangent of y along tx, parameters constant."""
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    plan, ty = _plan(x, num_groups, warps=(4, 4)), torch.empty_like(x)
+    arguments = _like(tx, x), weight, bias, mean.contiguous(), rstd.contiguous(), ty, _sums(plan, 2, mean)
+    _launch(_group_norm_silu_tan_kernel, plan, x, num_groups, *arguments, after=(silu,))
+    return ty
+
+
+def group_norm_silu_bwd_bwd(
+    ggx: Tensor,  # [B, C, ...]
+    ggweight: Tensor | None,  # [C]
+    ggbias: Tensor | None,  # [C]
+    grad_y: Tensor,  # [B, C, ...]
+    x: Tensor,  # [B, C, ...]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    mean: Tensor,  # [B, G]
+    rstd: Tensor,  # [B, G]
+    num_groups: int,
+    silu: bool,
+    y_bar: Tensor | None,  # [B, C, ...]
+    need_tangent: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # [B, C, ...] or None, [B, C, ...], [C], [C]
+    """gg_y (None unless need_tangent), x_bar, weight_bar, bias_bar.
+
+    The gradient of <ggx, grad_x> + <ggweight, grad_weight> + <ggbias, grad_bias> + <y_bar, y>, where terms that are None are left out,
+    with respect to grad_y, x, weight and bias; the dependence of mean and rstd on x is included.
+    """
+    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    plan, x_bar = _plan(x, num_groups, warps=(4, 4)), torch.empty_like(x)
+    gg_y = torch.empty_like(x) if need_tangent else None
+    weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
+    # The pointer of what is absent must be valid, no more, and of the right type.
+    inputs = _like(ggx, x), _like(grad_y, x), x if y_bar is None else _like(y_bar, x)
+    parameters = weight, bias, *(weight if value is None else value.to(weight.dtype).contiguous() for value in (ggweight, ggbias))
+    outputs = x_bar if gg_y is None else gg_y, x_bar, weight_bar, bias_bar
+    arguments = *inputs, *parameters, mean.contiguous(), rstd.contiguous(), *outputs, _sums(plan, 12, mean)
+    flags = silu, y_bar is not None, ggweight is not None, ggbias is not None, need_tangent
+    _launch(_group_norm_silu_bwd_bwd_kernel, plan, x, num_groups, *arguments, after=flags)
+    return gg_y, x_bar, weight_bar.sum(0).to(weight.dtype), bias_bar.sum(0).to(bias.dtype)
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every dtype with its own parameters and with float32 ones, every tile in both layouts; then sizes that align with nothing."""
+    dtypes = [(torch.float32, torch.float32), *product((torch.bfloat16, torch.float16), (torch.float32, None))]
+    # Groups, channels and positions, channels last or not
+    shapes = [(6, 48, 64, False), (6, 48, 256, False), (6, 48, 4096, False), (12, 48, 4096, True), (6, 48, 4096, True), (6, 192, 256, True)]
+    odd = [(3, 9, 1000, False), (3, 9, 1000, True)]
+    for dtype, parameter_dtype in dtypes:
+        for num_groups, channels, positions, channels_last in shapes + odd * (parameter_dtype is None or dtype == torch.float32):
+
+            def call(
+                dtype: torch.dtype = dtype,
+                parameter_dtype: torch.dtype = parameter_dtype or dtype,
+                num_groups: int = num_groups,
+                shape: tuple[int, int, int] = (2, channels, positions),
+                channels_last: bool = channels_last,
+            ) -> None:
+                x = torch.empty(shape, dtype=dtype, device="meta")
+                x = x.mT.contiguous().mT if channels_last else x
+                weight = torch.empty(shape[1], dtype=parameter_dtype, device="meta")
+                _, mean, rstd = group_norm_silu_fwd(x, weight, weight, num_groups, 1e-5, True)
+                group_norm_silu_bwd(x, x, weight, weight, mean, rstd, num_groups, True)
+                group_norm_silu_tan(x, x, weight, weight, mean, rstd, num_groups, True)
+                group_norm_silu_bwd_bwd(x, weight, weight, x, x, weight, weight, mean, rstd, num_groups, True, x, True)
+
+            types = str(dtype)[6:] + ("" if parameter_dtype in (None, dtype) else ", float32 parameters")
+            layout = "channels last" if channels_last else "channels first"
+            yield f"{types}, {layout}, C = {channels}, P = {positions}, G = {num_groups}", call

@@ -1,0 +1,212 @@
+"""Softmax attention that can be differentiated twice, in memory linear in the number of tokens.
+
+`sami_fast::attention` -> `attention_bwd` -> `attention_bwd_bwd`: three chained operators, each the derivative of the one before, every
+one on the backend that the first was called with. `lse` and `out` are passed along as saved values: the formulas of `attention_bwd` and
+`attention_bwd_bwd` contain how they depend on q, k and v.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.attention import check_attention
+from .arguments import check_together
+from .backend import choose, levels, sweep_levels
+from .define import define, no_third_derivative, saved_arguments
+
+HEAD_SIZES = range(8, 129)  # of the kernels
+
+
+def attention(
+    q: Tensor,  # [B, S_q, N, D]
+    k: Tensor,  # [B, S_k, N, D]
+    v: Tensor,  # [B, S_k, N, D]
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:  # [B, S_q, N, D]
+    """out = softmax(scale q k^T) v for every head.
+
+    Any strides are read in place: [B, S, N, D], a transposed [B, N, S, D], slices of one projection, a feature map's channels.
+    Other masks than the causal one: add them to the logits of a written-out attention, such as `sami_fast.reference.attention`.
+
+    Args:
+        q: Queries. [B, S_q, N, D] (batch, tokens, heads, head size), any floating dtype; kernels take float32, float16, bfloat16 and
+            D from 8 to 128, and sum in float32.
+        k, v: Keys and values. [B, S_k, N, D], S_k >= 1, dtype of q.
+        scale: Factor on the logits; 1 / sqrt(D) when None.
+        causal: Query i sees keys j <= i only. Needs S_q == S_k.
+        backend: See `sami_fast.use_backend`.
+    Returns:
+        [B, S_q, N, D], dtype of q.
+    Raises:
+        ValueError: shapes do not fit, devices differ, or causal with S_q != S_k.
+        TypeError: dtypes differ or are not floating.
+        BackendError: the backend cannot run this call.
+    Differentiable: twice, in q, k and v (the reference further).
+    Runs on: Triton, reference.
+    Source: Vaswani et al., arXiv:1706.03762, eq. 1.
+    """
+    backend, scale = _prepare(q, k, v, scale, causal, backend)
+    if backend == "reference":
+        return reference.attention(q, k, v, scale=scale, causal=causal)
+    return _attention(q, k, v, scale, causal, backend)[0]
+
+
+def attention_dual(
+    q: Tensor,  # [B, S_q, N, D]
+    k: Tensor,  # [B, S_k, N, D]
+    v: Tensor,  # [B, S_k, N, D]
+    tq: Tensor,  # [B, S_q, N, D]
+    tk: Tensor,  # [B, S_k, N, D]
+    tv: Tensor,  # [B, S_k, N, D]
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, S_q, N, D] twice
+    """`attention` and its tangent along (tq, tk, tv): a dual number in, a dual number out.
+
+    Args:
+        q, k, v, scale, causal, backend: As in `attention`.
+        tq, tk, tv: Tangents, shape and dtype of q, k, v.
+    Returns:
+        out and its tangent.
+    Raises:
+        As `attention`.
+    Differentiable: once, in all six (the reference further).
+    Runs on: Triton, reference.
+    """
+    backend, scale = _prepare(q, k, v, scale, causal, backend)
+    check_together("attention_dual", q=q, tq=tq, tk=tk, tv=tv)
+    for name, tangent, primal in (("tq", tq, q), ("tk", tk, k), ("tv", tv, v)):
+        if tangent.shape != primal.shape:
+            raise ValueError(f"{name}: expected {list(primal.shape)}, found {list(tangent.shape)}")
+    if backend == "reference":
+        return reference.attention_dual(q, k, v, tq, tk, tv, scale=scale, causal=causal)
+    return _attention_dual(q, k, v, tq, tk, tv, scale, causal, backend)[:2]
+
+
+def attention_levels(q: Tensor) -> tuple[ModuleType, tuple[float, bool]]:
+    """The level functions of the backend in force for self-attention over q [B, S, N, D], and their (scale, causal)."""
+    return sweep_levels("attention", q, triton=_head_limit(q)), (q.shape[-1] ** -0.5, False)
+
+
+def _head_limit(q: Tensor) -> str | None:
+    head = q.shape[-1]
+    return None if head in HEAD_SIZES else f"its head sizes are {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}, this one is {head}"
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, backend: str | None) -> tuple[str, float]:
+    check_attention(q, k, v, causal)
+    check_together("attention", q=q, k=k, v=v)
+    return choose("attention", backend, q, triton=_head_limit(q)), q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return levels("attention", backend).attention_fwd(q, k, v, scale, causal)
+
+
+def _save_fwd(ctx, inputs, output):
+    q, k, v, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _fwd_formula(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 6
+    return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+def _bwd(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return levels("attention", backend).attention_bwd(grad_out, q, k, v, out, lse, scale, causal)
+
+
+def _bwd_formula(ctx, ggq, ggk, ggv):
+    if ggq is None and ggk is None and ggv is None:
+        return (None,) * 9
+    saved = saved_arguments(ctx)
+    cotangents = (torch.zeros_like(primal) if gg is None else gg for gg, primal in zip((ggq, ggk, ggv), saved[1:4], strict=True))
+    return *_attention_bwd_bwd(*cotangents, *saved), None, None, None, None, None
+
+
+def _bwd_bwd(
+    ggq: Tensor,
+    ggk: Tensor,
+    ggv: Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = levels("attention", backend)
+    tout, tau = module.attention_tan(ggq, ggk, ggv, q, k, v, out, lse, scale, causal)  # tout is also the gradient of grad_out
+    return tout, *module.attention_bwd_bwd(ggq, ggk, ggv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, None)
+
+
+def _dual(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor, scale: float, causal: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = levels("attention", backend)
+    out, lse = module.attention_fwd(q, k, v, scale, causal)
+    return out, *module.attention_tan(tq, tk, tv, q, k, v, out, lse, scale, causal), lse
+
+
+def _save_dual(ctx, inputs, output):
+    *tensors, _, _, _ = inputs
+    ctx.settings = inputs[6:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _dual_formula(ctx, out_bar, tout_bar, *_):
+    out, tout = ctx.saved_tensors[6:8]
+    if out_bar is None and tout_bar is None:
+        return (None,) * 9
+    out_bar = torch.zeros_like(out) if out_bar is None else out_bar
+    tout_bar = torch.zeros_like(tout) if tout_bar is None else tout_bar
+    return *_attention_dual_bwd(out_bar, tout_bar, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+def _dual_bwd(
+    out_bar: Tensor,
+    tout_bar: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor,
+    tv: Tensor,
+    out: Tensor,
+    tout: Tensor,
+    tau: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # <tout_bar, tout> is linear in the tangents, with the first derivative as its matrix; its derivative in q, k, v is the joint backward.
+    module = levels("attention", backend)
+    joint = module.attention_bwd_bwd(tq, tk, tv, tout_bar, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
+    return *joint, *module.attention_bwd(tout_bar, q, k, v, out, lse, scale, causal)
+
+
+_attention = define("attention", _fwd, _save_fwd, _fwd_formula)
+_attention_bwd = define("attention_bwd", _bwd, None, _bwd_formula)
+_attention_bwd_bwd = define("attention_bwd_bwd", _bwd_bwd, None, no_third_derivative("attention"))
+_attention_dual = define("attention_dual", _dual, _save_dual, _dual_formula)
+_attention_dual_bwd = define("attention_dual_bwd", _dual_bwd, None, no_third_derivative("attention_dual"))

@@ -1,0 +1,61 @@
+"""Random numbers of `reference/random.py`, bit for bit the same on every backend. Nothing here is differentiable."""
+
+from torch import Tensor
+
+from .. import reference
+from ..reference.random import NUM_STREAMS
+from .backend import choose, levels
+from .define import define
+
+
+def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *, backend: str | None = None) -> Tensor:
+    """Standard normals.
+
+    Args:
+        seed: Key, 0 <= seed < 2**63.
+        step: Optimiser step or any counter, >= 0.
+        stream: One of `Stream`.
+        index: Global sample indices. [S] int64, >= 0; each sample's numbers depend on its own index alone.
+        size: Elements per sample.
+        backend: See `sami_fast.use_backend`.
+    Returns:
+        [S, size] float32, on the device of `index`.
+    Raises:
+        ValueError: there is no such stream, or index is not [S].
+        BackendError: the backend cannot run this call.
+    Runs on: Triton, reference.
+    Source: Salmon et al., SC 2011 (Philox4x32-10); Box & Muller, 1958.
+    """
+    return _draw("random_normal", seed, step, stream, index, size, backend)
+
+
+def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int, *, backend: str | None = None) -> Tensor:
+    """Uniforms in [0, 1). [S, size] float32; arguments, errors and source as in `random_normal`."""
+    return _draw("random_uniform", seed, step, stream, index, size, backend)
+
+
+def _draw(name: str, seed: int, step: int, stream: int, index: Tensor, size: int, backend: str | None) -> Tensor:
+    if index.dim() != 1:
+        raise ValueError(f"index: expected [S], found {list(index.shape)}")
+    check_stream(stream)
+    backend = choose(name, backend, index)
+    if backend == "reference":
+        return getattr(reference, name)(seed, step, stream, index, size)
+    return _OPS[name](seed, step, int(stream), index, size, backend)
+
+
+def check_stream(stream: int) -> None:
+    """ValueError unless there is such a stream."""
+    if not 0 <= stream < NUM_STREAMS:
+        raise ValueError(f"stream: expected 0 to {NUM_STREAMS - 1}, found {stream}")
+
+
+def _normal(seed: int, step: int, stream: int, index: Tensor, size: int, backend: str) -> Tensor:
+    return levels("random", backend).random_normal(seed, step, stream, index, size)
+
+
+def _uniform(seed: int, step: int, stream: int, index: Tensor, size: int, backend: str) -> Tensor:
+    return levels("random", backend).random_uniform(seed, step, stream, index, size)
+
+
+_OPS = {"random_normal": define("random_normal", _normal), "random_uniform": define("random_uniform", _uniform)}

@@ -1,0 +1,53 @@
+"""Where the noise levels of a batch lie: nested stratified uniforms, the same on every backend."""
+
+from torch import Tensor
+
+from .. import reference
+from .backend import choose
+from .backend import levels as level_functions
+from .define import define
+
+
+def stratified_uniform(
+    index: Tensor,  # [B]
+    levels: int,
+    global_batch: int,
+    *,
+    seed: int,
+    step: int,
+    backend: str | None = None,
+) -> Tensor:  # [B, K]
+    """K uniforms per image: one image covers all K strata, the whole batch covers all global_batch * K of them.
+
+        u = (k + (rank(b) + v_bk) / global_batch) / K
+
+    with rank a random order of the global batch and v uniform. A level picked at random among the K of an image is uniform on [0, 1];
+    level k alone is confined to its stratum.
+
+    Args:
+        index: Place of each local image in the global batch. [B] int64, 0 <= index < global_batch.
+        levels: K, noise levels per image.
+        global_batch: Images of one step over all ranks and micro-batches.
+        seed, step: See `random_normal`.
+        backend: See `sami_fast.use_backend`.
+    Returns:
+        [B, K] float32 in [0, 1], bit for bit the same on every backend.
+    Raises:
+        ValueError: index is not [B].
+        BackendError: the backend cannot run this call.
+    Differentiable: no; there is nothing to differentiate.
+    Runs on: Triton, reference.
+    """
+    if index.dim() != 1:
+        raise ValueError(f"index: expected [B], found {list(index.shape)}")
+    backend = choose("stratified_uniform", backend, index)
+    if backend == "reference":
+        return reference.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
+    return _stratified_uniform(index, levels, global_batch, seed, step, backend)
+
+
+def _draw(index: Tensor, levels: int, global_batch: int, seed: int, step: int, backend: str) -> Tensor:
+    return level_functions("random", backend).stratified_uniform(index, levels, global_batch, seed=seed, step=step)
+
+
+_stratified_uniform = define("stratified_uniform", _draw)

@@ -1,0 +1,90 @@
+"""The whole step on a GPU: kernels against the reference at real sizes, in every precision, and the same bits twice.
+
+Each kernel's own GPU cases stand in its test file. Not run on hardware so far: no figure here was measured on a GPU.
+"""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same_gradients, gradients, normal
+from torch import Tensor, nn
+
+from sami_fast import ops
+from sami_fast.models import Denoiser, Encoder
+from sami_fast.schedule import UniformLogsnr
+from sami_fast.step import Draw, Objective, training_step
+
+pytestmark = pytest.mark.gpu
+SCHEDULE = UniformLogsnr(-7.0, 5.0)
+METHODS = ("reverse", "sweeps", "dual")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def networks(channels_last: bool = False) -> tuple[nn.Module, nn.Module]:
+    """64x64 colour images, attention over 256 and 64 tokens."""
+    torch.manual_seed(0)
+    encoder = Encoder(3, 64, 16, [32, 64, 128], blocks=1, attention=[16, 8], groups=8)
+    denoiser = Denoiser(3, 64, [32, 64, 128], attention=[16], groups=8)
+    nn.init.normal_(denoiser.out.weight, std=0.02)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return encoder.cuda().to(memory_format=layout), denoiser.cuda().to(memory_format=layout)
+
+
+def step(encoder: nn.Module, denoiser: nn.Module, backend: str, method: str, bf16: bool = False, **settings) -> tuple[Tensor, dict[str, Tensor]]:
+    batch = 16
+    draw = Draw(seed=1, step=2, index=torch.arange(batch, device="cuda"), global_batch=batch)
+    objective = Objective(noise_levels=2, unconditional_weight=0.1)
+    x_0 = normal(batch, 3, 64, 64).clamp(-1, 1).to("cuda", next(encoder.parameters()).dtype)
+    with ops.use_backend(backend), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        loss, _ = training_step(encoder, denoiser, SCHEDULE, x_0, draw, objective, 0.5, score_method=method, **settings)
+    return loss.detach(), gradients(loss, encoder, denoiser)
+
+
+@pytest.mark.parametrize("store_eps", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_step(method: str, bf16: bool, channels_last: bool, store_eps: bool):
+    """No further from float64 than three times the reference in the same precision, per parameter, and a floor."""
+    encoder, denoiser = networks(channels_last)
+    exact_loss, exact = step(copy.deepcopy(encoder).double(), copy.deepcopy(denoiser).double(), "reference", "reverse")
+    loss, found = step(encoder, denoiser, "triton", method, bf16, store_eps=store_eps)
+    rival_loss, rival = step(encoder, denoiser, "reference", "reverse", bf16)
+    unit = 2**-8 if bf16 else 2**-23
+    assert (loss - exact_loss).abs() <= 3 * (rival_loss - exact_loss).abs() + 8 * unit * exact_loss.abs()
+    scale = max(value.abs().max().item() for value in exact.values())
+    for name, want in exact.items():
+        error, allowed = ((value[name].double() - want).norm().item() for value in (found, rival))
+        assert error <= 3 * allowed + 8 * unit * want.norm().item() + unit * scale, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_same_bits_twice(method: str, bf16: bool):
+    encoder, denoiser = networks()
+    first, second = (step(encoder, denoiser, "triton", method, bf16) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert_same_gradients(first[1], second[1], rtol=0.0)
+
+
+def test_same_noise_as_on_the_cpu():
+    """The bits of a run do not depend on where it runs."""
+    index = torch.arange(5, 21)
+    for draw in (
+        lambda i: ops.random_normal(3, 1 << 40, ops.Stream.EPS, i, 1003),
+        lambda i: ops.random_uniform(3, 7, ops.Stream.LOGSNR, i, 1003),
+        lambda i: ops.stratified_uniform(i - 5, 4, 16, seed=3, step=7),
+    ):
+        assert torch.equal(draw(index.cuda()).cpu(), draw(index))
+
+
+def test_auto_takes_the_kernels():
+    for op, devices in ops.describe().items():
+        assert devices["cuda"] == "triton", op

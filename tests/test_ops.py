@@ -1,0 +1,443 @@
+"""What all ops have in common: chained derivatives, torch.func and torch.compile, the choice of a backend, bad arguments."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import normal, positive, relative_error
+from torch import Tensor
+
+import sami_fast
+from sami_fast import ops, reference
+from sami_fast.ops import BackendError, use_backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATORS = torch.ops.sami_fast
+INDEX = torch.tensor([0, 5])
+
+
+def norm_inputs(dtype: torch.dtype) -> list[Tensor]:
+    return [normal(2, 4, 3, 2, dtype=dtype), normal(4, seed=1, dtype=dtype), normal(4, seed=2, dtype=dtype)]
+
+
+def attention_inputs(dtype: torch.dtype) -> list[Tensor]:
+    return [normal(1, 5, 2, 8, seed=0, dtype=dtype), *(normal(1, 7, 2, 8, seed=seed, dtype=dtype) for seed in (1, 2))]
+
+
+def gaussian_inputs(dtype: torch.dtype) -> list[Tensor]:
+    return [normal(3, 5, dtype=dtype), normal(3, 5, seed=1, dtype=dtype), positive(3, 5, low=0.3, high=3.0, dtype=dtype)]
+
+
+def noise_inputs(dtype: torch.dtype) -> list[Tensor]:
+    return [normal(2, 1, 3, 5, dtype=dtype), *(positive(2, 3, low=0.1, high=1.0, seed=seed, dtype=dtype) for seed in (1, 2))]
+
+
+def loss_inputs(dtype: torch.dtype) -> list[Tensor]:
+    return [
+        *(normal(4, 1, 3, 5, seed=seed, dtype=dtype) for seed in range(3)),
+        *(positive(4, low=0.2, high=2.0, seed=seed, dtype=dtype) for seed in range(3)),
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op: what it is called with, and three ways to call it that must agree."""
+
+    inputs: Callable[[torch.dtype], list[Tensor]]
+    public: Callable[..., Any]
+    operator: Callable[..., Any]  # (backend, *inputs)
+    truth: Callable[..., Any]
+
+
+CASES = {
+    "attention": Case(
+        attention_inputs,
+        lambda q, k, v, **kw: ops.attention(q, k, v, scale=0.4, **kw),
+        lambda backend, q, k, v: OPERATORS.attention(q, k, v, 0.4, False, backend)[0],
+        lambda q, k, v: reference.attention(q, k, v, scale=0.4),
+    ),
+    "causal attention": Case(
+        lambda dtype: [normal(1, 7, 2, 8, seed=9, dtype=dtype), *attention_inputs(dtype)[1:]],
+        lambda q, k, v, **kw: ops.attention(q, k, v, causal=True, **kw),
+        lambda backend, q, k, v: OPERATORS.attention(q, k, v, 8**-0.5, True, backend)[0],
+        lambda q, k, v: reference.attention(q, k, v, causal=True),
+    ),
+    "group_norm_silu": Case(
+        norm_inputs,
+        lambda x, w, b, **kw: ops.group_norm_silu(x, w, b, 2, **kw),
+        lambda backend, x, w, b: OPERATORS.group_norm_silu(x, w, b, 2, 1e-5, True, backend)[0],
+        lambda x, w, b: reference.group_norm_silu(x, w, b, 2),
+    ),
+    "group_norm": Case(
+        norm_inputs,
+        lambda x, w, b, **kw: ops.group_norm_silu(x, w, b, 4, norm_eps=1e-3, silu=False, **kw),
+        lambda backend, x, w, b: OPERATORS.group_norm_silu(x, w, b, 4, 1e-3, False, backend)[0],
+        lambda x, w, b: reference.group_norm_silu(x, w, b, 4, norm_eps=1e-3, silu=False),
+    ),
+    "gaussian_log_prob": Case(
+        gaussian_inputs,
+        ops.gaussian_log_prob,
+        lambda backend, z, mu, var: OPERATORS.gaussian_log_prob(z, mu, var, backend),
+        reference.gaussian_log_prob,
+    ),
+    "noise_sample": Case(
+        noise_inputs,
+        lambda x, a, s, **kw: ops.noise_sample(x, a, s, INDEX.to(x.device), seed=3, step=4, **kw)[0],
+        lambda backend, x, a, s: OPERATORS.noise_sample(x, a, s, INDEX, 3, 4, 0, True, backend)[0],
+        lambda x, a, s: reference.noise_sample(x, a, s, INDEX.to(x.device), seed=3, step=4)[0],
+    ),
+    "noise_sample, eps dropped": Case(
+        noise_inputs,
+        lambda x, a, s, **kw: ops.noise_sample(x, a, s, INDEX.to(x.device), seed=3, step=4, store_eps=False, **kw)[0],
+        lambda backend, x, a, s: OPERATORS.noise_sample(x, a, s, INDEX, 3, 4, 0, False, backend)[0],
+        lambda x, a, s: reference.noise_sample(x, a, s, INDEX.to(x.device), seed=3, step=4)[0],
+    ),
+    "guided_loss": Case(
+        loss_inputs,
+        lambda *args, **kw: ops.guided_loss(*args, **kw)[0],
+        lambda backend, *args: OPERATORS.guided_loss(*args, None, 1, 0, 0, 0, backend)[0],
+        lambda *args: reference.guided_loss(*args)[0],
+    ),
+}
+CHAINED = ("attention", "group_norm_silu", "gaussian_log_prob")  # a third derivative has no formula
+
+
+def leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [value.detach().to(DEVICE).requires_grad_() for value in inputs]
+
+
+def two_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The value, its first gradients and second gradients, each along cotangents that are not all ones."""
+    inputs = leaves(inputs)
+    value = function(*inputs)
+    like = {"dtype": value.dtype, "device": value.device}
+    along = normal(*value.shape, seed=20).to(**like)
+    first = torch.autograd.grad(value, inputs, along, create_graph=True)
+    # What is linear in everything has a first gradient that depends on nothing.
+    products = ((g * normal(*g.shape, seed=21 + place).to(**like)).sum() for place, g in enumerate(first) if g.requires_grad)
+    second = torch.autograd.grad(sum(products), inputs, allow_unused=True)
+    return [value, *first, *(torch.zeros_like(x) if g is None else g for g, x in zip(second, inputs, strict=True))]
+
+
+# Derivative formulas, exactly: the chain of operators over the reference's level functions, in float64.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chain_of_formulas(name: str):
+    case = CASES[name]
+    inputs = [value.requires_grad_() for value in case.inputs(torch.float64)]
+
+    def chain(*args: Tensor) -> Tensor:
+        return case.operator("reference", *args)
+
+    assert torch.autograd.gradcheck(chain, inputs)
+    assert torch.autograd.gradgradcheck(chain, inputs)
+    for found, want in zip(two_derivatives(chain, inputs), two_derivatives(case.truth, inputs), strict=True):
+        assert (found - want).abs().max() < 1e-11 * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_to_second_order(name: str):
+    """Triton in float32 against the reference in float64; twice the largest error seen, 3.0e-7 of the largest entry."""
+    case = CASES[name]
+    exact = two_derivatives(case.truth, case.inputs(torch.float64))
+    found = two_derivatives(lambda *args: case.public(*args, backend="triton"), case.inputs(torch.float32))
+    for place, (value, want) in enumerate(zip(found, exact, strict=True)):
+        assert value.dtype == torch.float32
+        assert relative_error(value, want.to(value.device)) < 1e-6, place
+
+
+@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_third_derivative_says_so(name: str, backend: str):
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float32))
+    value = case.operator(backend, *inputs)
+    for _ in range(2):
+        value = sum(g.square().sum() for g in torch.autograd.grad(value.sum(), inputs, create_graph=True))
+    with pytest.raises(RuntimeError, match=rf"{name}: this derivative has no kernel; backend='reference' can be differentiated further"):
+        torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_the_reference_goes_on(name: str):
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float64))
+    value = case.public(*inputs, backend="reference")
+    for _ in range(3):
+        value = sum(g.square().sum() for g in torch.autograd.grad(value.sum(), inputs, create_graph=True))
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, backend: str):
+    case = CASES[name]
+    if backend == "reference" or DEVICE == "cpu":
+        captured = capture(lambda: two_derivatives(lambda *args: case.operator(backend, *args), case.inputs(torch.float32)))
+        assert captured
+        for operator, args in captured:
+            torch.library.opcheck(operator, args)
+
+
+def capture(run: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every operator of this package that runs, once, with its arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: dict[Any, tuple[Any, ...]] = {}
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "sami_fast":
+                detached = (a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+                differentiable = not func.name().endswith(("bwd_bwd", "dual_bwd"))
+                seen.setdefault(
+                    func,
+                    tuple(a.requires_grad_(differentiable and a.is_floating_point()) if isinstance(a, Tensor) else a for a in detached),
+                )
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        run()
+    return list(seen.items())
+
+
+def test_what_opcheck_sees():
+    case = CASES["attention"]
+    found = capture(lambda: two_derivatives(lambda *args: case.operator("reference", *args), case.inputs(torch.float32)))
+    names = {operator.name() for operator, _ in found}
+    assert names == {"sami_fast::attention", "sami_fast::attention_bwd", "sami_fast::attention_bwd_bwd"}
+
+
+# torch.func and torch.compile
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_torch_func(name: str, backend: str):
+    """grad of grad, and one gradient per sample by vmap."""
+    case = CASES[name]
+    inputs = [value.to(DEVICE) for value in case.inputs(torch.float32)]
+
+    def first(*args: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: case.public(x, *args[1:], backend=backend).mul(0.1).sin().sum())(args[0])
+
+    def truth(*args: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: case.truth(x, *args[1:]).mul(0.1).sin().sum())(args[0])
+
+    for order in (lambda f: f, lambda f: torch.func.grad(lambda *args: f(*args).square().sum())):
+        assert relative_error(order(first)(*inputs), order(truth)(*inputs)) < 1e-5
+    stacked = [torch.stack([value, 0.7 * value]) for value in inputs]
+    assert relative_error(torch.func.vmap(first)(*stacked), torch.func.vmap(truth)(*stacked)) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(name: str):
+    """As one graph around kernels, with an inner gradient and an outer one. (Kernels stay kernels: no C++ needs compiling.)"""
+    torch._dynamo.reset()
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float32))
+
+    def penalty(*args: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: case.public(x, *args[1:], backend="triton").square().sum())(args[0]).square().sum()
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*inputs), inputs, allow_unused=True)
+    expected = torch.autograd.grad(penalty(*inputs), inputs, allow_unused=True)
+    for value, want in zip(found, expected, strict=True):
+        assert (value is None) == (want is None)
+        assert value is None or relative_error(value, want) < 1e-6
+
+
+# Dual numbers
+
+
+def dual_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Callable[..., Any], Callable[..., Any]]:
+    """Primals and tangents, the dual op, and the op."""
+    if name == "attention":
+        primals = attention_inputs(dtype)
+        tangents = [normal(*p.shape, seed=30 + i, dtype=dtype) for i, p in enumerate(primals)]
+        return primals, tangents, lambda *a, **kw: ops.attention_dual(*a, **kw), reference.attention
+    x, weight, bias = norm_inputs(dtype)
+    silu = name == "group_norm_silu"
+    return (
+        [x],
+        [normal(*x.shape, seed=30, dtype=dtype)],
+        lambda x, tx, **kw: ops.group_norm_silu_dual(x, tx, weight.to(x), bias.to(x), 2, silu=silu, **kw),
+        lambda x: reference.group_norm_silu(x, weight.to(x), bias.to(x), 2, silu=silu),
+    )
+
+
+@pytest.mark.parametrize("name", ["attention", "group_norm_silu", "group_norm"])
+def test_dual_numbers(name: str):
+    primals, tangents, dual, op = dual_case(name, torch.float64)
+    for found, want in zip(dual(*primals, *tangents), torch.func.jvp(op, tuple(primals), tuple(tangents)), strict=True):
+        assert relative_error(found, want) < 1e-12
+    inputs = [value.requires_grad_() for value in (*primals, *tangents)]
+    assert torch.autograd.gradcheck(dual, inputs)
+
+    def weighted(run: Callable[..., Any], *args: Tensor) -> Tensor:
+        value, tangent = run(*args)
+        return (normal(*value.shape, seed=40).to(value) * value + normal(*value.shape, seed=41).to(value) * tangent).sum()
+
+    exact = torch.autograd.grad(weighted(dual, *inputs), inputs)
+    narrow = leaves([value.detach().float() for value in inputs])
+    found = torch.autograd.grad(weighted(lambda *args: dual(*args, backend="triton"), *narrow), narrow)
+    for value, want in zip(found, exact, strict=True):
+        assert relative_error(value, want.to(DEVICE)) < 1e-6
+
+
+# Backends
+
+
+def test_use_backend_nests_and_ends():
+    q = attention_inputs(torch.float32)[0].to(DEVICE).requires_grad_()
+
+    def runs_kernels() -> bool:
+        return "sami_fast::attention" in {operator.name() for operator, _ in capture(lambda: ops.attention(q, q, q))}
+
+    automatic = runs_kernels()
+    assert automatic == (DEVICE == "cuda")
+    with use_backend("triton"):
+        assert runs_kernels()
+        with use_backend("reference"):
+            assert not runs_kernels()
+        with use_backend("auto"):
+            assert runs_kernels() == automatic
+        assert runs_kernels()
+    assert runs_kernels() == automatic
+    with pytest.raises(ZeroDivisionError), use_backend("triton"):
+        raise ZeroDivisionError
+    assert runs_kernels() == automatic
+    assert sami_fast.use_backend is use_backend
+
+
+def test_a_derivative_stays_on_the_backend_of_its_value():
+    q = attention_inputs(torch.float32)[0].to(DEVICE).requires_grad_()
+    with use_backend("triton"):
+        out = ops.attention(q, q, q)
+    with use_backend("reference"):
+        names = {operator.name() for operator, _ in capture(lambda: torch.autograd.grad(out.sum(), q))}
+    assert "sami_fast::attention_bwd" in names
+
+
+def test_unknown_backend():
+    q = attention_inputs(torch.float32)[0]
+    with pytest.raises(BackendError, match="use_backend: expected auto, reference or triton, found 'tritom'"), use_backend("tritom"):
+        pass
+    with pytest.raises(BackendError, match="backend: expected auto, reference or triton, found 'cudnn'"):
+        ops.attention(q, q, q, backend="cudnn")
+
+
+def test_what_a_backend_cannot_take():
+    x = norm_inputs(torch.float64)
+    with pytest.raises(BackendError, match=r"triton \(backend\) cannot run here: it takes float32, float16, bfloat16, not float64; what can"):
+        ops.group_norm_silu(*x, 2, backend="triton")
+    for head in (7, 129):
+        q = normal(1, 3, 1, head, dtype=torch.float32)
+        with pytest.raises(BackendError, match=rf"its head sizes are 8 to 128, this one is {head}; what can: reference"):
+            ops.attention(q, q, q, backend="triton")
+        assert ops.attention(q, q, q).shape == q.shape
+    z = gaussian_inputs(torch.float16)
+    with pytest.raises(BackendError, match="it takes float32 alone"):
+        ops.gaussian_log_prob(*z, backend="triton")
+
+
+SCRIPT = """
+import torch
+from sami_fast import UserError, ops
+q = torch.ones(1, 3, 1, 8)
+try:
+    print("fine", ops.attention(q, q, q).shape[1])
+except UserError as error:
+    print(error)
+"""
+
+
+def run_with(**environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SAMI_FAST_BACKEND")}
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=clean | environment, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def test_environment_variable():
+    assert run_with() == "fine 3"
+    assert run_with(SAMI_FAST_BACKEND="reference") == "fine 3"
+    assert run_with(SAMI_FAST_BACKEND="triton", TRITON_INTERPRET="1") == "fine 3"
+    assert run_with(SAMI_FAST_BACKEND="tpu") == "SAMI_FAST_BACKEND: expected auto, reference or triton, found 'tpu'"
+    assert run_with(SAMI_FAST_BACKEND="triton") == (
+        "attention: triton (SAMI_FAST_BACKEND) cannot run here: it needs tensors on a CUDA device, these are on cpu; what can: reference"
+    )
+
+
+def test_without_triton(tmp_path):
+    """A machine without the package: the reference runs, and asking for Triton says what is missing."""
+    (tmp_path / "triton.py").write_text("raise ImportError('no triton here')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert run_with(PYTHONPATH=path) == "fine 3"
+    found = run_with(PYTHONPATH=path, SAMI_FAST_BACKEND="triton")
+    assert "triton (SAMI_FAST_BACKEND) cannot run here: Triton cannot be imported (no triton here); what can: reference" in found
+
+
+def test_describe():
+    described = ops.describe()
+    assert set(described) >= {"noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob"}
+    for devices in described.values():
+        assert devices["cpu"].startswith("reference (triton: ")
+        assert "cuda" not in devices or devices["cuda"] == "triton"
+
+
+# Bad arguments
+
+
+def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
+    q, k, v = attention_inputs(torch.float32)
+    x, weight, bias = norm_inputs(torch.float32)
+    z, mu, var = gaussian_inputs(torch.float32)
+    image, alpha, sigma = noise_inputs(torch.float32)
+    loss = loss_inputs(torch.float32)
+    elsewhere = torch.device("meta")
+    noise = ops.Noise(INDEX, 3, 0, 0, 0)
+    return {
+        "attention rank": (lambda: ops.attention(q[0], k, v), ValueError, r"q: expected \[B, S, N, D\], found \[5, 2, 8\]"),
+        "attention shape": (lambda: ops.attention(q, k, v[:, :3]), ValueError, r"v: expected \[1, 7, 2, 8\], found \[1, 3, 2, 8\]"),
+        "attention dtype": (lambda: ops.attention(q, k.double(), v), TypeError, "attention: k: expected torch.float32 as q has, found torch.float64"),
+        "attention integers": (lambda: ops.attention(q.int(), k, v), TypeError, "attention: q: expected a floating dtype, found torch.int32"),
+        "attention device": (lambda: ops.attention(q, k, v.to(elsewhere)), ValueError, "attention: v: expected on cpu as q is, found on meta"),
+        "attention causal": (lambda: ops.attention(q, k, v, causal=True), ValueError, "causal: expected as many queries as keys, found 5 and 7"),
+        "attention without keys": (lambda: ops.attention(q, k[:, :0], v[:, :0]), ValueError, "k: expected at least one key, found none"),
+        "dual shape": (lambda: ops.attention_dual(q, k, v, q, k, q), ValueError, r"tv: expected \[1, 7, 2, 8\], found \[1, 5, 2, 8\]"),
+        "norm groups": (lambda: ops.group_norm_silu(x, weight, bias, 3), ValueError, "num_groups: expected a divisor of 4 channels, found 3"),
+        "norm no groups": (lambda: ops.group_norm_silu(x, weight, bias, 0), ValueError, "num_groups: expected a divisor of 4 channels, found 0"),
+        "norm rank": (lambda: ops.group_norm_silu(x[0, :, 0, 0], weight, bias, 2), ValueError, r"x: expected \[B, C, ...\], found \[4\]"),
+        "norm weight": (lambda: ops.group_norm_silu(x, weight[:2], bias, 2), ValueError, r"weight: expected \[4\], found \[2\]"),
+        "norm dtypes": (lambda: ops.group_norm_silu(x, weight.double(), bias, 2), TypeError, "bias: expected torch.float64 as weight has"),
+        "norm device": (lambda: ops.group_norm_silu(x, weight.to(elsewhere), bias.to(elsewhere), 2), ValueError, "weight: expected on cpu as x is"),
+        "dual norm shape": (lambda: ops.group_norm_silu_dual(x, x[:1], weight, bias, 2), ValueError, r"tx: expected \[2, 4, 3, 2\]"),
+        "gaussian shape": (lambda: ops.gaussian_log_prob(z, mu[:1], var), ValueError, r"mu: expected \[3, 5\], found \[1, 5\]"),
+        "gaussian dtype": (lambda: ops.gaussian_log_prob(z, mu, var.half()), TypeError, "var: expected torch.float32 as z has"),
+        "noise shape": (lambda: ops.noise_sample(image, alpha[:1], sigma, INDEX, seed=0, step=0), ValueError, r"alpha_t: expected \[2, 3\]"),
+        "noise index": (lambda: ops.noise_sample(image, alpha, sigma, INDEX.int(), seed=0, step=0), TypeError, "index: expected torch.int64"),
+        "noise stream": (
+            lambda: ops.noise_sample(image, alpha, sigma, INDEX, seed=0, step=0, stream=16),
+            ValueError,
+            "stream: expected 0 to 15, found 16",
+        ),
+        "loss shape": (lambda: ops.guided_loss(loss[0][:3], *loss[1:]), ValueError, r"eps_pred: expected \[3, 1, 3, 5\]"),
+        "loss dtype": (lambda: ops.guided_loss(loss[0].double(), *loss[1:]), TypeError, "eps: expected torch.float32 as eps_pred has"),
+        "loss noise": (lambda: ops.guided_loss(noise, *loss[1:]), ValueError, "eps: expected noise for 4 samples, found 2 x 3"),
+        "index rank": (lambda: ops.random_normal(0, 0, 0, INDEX[None], 4), ValueError, r"index: expected \[S\], found \[1, 2\]"),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_arguments(name: str, backend: str):
+    call, error, message = bad_calls()[name]
+    with use_backend(backend), pytest.raises(error, match=message):
+        call()
