@@ -47,7 +47,14 @@ class Build:
         return self.stack > 0 and self.arch in NO_SPILLS
 
 
-_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 
 def _specialise(name: str, value: Any, on_value: bool) -> tuple[str, Any, bool]:
@@ -78,6 +85,12 @@ class _Source:
     num_warps: int
     num_stages: int
     fp_fusion: bool
+
+    @property
+    def tiles(self) -> str:
+        """Block sizes, warps, stages."""
+        blocks = (f"{name.removeprefix('BLOCK_')}{value}" for name, value in self.constants if name.startswith("BLOCK_"))
+        return " ".join((*blocks, f"w{self.num_warps}", f"s{self.num_stages}"))
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -128,9 +141,7 @@ def build(source: _Source, arch: int) -> Build:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"sami_fast.kernels.{source.op}"), source.kernel, None)
-    if kernel is None:
-        kernel = getattr(import_module("sami_fast.kernels.random"), source.kernel)
+    kernel = getattr(import_module(f"sami_fast.kernels.{source.op}"), source.kernel)
     attrs = {(place,): [["tt.divisibility", 16]] for place in source.divisible}
     ast = ASTSource(kernel, dict(source.signature), dict(source.constants), attrs)
     options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": source.fp_fusion}
@@ -138,11 +149,15 @@ def build(source: _Source, arch: int) -> Build:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
-    tiles = " ".join(f"{name.removeprefix('BLOCK_')}{value}" for name, value in source.constants if name.startswith("BLOCK_"))
-    schedule = f"{tiles} w{source.num_warps} s{source.num_stages}"
-    return Build(source.op, source.kernel, source.label, schedule, arch, registers, stack, compiled.metadata.shared)
+    return Build(source.op, source.kernel, source.label, source.tiles, arch, registers, stack, compiled.metadata.shared)
+
+
+def _row(kernel: str, label: str, schedule: str) -> str:
+    return f"| `{kernel}` | {label} | {schedule} |"
 
 
 def table(builds: list[Build]) -> str:
@@ -156,10 +171,8 @@ def table(builds: list[Build]) -> str:
         "| --- | --- | --- |" + " --- |" * len(architectures),
     ]
     for (kernel, label, schedule), by_arch in rows.items():
-        cells = [
-            f"{b.registers} / {b.stack} / {b.shared / 1024:.0f}" if (b := by_arch.get(arch)) else "" for arch in architectures
-        ]
-        lines.append(f"| `{kernel}` | {label} | {schedule} | " + " | ".join(cells) + " |")
+        cells = [f"{b.registers} / {b.stack} / {b.shared / 1024:.0f}" if (b := by_arch.get(arch)) else "" for arch in architectures]
+        lines.append(f"{_row(kernel, label, schedule)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -168,6 +181,7 @@ def main() -> int:
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true", help="only print the first three columns of the table, one line per configuration")
     parser.add_argument("--write", type=Path, metavar="FILE", help="markdown file whose generated part is replaced")
     arguments = parser.parse_args()
 
@@ -176,6 +190,9 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 2
+    if arguments.list:
+        print("\n".join(dict.fromkeys(_row(s.kernel, s.label, s.tiles) for op in arguments.op for s in sources(op))))
+        return 0
     start = time.monotonic()
     jobs = [(source, arch) for op in arguments.op for source in sources(op) for arch in arguments.arch]
     with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -15,6 +15,9 @@ sums, and the same bits in every run. The former stores the row sums D and d. fo
 
 Exponentials are base 2, so logits carry s log2(e); T, a derivative, carries s alone. Products run in the dtype of the inputs (float32 as
 such, not as TF32) and are summed in float32; whatever is the product of two factors or summed over a row stays in float32 until then.
+
+Layouts: q, k, v may have any strides; their gradients, and the tangents and cotangents that look like those, are laid out as
+torch.empty_like of them; O and all that looks like it is contiguous. A tangent or cotangent in another layout is copied.
 """
 
 import math
@@ -470,7 +473,7 @@ _TILES = {
     (_attention_bwd_q_kernel, 4): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
     (_attention_bwd_kv_kernel, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     (_attention_tan_kernel, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
-    (_attention_bwd_bwd_q_kernel, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    (_attention_bwd_bwd_q_kernel, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
     (_attention_bwd_bwd_kv_kernel, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
 }
 
@@ -585,26 +588,24 @@ def attention_bwd_bwd(
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every tile, dtype and kind of layout. Causal is a run-time number and needs no case of its own."""
+    """Every tile, dtype and kind of layout, without and with out_bar. Causal is a run-time number and needs no case of its own."""
 
-    def every_level(q: Tensor, k: Tensor, v: Tensor) -> None:
-        out, lse = attention_fwd(q, k, v, 0.125, False)
-        dq, dk, dv = attention_bwd(out, q, k, v, out, lse, 0.125, False)
-        tout, tau = attention_tan(dq, dk, dv, q, k, v, out, lse, 0.125, False)
-        for out_bar in (None, out):
-            attention_bwd_bwd(dq, dk, dv, out, q, k, v, out, lse, tout, tau, 0.125, False, out_bar)
+    def every_level(x: Tensor, joint: bool) -> None:
+        out, lse = attention_fwd(x, x, x, 0.125, False)
+        dq, dk, dv = attention_bwd(out, x, x, x, out, lse, 0.125, False)
+        tout, tau = attention_tan(dq, dk, dv, x, x, x, out, lse, 0.125, False)
+        attention_bwd_bwd(dq, dk, dv, out, x, x, x, out, lse, tout, tau, 0.125, False, out if joint else None)
 
-    def case(size: int, dtype: torch.dtype, tokens_inside: bool = False) -> Callable[[], None]:
-        def tensor() -> Tensor:
-            if tokens_inside:
-                return torch.empty(2, 3, size, 64, dtype=dtype, device="meta").permute(0, 3, 1, 2)
-            return torch.empty(2, 50, 3, size, dtype=dtype, device="meta")
-
-        return lambda: every_level(tensor(), tensor(), tensor())
+    def cases(label: str, x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+        yield label, lambda: every_level(x, False)
+        yield f"{label}, out_bar", lambda: every_level(x, True)
 
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for size in _SIZES:
-            yield f"{name} D={size}", case(size, dtype)
+            yield from cases(f"{name} D={size}", torch.empty(2, 50, 3, size, dtype=dtype, device="meta"))
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        yield f"{name} D=40", case(40, dtype)
-        yield f"{name} D=64 tokens inside", case(64, dtype, tokens_inside=True)
+        yield from cases(f"{name} D=40", torch.empty(2, 50, 3, 40, dtype=dtype, device="meta"))
+        feature_map = torch.empty(2, 3, 64, 64, dtype=dtype, device="meta")  # [B, N, D, S]
+        yield from cases(f"{name} D=64 tokens inside", feature_map.permute(0, 3, 1, 2))
+    # Sizes and strides of 1, which Triton compiles in.
+    yield from cases("fp32 D=1, one token", torch.empty(1, 1, 1, 1, device="meta"))

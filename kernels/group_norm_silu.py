@@ -34,7 +34,6 @@ from torch import Tensor
 from ._common import launch
 
 MAX_SPLITS = tl.constexpr(32)
-PER_THREAD = tl.constexpr(8)  # elements of a tile
 
 
 @triton.jit
@@ -115,10 +114,15 @@ def _fold(values, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _count(c_begin, c_end, tile, positions, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """How many elements of a tile exist."""
+    return tl.minimum(c_end - c_begin, BLOCK_C).to(tl.float32) * tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
+
+
+@triton.jit
 def _moments(x, shift, mask, c_begin, c_end, tile, positions, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Count, mean, sum of squared deviations of x - shift at a tile."""
-    rows = tl.minimum(c_end - c_begin, BLOCK_C)
-    count = rows.to(tl.float32) * tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
+    count = _count(c_begin, c_end, tile, positions, BLOCK_C, BLOCK_P)
     x = tl.where(mask, x - shift, 0.0)
     mean = tl.sum(x) / count
     d = tl.where(mask, x - mean, 0.0)
@@ -176,7 +180,7 @@ def _group_norm_silu_fwd_kernel(
     if sums:
         # Far from zero, means are only as exact as float32 is there. So the first tile's mean is taken away before any are compared.
         x = kept.to(tl.float32)
-        shift = tl.sum(x) / tl.sum(mask.to(tl.float32))
+        shift = tl.sum(x) / _count(c_first, c_end, first, positions, BLOCK_C, BLOCK_P)
         count, mean, m2 = _moments(x, shift, mask, c_first, c_end, first, positions, BLOCK_C, BLOCK_P)
         for c_begin in range(c_first, c_end, BLOCK_C):
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
@@ -620,13 +624,12 @@ ENOUGH_PROGRAMS = 512  # about two waves on the largest of today's GPUs
 TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
 
 
-def _plan(x: Tensor, num_groups: int, warps: tuple[int, int]) -> _Plan:
-    """`warps` of a program: where vectors can be loaded, and where every element needs registers for an address of its own."""
+def _plan(x: Tensor, num_groups: int, num_warps: int, unaligned: int = 4) -> _Plan:
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     size = channels // num_groups
     channels_last, vector = not x.is_contiguous(), 1
-    # All tiles have 8 elements a thread. What lies together in memory decides their shape, and only there vectors matter.
+    # What lies together in memory decides the shape of the tiles, and only there vectors matter.
     if channels_last:
         block_c = 8 if size <= 8 else 32
         vector = 8 if size % 8 == 0 else 4 if size % 4 == 0 else 1
@@ -634,8 +637,8 @@ def _plan(x: Tensor, num_groups: int, warps: tuple[int, int]) -> _Plan:
     else:
         block_c = 32 if positions <= 64 else 8 if positions <= 256 else 2
         aligned = positions % 16 == 0
-    num_warps = warps[0 if aligned else 1]
-    block_p = PER_THREAD.value * 32 * num_warps // block_c
+    # Elements a thread: 8, or `unaligned` of them where there are no vectors and each needs registers for an address of its own.
+    block_p = (8 if aligned else unaligned) * 32 * num_warps // block_c
     tiles = -(-positions // block_p)
     wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
     splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
@@ -681,7 +684,7 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
     """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32."""
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    plan, y = _plan(x, num_groups, warps=(8, 4)), torch.empty_like(x)
+    plan, y = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
     arguments = weight, bias, y, mean, rstd, _sums(plan, 4, mean)
     _launch(_group_norm_silu_fwd_kernel, plan, x, num_groups, *arguments, after=(norm_eps, silu))
@@ -700,7 +703,7 @@ def group_norm_silu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [C], [C]
     """grad_x, grad_weight, grad_bias: the gradient of <grad_y, y>."""
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    plan, grad_x = _plan(x, num_groups, warps=(8, 8)), torch.empty_like(x)
+    plan, grad_x = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     grad_weight, grad_bias = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     arguments = _like(grad_y, x), weight, bias, mean.contiguous(), rstd.contiguous(), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
     _launch(_group_norm_silu_bwd_kernel, plan, x, num_groups, *arguments, after=(silu,))
@@ -719,7 +722,7 @@ def group_norm_silu_tan(
 ) -> Tensor:  # [B, C, ...]
     """ty: the tangent of y along tx, parameters constant."""
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    plan, ty = _plan(x, num_groups, warps=(4, 4)), torch.empty_like(x)
+    plan, ty = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     arguments = _like(tx, x), weight, bias, mean.contiguous(), rstd.contiguous(), ty, _sums(plan, 2, mean)
     _launch(_group_norm_silu_tan_kernel, plan, x, num_groups, *arguments, after=(silu,))
     return ty
@@ -746,7 +749,7 @@ def group_norm_silu_bwd_bwd(
     with respect to grad_y, x, weight and bias; the dependence of mean and rstd on x is included.
     """
     x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    plan, x_bar = _plan(x, num_groups, warps=(4, 4)), torch.empty_like(x)
+    plan, x_bar = _plan(x, num_groups, num_warps=4, unaligned=8), torch.empty_like(x)
     gg_y = torch.empty_like(x) if need_tangent else None
     weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     # The pointer of what is absent must be valid, no more, and of the right type.

@@ -37,7 +37,9 @@ def networks(channels_last: bool = False) -> tuple[nn.Module, nn.Module]:
     return encoder.cuda().to(memory_format=layout), denoiser.cuda().to(memory_format=layout)
 
 
-def step(encoder: nn.Module, denoiser: nn.Module, backend: str, method: str, bf16: bool = False, **settings) -> tuple[Tensor, dict[str, Tensor]]:
+def step(
+    encoder: nn.Module, denoiser: nn.Module, backend: str, method: str, bf16: bool = False, **settings
+) -> tuple[Tensor, dict[str, Tensor]]:
     batch = 16
     draw = Draw(seed=1, step=2, index=torch.arange(batch, device="cuda"), global_batch=batch)
     objective = Objective(noise_levels=2, unconditional_weight=0.1)

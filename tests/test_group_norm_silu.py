@@ -283,15 +283,15 @@ def test_kernels_equal_their_twins_over_many_tiles(shape, num_groups, last):
 def test_large_groups_are_split_and_small_ones_are_not():
     def splits(shape, num_groups, last):
         x = torch.empty(shape, device="meta")
-        return kernels._plan(channels_last(x) if last else x, num_groups, (4, 4)).num_splits
+        return kernels._plan(channels_last(x) if last else x, num_groups, 4).num_splits
 
-    assert [splits(*case) for case in TILED] == [1, 1, 1, 2, 2, 5]
+    assert [splits(*case) for case in TILED] == [2, 1, 1, 4, 4, 5]
     assert splits((8, 128, 256, 256), 32, False) > 1
     assert splits((32, 64, 16, 16), 4, False) == splits((64, 32, 8, 8), 8, True) == 1
     for positions in (1, 63, 1000, 4096, 70_000, 10**7):  # every split has a tile, and together they have all
         for last in (False, True):
             x = torch.empty(1, 4, positions, device="meta")
-            plan = kernels._plan(channels_last(x) if last else x, 2, (8, 4))
+            plan = kernels._plan(channels_last(x) if last else x, 2, 8)
             tiles = -(-positions // plan.block_p)
             each = -(-tiles // plan.num_splits)
             assert 1 <= plan.num_splits <= kernels.MAX_SPLITS.value

@@ -28,10 +28,7 @@ def score_and_gradients(method: str, encoder: nn.Module, x: Tensor, z: Tensor) -
     z = z.clone().requires_grad_()
     extra = cotangent(x.shape, x.dtype)
     g = score.grad_log_q(encoder, x, z, method)
-    if method == "dual":
-        loss = score.directional(encoder, x, z, g + extra).sum()
-    else:
-        loss = (g.square() / 2 + extra * g).sum()
+    loss = score.directional(encoder, x, z, g + extra).sum() if method == "dual" else (g.square() / 2 + extra * g).sum()
     named = {"z": z, **dict(encoder.named_parameters())}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     zeros = (torch.zeros_like(p) if f is None else f for p, f in zip(named.values(), found, strict=True))

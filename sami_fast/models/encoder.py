@@ -4,10 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .layers import STYLES, AttentionBlock, ResBlock, check_attention, check_image_size, conv, norm_act
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
+from .layers import STYLES, AttentionBlock, ResBlock, check_attention, check_image_size, conv, norm_act
 
 
 class Variance(Pointwise):

@@ -26,4 +26,3 @@ def check_device(op: str, **tensors: Tensor) -> None:
     for name, value in others:
         if value.device != like.device:
             raise ValueError(f"{op}: {name}: expected on {like.device} as {first} is, found on {value.device}")
-

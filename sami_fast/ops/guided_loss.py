@@ -89,9 +89,7 @@ def _fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     module = level_functions("guided_loss", backend)
-    return module.guided_loss_fwd(
-        eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight, index, levels, seed, step, stream
-    )
+    return module.guided_loss_fwd(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight, index, levels, seed, step, stream)
 
 
 def _save(ctx, inputs, output):

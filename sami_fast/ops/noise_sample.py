@@ -101,16 +101,16 @@ def _fwd(
 
 
 def _save(ctx, inputs, output):
-    x_0, alpha_t, sigma_t, index, *ctx.noise, ctx.stored, ctx.backend = inputs
+    x_0, alpha_t, _, index, *ctx.noise, ctx.stored, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_0, alpha_t, sigma_t, index, output[1])
+    ctx.save_for_backward(x_0, alpha_t, index, output[1])
 
 
 def _formula(ctx, grad_x_t, _):
     if grad_x_t is None:
         return (None,) * 9
-    x_0, alpha_t, sigma_t, index, eps = ctx.saved_tensors
+    x_0, alpha_t, index, eps = ctx.saved_tensors
     if not ctx.stored:
         eps = Noise(index, alpha_t.shape[1], *ctx.noise).draw(grad_x_t, ctx.backend)
     shape = *alpha_t.shape, *x_0.shape[1:]  # [B, K, C, H, W]
