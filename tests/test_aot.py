@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every chip, in every configuration that the launchers select, and spills nothing on sm_90: no GPU needed."""
+"""Every Triton kernel compiles for every chip, in every configuration the launchers select, and spills nothing on sm_90; no GPU needed."""
 
 import os
 import subprocess

@@ -71,11 +71,14 @@ def group_norm_silu_dual(
     check_group_norm_silu(x, weight, bias, num_groups)
     wide = torch.promote_types(x.dtype, torch.float32)
     grouped = num_groups, x.shape[1] // num_groups
-    groups, t = (value.to(wide).unflatten(1, grouped).flatten(3) for value in (x, tx))  # [B, G, C/G, P]
-    gamma, beta = (value.to(wide).view(*grouped, 1) for value in (weight, bias))
+    channelwise = *x.shape[:2], x.shape[2:].numel()
+    # Positions before channels: with channels first and one channel per group, torch 2.13 compiles wrong code (pytorch/pytorch #185702).
+    groups, t = (value.to(wide).reshape(channelwise).mT.unflatten(2, grouped) for value in (x, tx))  # [B, P, G, C/G]
+    gamma, beta = (value.to(wide).view(grouped) for value in (weight, bias))
+    count = groups.shape[1] * groups.shape[3]
 
-    def mean(value: Tensor) -> Tensor:
-        return value.mean((2, 3), keepdim=True)
+    def mean(value: Tensor) -> Tensor:  # not Tensor.mean, whose backward writes a whole tensor in the order of this view
+        return value.sum((1, 3), keepdim=True) / count
 
     centred = groups - mean(groups)
     rstd = torch.rsqrt(mean(centred.square()) + norm_eps)
@@ -84,7 +87,8 @@ def group_norm_silu_dual(
     if silu:
         s = torch.sigmoid(h)
         h, th = h * s, s * (1 + h * (1 - s)) * th
-    return h.reshape(x.shape).to(x.dtype), th.reshape(x.shape).to(x.dtype)
+    h, th = (value.flatten(2).mT.reshape(x.shape).to(x.dtype) for value in (h, th))
+    return h, th
 
 
 # The raw levels
