@@ -64,7 +64,7 @@ def _specialise(name: str, value: Any, on_value: bool) -> tuple[str, Any, bool]:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype], None, True
     if isinstance(value, bool):
-        return "i1", None, False
+        return "u1", None, False
     if isinstance(value, int):
         return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, on_value and value % 16 == 0
     if isinstance(value, float):

@@ -24,7 +24,6 @@ GPU, the positions are split among programs and the two sweeps become two launch
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import triton
@@ -37,7 +36,17 @@ MAX_SPLITS = tl.constexpr(32)
 
 
 @triton.jit
-def _work(channels, positions, num_groups, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
+def _vectors(channels, positions, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Both sizes as they are; the compiler learns that rows start on whole vectors."""
+    if CHANNELS_LAST:
+        channels = channels // VECTOR * VECTOR
+    else:
+        positions = positions // VECTOR * VECTOR
+    return channels, positions
+
+
+@triton.jit
+def _work(channels, positions, num_groups, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
     """What the program works on: image, first channel and the one after the last, first tile of positions and the one after the last."""
     size = channels // num_groups
     image = tl.program_id(0) // num_groups
@@ -46,8 +55,9 @@ def _work(channels, positions, num_groups, VECTOR: tl.constexpr, BLOCK_P: tl.con
     tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(1))
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, num_tiles)
-    # The compiler cannot know that groups start on whole vectors.
-    return image.to(tl.int64), tl.multiple_of(c_first, VECTOR), tl.multiple_of(c_first + size, VECTOR), first, last
+    if CHANNELS_LAST:  # groups start on whole vectors too
+        return image.to(tl.int64), tl.multiple_of(c_first, VECTOR), tl.multiple_of(c_first + size, VECTOR), first, last
+    return image.to(tl.int64), c_first, c_first + size, first, last
 
 
 @triton.jit
@@ -151,7 +161,7 @@ def _x_hat(x, mask, mean, rstd):
     return tl.where(mask, (x.to(tl.float32) - mean) * rstd, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_groups", "norm_eps"])
+@triton.jit(do_not_specialize=["channels", "positions", "num_groups", "norm_eps"])
 def _group_norm_silu_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -172,7 +182,8 @@ def _group_norm_silu_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
     inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     kept = tl.load(x_ptr + start + inside, mask, other=0.0)
@@ -225,7 +236,7 @@ def _group_norm_silu_fwd_kernel(
         _store_sum(sums_ptr, m2, 3, 4)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_bwd_kernel(
     x_ptr,
     dy_ptr,
@@ -248,7 +259,8 @@ def _group_norm_silu_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
     inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     mean = tl.load(mean_ptr + tl.program_id(0))
@@ -304,7 +316,7 @@ def _group_norm_silu_bwd_kernel(
         _store_sum(sums_ptr, b, 1, 2)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_tan_kernel(
     x_ptr,
     tx_ptr,
@@ -325,7 +337,8 @@ def _group_norm_silu_tan_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
     inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     mean = tl.load(mean_ptr + tl.program_id(0))
@@ -420,7 +433,7 @@ def _second_results(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd
     return f1 * h_dot, x_bar, tl.sum(x_dot * w + h_bar * x, 1), tl.sum(h_bar, 1)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_bwd_bwd_kernel(
     x_ptr,
     ggx_ptr,
@@ -453,7 +466,8 @@ def _group_norm_silu_bwd_bwd_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # What is absent is a load or a store of nothing, not another kernel: flags in the mask, and ends of channel ranges that are 0.
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, VECTOR, BLOCK_P)
+    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
+    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
     inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     mean = tl.load(mean_ptr + tl.program_id(0))
@@ -613,10 +627,10 @@ class _Plan:
     """How one call is cut into programs and tiles."""
 
     channels_last: bool
-    vector: int  # groups start at multiples of it
+    vector: int  # what lies together in memory starts and ends at multiples of it, in elements
     block_c: int
     block_p: int
-    num_splits: int
+    num_splits: int  # 0 where there is nothing to do
     num_warps: int
 
 
@@ -624,38 +638,49 @@ ENOUGH_PROGRAMS = 512  # about two waves on the largest of today's GPUs
 TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
 
 
-def _plan(x: Tensor, num_groups: int, num_warps: int, unaligned: int = 4) -> _Plan:
+def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     size = channels // num_groups
-    channels_last, vector = not x.is_contiguous(), 1
-    # What lies together in memory decides the shape of the tiles, and only there vectors matter.
+    # What lies together in memory decides the shape of the tiles, and only there vectors matter: of 16 bytes, or else none.
+    channels_last, whole = not x.is_contiguous() or positions == 1, 16 // x.element_size()
     if channels_last:
+        # Groups of 4 channels are common. Maps of 6 x 6 or 14 x 14 are not common enough for as many more binaries.
+        vector = next(width for width in (whole, 4, 1) if size % width == 0)
         block_c = 8 if size <= 8 else 32
-        vector = 8 if size % 8 == 0 else 4 if size % 4 == 0 else 1
-        aligned = vector > 1 and channels % 16 == 0
     else:
-        block_c = 32 if positions <= 64 else 8 if positions <= 256 else 2
-        aligned = positions % 16 == 0
-    # Elements a thread: 8, or `unaligned` of them where there are no vectors and each needs registers for an address of its own.
-    block_p = (8 if aligned else unaligned) * 32 * num_warps // block_c
+        vector = whole if positions % whole == 0 else 1
+        block_c = 32 if positions <= (64 if vector > 1 else 16) else 8 if positions <= 256 else 2
+    # Elements a thread: 8, or 4 where there are no vectors and each needs registers for an address of its own.
+    block_p = (8 if vector > 1 else 4) * 32 * num_warps // block_c
     tiles = -(-positions // block_p)
     wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
     splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
-    splits = -(-tiles // -(-tiles // splits))  # the kernel rounds tiles per split up; no split may be left without one
+    # The kernel rounds tiles per split up; no split may be left without one.
+    splits = -(-tiles // -(-tiles // splits)) if x.numel() else 0
     return _Plan(channels_last, vector, block_c, block_p, splits, num_warps)
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """value itself, or a copy where it starts between two vectors: kernels are compiled for pointers to whole ones only."""
+    return value.clone() if value.storage_offset() * value.element_size() % 16 else value
 
 
 def _dense(x: Tensor) -> Tensor:
     """x itself where channels or positions lie together, else a contiguous copy."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return _aligned(x) if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """value in the dtype and the layout of x, which is dense."""
     if value.dtype == x.dtype and (value.is_contiguous() if x.is_contiguous() else value.movedim(1, -1).is_contiguous()):
-        return value
+        return _aligned(value)
     return torch.empty_like(x).copy_(value)
+
+
+def _parameter(value: Tensor) -> Tensor:
+    """[C] or [B, G] in float32: one binary for all dtypes of the parameters."""
+    return _aligned(value.float().contiguous())
 
 
 def _launch(
@@ -682,11 +707,12 @@ def group_norm_silu_fwd(
     norm_eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
-    """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32."""
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32; both 0 where a group has no elements."""
+    x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
     plan, y = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
-    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
-    arguments = weight, bias, y, mean, rstd, _sums(plan, 4, mean)
+    allocate = torch.empty if plan.num_splits else torch.zeros
+    mean, rstd = (allocate(x.shape[0], num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    arguments = gamma, beta, y, mean, rstd, _sums(plan, 4, mean)
     _launch(_group_norm_silu_fwd_kernel, plan, x, num_groups, *arguments, after=(norm_eps, silu))
     return y, mean, rstd
 
@@ -702,10 +728,10 @@ def group_norm_silu_bwd(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [C], [C]
     """grad_x, grad_weight, grad_bias: the gradient of <grad_y, y>."""
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
     plan, grad_x = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     grad_weight, grad_bias = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
-    arguments = _like(grad_y, x), weight, bias, mean.contiguous(), rstd.contiguous(), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
+    arguments = _like(grad_y, x), gamma, beta, _parameter(mean), _parameter(rstd), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
     _launch(_group_norm_silu_bwd_kernel, plan, x, num_groups, *arguments, after=(silu,))
     return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
@@ -721,9 +747,9 @@ def group_norm_silu_tan(
     silu: bool,
 ) -> Tensor:  # [B, C, ...]
     """ty: the tangent of y along tx, parameters constant."""
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
+    x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
     plan, ty = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
-    arguments = _like(tx, x), weight, bias, mean.contiguous(), rstd.contiguous(), ty, _sums(plan, 2, mean)
+    arguments = _like(tx, x), gamma, beta, _parameter(mean), _parameter(rstd), ty, _sums(plan, 2, mean)
     _launch(_group_norm_silu_tan_kernel, plan, x, num_groups, *arguments, after=(silu,))
     return ty
 
@@ -748,44 +774,41 @@ def group_norm_silu_bwd_bwd(
     The gradient of <ggx, grad_x> + <ggweight, grad_weight> + <ggbias, grad_bias> + <y_bar, y>, where terms that are None are left out,
     with respect to grad_y, x, weight and bias; the dependence of mean and rstd on x is included.
     """
-    x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
-    plan, x_bar = _plan(x, num_groups, num_warps=4, unaligned=8), torch.empty_like(x)
+    x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
+    plan, x_bar = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     gg_y = torch.empty_like(x) if need_tangent else None
     weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     # The pointer of what is absent must be valid, no more, and of the right type.
     inputs = _like(ggx, x), _like(grad_y, x), x if y_bar is None else _like(y_bar, x)
-    parameters = weight, bias, *(weight if value is None else value.to(weight.dtype).contiguous() for value in (ggweight, ggbias))
+    parameters = gamma, beta, *(gamma if value is None else _parameter(value) for value in (ggweight, ggbias))
     outputs = x_bar if gg_y is None else gg_y, x_bar, weight_bar, bias_bar
-    arguments = *inputs, *parameters, mean.contiguous(), rstd.contiguous(), *outputs, _sums(plan, 12, mean)
+    arguments = *inputs, *parameters, _parameter(mean), _parameter(rstd), *outputs, _sums(plan, 12, mean)
     flags = silu, y_bar is not None, ggweight is not None, ggbias is not None, need_tangent
     _launch(_group_norm_silu_bwd_bwd_kernel, plan, x, num_groups, *arguments, after=flags)
     return gg_y, x_bar, weight_bar.sum(0).to(weight.dtype), bias_bar.sum(0).to(bias.dtype)
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every dtype with its own parameters and with float32 ones, every tile in both layouts; then sizes that align with nothing."""
-    dtypes = [(torch.float32, torch.float32), *product((torch.bfloat16, torch.float16), (torch.float32, None))]
-    # Groups, channels and positions, channels last or not
-    shapes = [(6, 48, 64, False), (6, 48, 256, False), (6, 48, 4096, False), (12, 48, 4096, True), (6, 48, 4096, True), (6, 192, 256, True)]
-    odd = [(3, 9, 1000, False), (3, 9, 1000, True)]
-    for dtype, parameter_dtype in dtypes:
-        for num_groups, channels, positions, channels_last in shapes + odd * (parameter_dtype is None or dtype == torch.float32):
+    """Every dtype, layout, tile and vector of `_plan`; the splits and the optional parts choose no binary."""
+    # Groups, channels and positions, channels last or not: tile by tile, whole vectors before half ones before none
+    first = [(4, 32, positions, False) for positions in (64, 9, 256, 49, 4096, 1023)]
+    last = [(4, 4 * size, 256, True) for size in (8, 4, 7, 32, 12, 10)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for num_groups, channels, positions, channels_last in first + last:
 
             def call(
                 dtype: torch.dtype = dtype,
-                parameter_dtype: torch.dtype = parameter_dtype or dtype,
                 num_groups: int = num_groups,
                 shape: tuple[int, int, int] = (2, channels, positions),
                 channels_last: bool = channels_last,
             ) -> None:
                 x = torch.empty(shape, dtype=dtype, device="meta")
                 x = x.mT.contiguous().mT if channels_last else x
-                weight = torch.empty(shape[1], dtype=parameter_dtype, device="meta")
+                weight = torch.empty(shape[1], device="meta")
                 _, mean, rstd = group_norm_silu_fwd(x, weight, weight, num_groups, 1e-5, True)
                 group_norm_silu_bwd(x, x, weight, weight, mean, rstd, num_groups, True)
                 group_norm_silu_tan(x, x, weight, weight, mean, rstd, num_groups, True)
                 group_norm_silu_bwd_bwd(x, weight, weight, x, x, weight, weight, mean, rstd, num_groups, True, x, True)
 
-            types = str(dtype)[6:] + ("" if parameter_dtype in (None, dtype) else ", float32 parameters")
             layout = "channels last" if channels_last else "channels first"
-            yield f"{types}, {layout}, C = {channels}, P = {positions}, G = {num_groups}", call
+            yield f"{str(dtype)[6:]}, {layout}, C = {channels}, P = {positions}, G = {num_groups}", call

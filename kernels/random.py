@@ -193,15 +193,15 @@ def _stratified_uniform_kernel(
         # Equal keys keep their order, as in a stable sort.
         before = (key_i[None, :] < key_j[:, None]) | ((key_i[None, :] == key_j[:, None]) & (i[None, :] < j[:, None]))
         count += (before & (i < global_batch)[None, :]).to(tl.int32)
-    place = tl.where(j < global_batch, tl.sum(count, axis=1), -1)
+    place = tl.sum(count, axis=1)
 
     quads = (levels + 3) // 4
     whole = global_batch.to(tl.float32)
     strata = levels.to(tl.float32)
     for start in range(0, num_images, BLOCK_J):
         image = start + tl.arange(0, BLOCK_J)
-        index = tl.load(index_ptr + image, mask=image < num_images, other=-2)
-        match = (place[:, None] == index[None, :]).to(tl.int32)
+        index = tl.load(index_ptr + image, mask=image < num_images, other=-1)
+        match = ((place[:, None] == index[None, :]) & (j < global_batch)[:, None]).to(tl.int32)
         found = tl.sum(match, axis=0) > 0
         # Most programs hold no image of a small local batch, and skip the drawing.
         if tl.max(found.to(tl.int32), axis=0) > 0:
@@ -251,9 +251,12 @@ def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int) 
 
 
 def stratified_uniform(index: Tensor, levels: int, global_batch: int, *, seed: int, step: int) -> Tensor:
-    """Nested stratified uniforms of the images at `index` [B] int64, 0 <= index < global_batch. [B, levels] float32."""
+    """Nested stratified uniforms of the images at `index` [B] int64, 0 <= index < global_batch. [B, levels] float32.
+
+    No program finds an index outside the batch: what it gets is NaN.
+    """
     block = 32
-    out = index.new_empty((index.shape[0], levels), dtype=torch.float32)
+    out = index.new_full((index.shape[0], levels), float("nan"), dtype=torch.float32)
     # Without an image there is nothing to match; a grid of all j would count in vain.
     grid = (triton.cdiv(global_batch, block) if out.numel() else 0,)
     arguments = index.contiguous(), out, index.shape[0], levels, global_batch, *counter(seed, step, 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .sweeps import Layer, Tape
+from .sweeps import Layer, Tape, sweepable
 
 Encoder = Callable[..., Any]
 METHODS = ("auto", "reverse", "sweeps", "dual")
@@ -34,12 +34,23 @@ def pick(encoder: Encoder, method: str = "auto") -> str:
     """
     if method not in METHODS:
         raise ValueError(f"score: expected one of {', '.join(METHODS)}, found {method!r}")
-    own = isinstance(encoder, Layer)
     if method == "auto":
-        return "dual" if own and torch.compiler.is_compiling() else "sweeps" if own else "reverse"
-    if method != "reverse" and not own:
-        raise TypeError(f"score: {method} needs an encoder made of sami_fast.models layers, {type(encoder).__name__} is not; use reverse")
+        if isinstance(encoder, Layer) and torch.compiler.is_compiling():
+            return "dual"
+        return "sweeps" if isinstance(encoder, Layer) and not _inside_a_transform() and sweepable(encoder) else "reverse"
+    if method == "dual" and not isinstance(encoder, Layer):
+        raise TypeError(f"score: dual needs an encoder made of sami_fast.models layers, {type(encoder).__name__} is not; use reverse")
+    if method == "sweeps" and not (isinstance(encoder, Layer) and sweepable(encoder)):
+        raise TypeError(
+            "score: sweeps needs an encoder made of sami_fast.models layers, each used once, without hooks and parametrizations, "
+            f"{type(encoder).__name__} is not; use reverse"
+        )
     return method
+
+
+def _inside_a_transform() -> bool:
+    """Whether torch.func.grad, vmap or the like is at work around this call."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def grad_log_q(
@@ -58,17 +69,21 @@ def grad_log_q(
     Returns:
         [S, C, H, W], nats per unit of x.
     Raises:
-        As `pick`.
+        As `pick`; RuntimeError: "auto" in a compiled graph that may ask for a gradient.
     Differentiable: once more, in z and in the encoder's parameters, unless called under torch.no_grad (sampling); with "dual" not, there
     `directional` carries the gradient.
     Source: SAMI, arXiv:2512.17127, guidance by Bayes' rule.
     """
-    method = pick(encoder, method)
-    return {"reverse": reverse, "sweeps": sweeps, "dual": constant}[method](encoder, x_t, z)
+    picked = pick(encoder, method)
+    if picked == "dual" and method == "auto" and torch.is_grad_enabled():
+        raise RuntimeError("score: compiled, the score is a constant; ask for 'dual' and add score.directional, as the training step does")
+    return {"reverse": reverse, "sweeps": sweeps, "dual": constant}[picked](encoder, x_t, z)
 
 
 def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by reverse-mode autograd through any encoder; every operation in it must be differentiable twice."""
+    if torch.compiler.is_compiling() or _inside_a_transform():  # where torch.autograd.grad has no place
+        return torch.func.grad(lambda x: ops.gaussian_log_prob(z, *encoder(x)).sum())(x_t.detach())
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
@@ -80,12 +95,8 @@ def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
 
 def constant(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q without a graph behind it."""
-    z = z.detach()
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            return reverse(encoder, x_t, z)
-    # A compiled graph may hold torch.func.grad, but not torch.autograd.grad.
-    return torch.func.grad(lambda x: ops.gaussian_log_prob(z, *encoder(x)).sum())(x_t.detach()).detach()
+    with torch.no_grad():
+        return reverse(encoder, x_t, z.detach()).detach()
 
 
 def directional(
@@ -106,6 +117,7 @@ def directional(
     return (d / var * tmu + 0.5 * (d.square() / var - 1) / var * tvar).sum(-1)
 
 
+@torch.compiler.disable
 def sweeps(encoder: Layer, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by two sweeps over the layers; when its gradient is asked for, two more."""
     return _Sweeps.apply(encoder, x_t.detach(), z, *encoder.parameters())
@@ -118,13 +130,12 @@ class _Sweeps(torch.autograd.Function):
         tape = Tape(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
         with torch.autocast(device, enabled=False):
             mu, var = encoder.sweep_forward(x_t, tape)
-            levels = ops.sweep_levels("gaussian_log_prob", z)
+            levels = ops.gaussian_levels(z, mu, var)
             ones = torch.ones_like(z[:, 0])
             _, *head = levels.gaussian_log_prob_bwd(ones, z, mu, var)
             gradient = encoder.sweep_adjoint(tuple(head), tape)
-        ctx.encoder, ctx.tape, ctx.head = encoder, tape, (levels, ones, z.detach(), mu, var)
-        ctx.parameters = parameters
-        ctx.save_for_backward(*parameters)  # so that autograd notices a parameter changed in between
+        ctx.encoder, ctx.tape, ctx.head = encoder, tape, (levels, ones, mu, var)
+        ctx.save_for_backward(x_t, z, *parameters)  # the tape holds them too, but this notices when one was changed in between
         return gradient.to(x_t.dtype)
 
     @staticmethod
@@ -133,12 +144,12 @@ class _Sweeps(torch.autograd.Function):
             raise RuntimeError("score.sweeps gives one gradient, and create_graph=True asks for more: use the method reverse")
         if ctx.tape is None:
             raise RuntimeError("score.sweeps frees its notes in its first backward pass, and this is a second: use the method reverse")
-        _ = ctx.saved_tensors
-        tape, (levels, ones, z, mu, var) = ctx.tape, ctx.head
+        _, z, *parameters = ctx.saved_tensors
+        tape, (levels, ones, mu, var) = ctx.tape, ctx.head
         ctx.tape = ctx.head = None
         with torch.autocast(v.device.type, enabled=False):
             tmu, tvar = ctx.encoder.sweep_tangent(v, tape)
             _, z_bar, mu_bar, var_bar = levels.gaussian_log_prob_bwd_bwd(None, tmu, tvar, ones, z, mu, var)
-            ctx.encoder.sweep_joint((mu_bar, var_bar), tape, need_input=False)
-        gradients = (tape.gradients.get(p) for p in ctx.parameters)
-        return None, None, z_bar, *gradients
+            if any(ctx.needs_input_grad[3:]):
+                ctx.encoder.sweep_joint((mu_bar, var_bar), tape, need_input=False)
+        return None, None, z_bar, *(tape.gradients.get(p) for p in parameters)

@@ -18,13 +18,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Tape:
     """The notes that the sweeps of one evaluation leave for each other, and the parameter gradients they end with.
 
     Args:
-        dtype: Of convolutions and matrix products; None for that of their weights.
+        dtype: Of convolutions with float32 weights, autocast's; None for that of the weights.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -44,7 +45,7 @@ class Tape:
 
     def cast(self, value: Tensor, parameter: Tensor) -> Tensor:
         """`value` in the dtype that a product with this parameter runs in."""
-        return value.to(self.dtype or parameter.dtype)
+        return value.to(self.dtype if self.dtype is not None and parameter.dtype == torch.float32 else parameter.dtype)
 
     def add(self, parameter: nn.Parameter | None, gradient: Tensor | None) -> None:
         if parameter is None or not parameter.requires_grad:
@@ -70,8 +71,27 @@ class Layer(nn.Module, ABC):
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None: ...
 
 
+def sweepable(module: nn.Module) -> bool:
+    """Whether the sweeps do what calling the module does: layers of this kind all through, each at one place, none with hooks on it."""
+    if not isinstance(module, Layer):
+        return False
+    inside = [layer for _, layer in module.named_modules(remove_duplicate=False)]
+    return len(set(inside)) == len(inside) and all(
+        isinstance(layer, Layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in vars(layer)
+        and not is_parametrized(layer)
+        for layer in inside
+    )
+
+
 class Conv2d(nn.Conv2d, Layer):
-    """nn.Conv2d with zero padding."""
+    """nn.Conv2d with zero padding by whole numbers."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise ValueError(f"padding: expected numbers of zeros, found {self.padding!r}, {self.padding_mode}")
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if tx is None:
@@ -137,7 +157,8 @@ class Linear(nn.Linear, Layer):
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
         note = tape.take(self)
-        tape.add(self.weight, torch.addmm(y_bar.mT @ note.x, note.grad_y.mT, note.tx))
+        if self.weight.requires_grad:
+            tape.add(self.weight, torch.addmm(y_bar.mT @ note.x, note.grad_y.mT, note.tx))
         if self.bias is not None:
             tape.add(self.bias, y_bar.sum(0))
         return y_bar @ self.weight if need_input else None

@@ -141,6 +141,7 @@ class Trainer:
         self.config = config
         self.rank, self.world_size, self.device = engines.init_distributed()
         engines.set_threads(config.engine.threads)
+        ops.check_backend(self.device.type)
         self.chief = self.rank == 0
         self.dataset = open_dataset(config.data, config.seed)
         self.validation = open_dataset(config.data, config.seed, split=1)

@@ -1,5 +1,6 @@
 """Group norm with SiLU, against torch's own and against loops; its raw levels against autograd, and the Triton ones against those."""
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import normal, relative_error
 from sami_fast.kernels import group_norm_silu as kernels
+from sami_fast.kernels._common import recording
 from torch.autograd import gradcheck, gradgradcheck
 
 from sami_fast import reference
@@ -117,12 +119,20 @@ def test_second_gradients_by_hand():
 # Odd inputs
 
 
-def test_empty_batch():
-    arguments = inputs((0, 4, 3, 3), grad=True)
-    out = group_norm_silu(*arguments, 2)
-    assert out.shape == (0, 4, 3, 3)
+EMPTY = [(0, 4, 3, 3), (2, 4, 0), (2, 4, 0, 3), (0, 4, 0)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty(shape, backend):
+    arguments = [value.to(DEVICE).requires_grad_() for value in inputs(shape, torch.float32)]
+    out = group_norm_silu(*arguments, 2, backend=backend)
+    assert out.shape == shape
     grads = torch.autograd.grad(out.sum(), arguments, create_graph=True)
-    assert [g.shape for g in grads] == [a.shape for a in arguments]
+    second = torch.autograd.grad(sum(g.sum() for g in grads), arguments, allow_unused=True, materialize_grads=True)
+    for value, first_grad, second_grad in zip(arguments, grads, second, strict=True):
+        assert torch.equal(first_grad, torch.zeros_like(value))
+        assert torch.equal(second_grad, torch.zeros_like(value))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (3, 4, 1, 1), (1, 4), (1, 4, 1)])
@@ -159,12 +169,15 @@ ALL, NONE = ("weight", "bias", "y_bar", "tangent"), ()
 LEVELS = [((2, 4, 3, 3), 2), ((3, 6, 63), 3), ((2, 63, 5, 1), 7), ((2, 8), 2), ((1, 4, 5, 5, 5), 4), ((1, 70, 9), 1), ((1, 32, 64), 2)]
 # Several tiles of positions, blocks of channels, and positions split among programs; and whether channels lie together
 TILED = [
-    ((1, 3, 1000), 1, False),
+    ((1, 3, 1001), 1, False),
     ((1, 4, 1024), 2, False),
     ((1, 48, 80), 1, False),
-    ((1, 2, 4200), 1, False),
+    ((1, 40, 49), 1, False),
+    ((1, 2, 4201), 1, False),
+    ((1, 7, 1000), 1, True),
     ((1, 8, 1200), 1, True),
     ((1, 48, 300), 1, True),
+    ((2, 140), 2, False),
 ]
 
 
@@ -285,7 +298,7 @@ def test_large_groups_are_split_and_small_ones_are_not():
         x = torch.empty(shape, device="meta")
         return kernels._plan(channels_last(x) if last else x, num_groups, 4).num_splits
 
-    assert [splits(*case) for case in TILED] == [2, 1, 1, 4, 4, 5]
+    assert [splits(*case) for case in TILED] == [2, 1, 1, 1, 4, 4, 2, 5, 1]
     assert splits((8, 128, 256, 256), 32, False) > 1
     assert splits((32, 64, 16, 16), 4, False) == splits((64, 32, 8, 8), 8, True) == 1
     for positions in (1, 63, 1000, 4096, 70_000, 10**7):  # every split has a tile, and together they have all
@@ -296,6 +309,42 @@ def test_large_groups_are_split_and_small_ones_are_not():
             each = -(-tiles // plan.num_splits)
             assert 1 <= plan.num_splits <= kernels.MAX_SPLITS.value
             assert (plan.num_splits - 1) * each < tiles <= plan.num_splits * each
+
+
+def binaries(call) -> set[tuple]:
+    """What selects the binaries of the kernels that a call launches: types, compile-time constants, schedule."""
+    with recording() as launches:
+        call()
+    for item in launches:
+        tensors = [value for value in item.args if isinstance(value, torch.Tensor)]
+        assert all(value.storage_offset() * value.element_size() % 16 == 0 for value in tensors)
+    return {
+        (
+            item.kernel.fn.__name__,
+            *(value.dtype if isinstance(value, torch.Tensor) else type(value) for value in item.args),
+            *sorted(item.constants.items()),
+            item.num_warps,
+            item.num_stages,
+        )
+        for item in launches
+    }
+
+
+def test_every_binary_is_compiled_ahead_of_time():
+    compiled = set().union(*(binaries(call) for _, call in kernels.aot_cases()))
+    found = set()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for size in (1, 2, 4, 5, 8, 9, 12, 16, 33):
+            for positions in (1, 2, 16, 17, 36, 63, 64, 65, 72, 255, 256, 257, 1000):
+                for last, start in ((False, 0), (True, 0), (False, 1), (True, 1)):
+                    shape = 2, 3 * size, positions
+                    values = torch.empty(start + 6 * size * positions, dtype=dtype, device="meta")[start:]
+                    x = values.view(2, positions, 3 * size).mT if last else values.view(shape)
+                    parameter = torch.empty(3 * size + start, dtype=dtype, device="meta")[start:]
+                    given = dict.fromkeys(("x", "grad_y", "ggx", "y_bar"), x)
+                    given |= dict.fromkeys(("weight", "bias", "ggweight", "ggbias"), parameter)
+                    found |= binaries(partial(run_levels, kernels, given, 3))
+    assert found == compiled
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
@@ -333,6 +382,9 @@ def test_levels_with_views(module):
     views |= {name: torch.stack([value, value], 1)[:, 0] for name, value in given.items() if value.dim() == 1}
     assert not any(value.is_contiguous() for value in views.values())
     assert_levels(run_levels(module, views, 3), run_levels(twins, double(given), 3), 2e-6)
+    # Starting between two vectors
+    views = {name: torch.cat([value.new_empty(1), value.flatten()])[1:].view(value.shape) for name, value in given.items()}
+    assert_levels(run_levels(module, views, 3), run_levels(twins, double(given), 3), 2e-6)
     expanded = {**given, "grad_y": torch.full((), 0.7, device=DEVICE).expand(2, 6, 4, 5)}
     assert_levels(run_levels(module, expanded, 3), run_levels(twins, double(expanded), 3), 2e-6)
 
@@ -350,11 +402,13 @@ def test_levels_leave_their_inputs_alone(module):
 
 @pytest.mark.parametrize("module", [twins, kernels])
 @pytest.mark.parametrize("last", [False, True])
-def test_levels_of_an_empty_batch(module, last):
-    out = run_levels(module, level_inputs((0, 4, 3, 3), last=last), 2)
-    assert out["mean"].shape == out["rstd"].shape == (0, 2)
+@pytest.mark.parametrize("shape", EMPTY)
+def test_levels_of_nothing(module, shape, last):
+    out = run_levels(module, level_inputs(shape, last=last), 2)
+    for name in ("mean", "rstd"):
+        assert torch.equal(out[name].cpu(), torch.zeros(shape[0], 2)), name
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
-        assert out[name].shape == (0, 4, 3, 3)
+        assert out[name].shape == shape
     for name in ("grad_weight", "grad_bias", "weight_bar", "bias_bar"):
         assert torch.equal(out[name].cpu(), torch.zeros(4)), name
 

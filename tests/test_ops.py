@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import sami_fast
 from sami_fast import ops, reference
-from sami_fast.ops import BackendError, use_backend
+from sami_fast.ops import BackendError, backend, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.sami_fast
@@ -246,6 +247,22 @@ def test_torch_func(name: str, backend: str):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_forward_mode_says_so(name: str):
+    case = CASES[name]
+    inputs = tuple(value.to(DEVICE) for value in case.inputs(torch.float32))
+
+    def op(*args: Tensor) -> Tensor:
+        return case.public(*args, backend="triton")
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(op, inputs, inputs)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.hessian(lambda x: op(x, *inputs[1:]).sin().sum())(inputs[0])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        op(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str):
     """As one graph around kernels, with an inner gradient and an outer one. (Kernels stay kernels: no C++ needs compiling.)"""
     torch._dynamo.reset()
@@ -261,6 +278,17 @@ def test_compiled(name: str):
     for value, want in zip(found, expected, strict=True):
         assert (value is None) == (want is None)
         assert value is None or relative_error(value, want) < 1e-6
+
+
+def test_compiled_for_changing_sizes():
+    """A head size that varies becomes a symbol; a backend that cannot run is the same error as outside."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, backend: ops.attention(q, q, q, backend=backend), backend="eager", fullgraph=True)
+    for head in (11, 13, 17):
+        q = normal(1, 5, 2, head, dtype=torch.float32)
+        assert relative_error(compiled(q, None), reference.attention(q, q, q)) < 1e-6
+    with pytest.raises(Exception, match="its head sizes are 8 to 128, this one is 4"):
+        compiled(normal(1, 5, 2, 4, dtype=torch.float32), "triton")
 
 
 # Dual numbers
@@ -326,6 +354,32 @@ def test_use_backend_nests_and_ends():
     assert sami_fast.use_backend is use_backend
 
 
+def test_threads_choose_for_themselves():
+    """Blocks that overlap in time do not see one another, and leave nothing behind."""
+    wanted: dict[str, str] = {}
+    entered, left = threading.Barrier(2), threading.Event()
+
+    def first() -> None:
+        with use_backend("reference"):
+            entered.wait(10)
+            wanted["first"] = backend._wanted.get()[0]
+        left.set()
+
+    def second() -> None:
+        with use_backend("triton"):
+            entered.wait(10)
+            left.wait(10)
+            wanted["second"] = backend._wanted.get()[0]
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wanted == {"first": "reference", "second": "triton"}
+    assert backend._wanted.get()[0] == "auto"
+
+
 def test_a_derivative_stays_on_the_backend_of_its_value():
     q = attention_inputs(torch.float32)[0].to(DEVICE).requires_grad_()
     with use_backend("triton"):
@@ -378,6 +432,7 @@ def run_with(**environment: str) -> str:
 
 def test_environment_variable():
     assert run_with() == "fine 3"
+    assert run_with(SAMI_FAST_BACKEND="") == "fine 3"
     assert run_with(SAMI_FAST_BACKEND="reference") == "fine 3"
     assert run_with(SAMI_FAST_BACKEND="triton", TRITON_INTERPRET="1") == "fine 3"
     assert run_with(SAMI_FAST_BACKEND="tpu") == "SAMI_FAST_BACKEND: expected auto, reference or triton, found 'tpu'"
@@ -478,6 +533,14 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "loss shape": (lambda: ops.guided_loss(loss[0][:3], *loss[1:]), ValueError, r"eps_pred: expected \[3, 1, 3, 5\]"),
         "loss dtype": (lambda: ops.guided_loss(loss[0].double(), *loss[1:]), TypeError, "eps: expected torch.float32 as eps_pred has"),
         "loss noise": (lambda: ops.guided_loss(noise, *loss[1:]), ValueError, "eps: expected noise for 4 samples, found 2 x 3"),
+        "index dtype": (lambda: ops.random_normal(0, 0, 0, INDEX.int(), 4), TypeError, "index: expected torch.int64, found torch.int32"),
+        "levels index": (
+            lambda: ops.stratified_uniform(INDEX.double(), 2, 8, seed=0, step=0),
+            TypeError,
+            "index: expected torch.int64, found torch.float64",
+        ),
+        "seed": (lambda: ops.random_normal(-1, 0, 0, INDEX, 4), ValueError, r"seed: expected 0 to 2\*\*63 - 1, found -1"),
+        "step": (lambda: ops.noise_sample(image, alpha, sigma, INDEX, seed=0, step=-2), ValueError, r"step: expected 0 to .* found -2"),
         "index rank": (lambda: ops.random_normal(0, 0, 0, INDEX[None], 4), ValueError, r"index: expected \[S\], found \[1, 2\]"),
     }
 

@@ -13,8 +13,17 @@ from sami_fast.kernels import random as kernels
 from scipy import stats
 
 from sami_fast import reference
-from sami_fast.ops import Stream, random_normal, random_permutation, random_uniform
-from sami_fast.reference.random import NUM_STREAMS, box_muller, philox4x32, random_bits, uniform_from_bits
+from sami_fast.reference.random import (
+    NUM_STREAMS,
+    Stream,
+    box_muller,
+    philox4x32,
+    random_bits,
+    random_normal,
+    random_permutation,
+    random_uniform,
+    uniform_from_bits,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORD = 0xFFFFFFFF

@@ -113,10 +113,12 @@ def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
         ["engine.gradient_accumulation=2"],
         ["engine.zero_stage=1"],
         ["engine.zero_stage=2", "engine.gradient_accumulation=4"],
+        ["engine.score=reverse"],
+        ["engine.score=dual", "engine.store_eps=false", "engine.zero_stage=2"],
     ],
     ids=" ".join,
 )
-def test_same_losses_however_the_step_is_cut(overrides, tmp_path, finished):
+def test_same_losses_however_the_step_is_computed(overrides, tmp_path, finished):
     run = train(tiny(tmp_path, *overrides))
     losses = [[row["loss_nats"] for row in rows(folder)] for folder in (run, finished)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
@@ -503,6 +505,24 @@ def test_strange_environments_get_one_sentence(variables, fragment, tmp_path, ca
     message = capsys.readouterr().err
     assert fragment in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "fragment"),
+    [
+        ("tpu", "SAMI_FAST_BACKEND: expected auto, reference or triton, found 'tpu'"),
+        ("triton", "triton (SAMI_FAST_BACKEND) cannot run here: it needs tensors on a CUDA device"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_said_before_the_folder_is_touched(backend, fragment, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"SAMI_FAST_BACKEND": backend}
+    if backend == "triton":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "sami_fast.train", "--config", TINY, f"runs_dir={tmp_path}/runs"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert fragment in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_nan_exits_with_status_one(tmp_path, capsys):

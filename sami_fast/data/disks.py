@@ -35,7 +35,8 @@ class Disks:
         self.size: int | None = None  # endless
 
     def _draw(self, index: Tensor) -> Tensor:
-        u = ops.random_uniform(self.seed, self.split, ops.Stream.FACTORS, index, len(self.ranges))
+        # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.
+        u = ops.random_uniform(self.seed, self.split, ops.Stream.FACTORS, index, len(self.ranges), backend="auto")
         low, high = torch.tensor(list(self.ranges.values()), device=index.device).unbind(1)
         return low + (high - low) * u
 

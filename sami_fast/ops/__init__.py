@@ -6,8 +6,8 @@ below autograd (forward, derivative, tangent, second derivative) to those who or
 
 from ..reference import EVALUATION_STEP, Stream, random_permutation
 from .attention import attention, attention_dual, attention_levels
-from .backend import BackendError, describe, sweep_levels, use_backend
-from .gaussian_log_prob import gaussian_kl, gaussian_log_prob, gaussian_reparameterize
+from .backend import BackendError, check_backend, describe, sweep_levels, use_backend
+from .gaussian_log_prob import gaussian_kl, gaussian_levels, gaussian_log_prob, gaussian_reparameterize
 from .group_norm_silu import group_norm_silu, group_norm_silu_dual
 from .guided_loss import guided_loss
 from .noise_sample import Noise, noise_sample
@@ -22,8 +22,10 @@ __all__ = [
     "attention",
     "attention_dual",
     "attention_levels",
+    "check_backend",
     "describe",
     "gaussian_kl",
+    "gaussian_levels",
     "gaussian_log_prob",
     "gaussian_reparameterize",
     "group_norm_silu",

@@ -16,7 +16,7 @@ from .arguments import check_together
 from .backend import choose, levels, sweep_levels
 from .define import define, no_third_derivative, saved_arguments
 
-HEAD_SIZES = range(8, 129)  # of the kernels
+MIN_HEAD, MAX_HEAD = 8, 128  # of the kernels
 
 
 def attention(
@@ -97,7 +97,7 @@ def attention_levels(q: Tensor) -> tuple[ModuleType, tuple[float, bool]]:
 
 def _head_limit(q: Tensor) -> str | None:
     head = q.shape[-1]
-    return None if head in HEAD_SIZES else f"its head sizes are {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}, this one is {head}"
+    return None if MIN_HEAD <= head <= MAX_HEAD else f"its head sizes are {MIN_HEAD} to {MAX_HEAD}, this one is {head}"
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, backend: str | None) -> tuple[str, float]:

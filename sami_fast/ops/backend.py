@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -24,38 +25,36 @@ AUTO = {"cuda": ("triton", "reference"), "cpu": ("reference",)}  # by device typ
 HOMES = {"reference": "sami_fast.reference", "triton": "sami_fast.kernels"}
 DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16)}  # of a backend's floating inputs; any where it is not listed
 
-_wanted = os.environ.get("SAMI_FAST_BACKEND", "auto")
-_wanted_by = "SAMI_FAST_BACKEND"
+# What is asked for, and by whom: a variable of the thread (or task), so that two of them do not get into each other's way.
+_wanted: ContextVar[tuple[str, str]] = ContextVar("backend", default=(os.environ.get("SAMI_FAST_BACKEND") or "auto", "SAMI_FAST_BACKEND"))
 
 
 class BackendError(UserError, RuntimeError):
     """The backend that was asked for does not exist, or cannot run here."""
 
 
-def _check_name(name: str, source: str) -> None:
-    if name not in ("auto", *BACKENDS):
-        raise BackendError(f"{source}: expected auto, {' or '.join(BACKENDS)}, found {name!r}")
+def _unknown(name: str, source: str) -> str | None:
+    return None if name in ("auto", *BACKENDS) else f"{source}: expected auto, {' or '.join(BACKENDS)}, found {name!r}"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every op inside the `with` block runs on this backend; "auto" lets each op choose again.
+    """Every op of this thread inside the `with` block runs on this backend; "auto" lets each op choose again.
 
-    A derivative runs on the backend of its forward pass, inside the block or after it.
+    A derivative runs on the backend of its forward pass, inside the block or after it; compiled code keeps the backend it was compiled for.
 
     Args:
         name: "auto", "reference" or "triton".
     Raises:
         BackendError: there is no such backend; or, at the call of an op, it cannot run there (the message says why and what can).
     """
-    global _wanted, _wanted_by
-    _check_name(name, "use_backend")
-    before = _wanted, _wanted_by
-    _wanted, _wanted_by = name, "use_backend"
+    if (reason := _unknown(name, "use_backend")) is not None:
+        raise BackendError(reason)
+    token = _wanted.set((name, "use_backend"))
     try:
         yield
     finally:
-        _wanted, _wanted_by = before
+        _wanted.reset(token)
 
 
 @cache
@@ -89,21 +88,31 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _pick(op: str, wanted: str, wanted_by: str, device_type: str, dtype: torch.dtype | None, limits: tuple[tuple[str, str], ...]) -> str:
+def _pick(
+    op: str, wanted: str, wanted_by: str, device_type: str, dtype: torch.dtype | None, limits: tuple[tuple[str, str], ...]
+) -> tuple[str, str | None]:
+    """The backend, or why there is none. Constant for the compiler, which could not pass on an exception as it is."""
+
     def refuses(backend: str) -> str | None:
         return refusal(backend, device_type, dtype) or dict(limits).get(backend)
 
-    _check_name(wanted, wanted_by)
+    if (reason := _unknown(wanted, wanted_by)) is not None:
+        return "", reason
     if wanted != "auto":
         if (reason := refuses(wanted)) is not None:
             able = [name for name in BACKENDS if refuses(name) is None]
-            raise BackendError(f"{op}: {wanted} ({wanted_by}) cannot run here: {reason}; what can: {', '.join(able)}")
-        return wanted
+            return "", f"{op}: {wanted} ({wanted_by}) cannot run here: {reason}; what can: {', '.join(able)}"
+        return wanted, None
     order = AUTO.get(device_type, ("reference",))
     chosen = next(name for name in order if refuses(name) is None)
     if chosen != order[0] and (reason := dict(limits).get(order[0])) is not None:
         warnings.warn(f"{op}: {chosen} instead of {order[0]}: {reason}", stacklevel=4)
-    return chosen
+    return chosen, None
+
+
+@torch.compiler.assume_constant_result
+def _in_force() -> tuple[str, str]:
+    return _wanted.get()
 
 
 def choose(op: str, backend: str | None, like: Tensor, **limits: str | None) -> str:
@@ -117,10 +126,13 @@ def choose(op: str, backend: str | None, like: Tensor, **limits: str | None) -> 
     Raises:
         BackendError: the backend that was asked for does not exist or cannot run this call.
     """
-    wanted, wanted_by = (_wanted, _wanted_by) if backend is None else (backend, "backend")
+    wanted, wanted_by = _in_force() if backend is None else (backend, "backend")
     dtype = like.dtype if like.dtype.is_floating_point else None
     stated = tuple((name, reason) for name, reason in limits.items() if reason is not None)
-    return _pick(op, wanted, wanted_by, like.device.type, dtype, stated)
+    chosen, reason = _pick(op, wanted, wanted_by, like.device.type, dtype, stated)
+    if reason is not None:
+        raise BackendError(reason)
+    return chosen
 
 
 @cache
@@ -134,15 +146,33 @@ def sweep_levels(op: str, like: Tensor, **limits: str | None) -> ModuleType:
     return levels(op, choose(op, None, like, **limits))
 
 
+def check_backend(device_type: str) -> None:
+    """What a program that runs ops on this device asks first.
+
+    Raises:
+        BackendError: SAMI_FAST_BACKEND names no backend, or one that cannot run there.
+    """
+    _, reason = _pick("this run", *_wanted.get(), device_type, torch.float32, ())
+    if reason is not None:
+        raise BackendError(reason)
+
+
 def describe() -> dict[str, dict[str, str]]:
-    """{op: {device type: what float32 tensors there would run on, and what stands in the way of the rest}} for this machine."""
+    """{op: {device type: what float32 tensors there would run on, and what stands in the way of the rest}} for this machine.
+
+    Raises:
+        BackendError: SAMI_FAST_BACKEND names no backend.
+    """
+    if (reason := _unknown(*_wanted.get())) is not None:
+        raise BackendError(reason)
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {op: {kind: _explain(kind) for kind in kinds} for op in WITH_KERNELS}
 
 
 def _explain(device_type: str) -> str:
     reasons = {name: refusal(name, device_type, torch.float32) for name in BACKENDS}
-    order = AUTO[device_type] if _wanted == "auto" else (_wanted,)
+    wanted, _ = _wanted.get()
+    order = AUTO[device_type] if wanted == "auto" else (wanted,)
     chosen = next((name for name in order if reasons.get(name) is None), "nothing")
     others = [f"{name}: {reason or 'only when asked for'}" for name, reason in reasons.items() if name not in (chosen, "reference")]
     return chosen + (f" ({'; '.join(others)})" if others else "")

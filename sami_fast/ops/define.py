@@ -2,7 +2,7 @@
 
 `torch.library.custom_op` would do all of this but for one thing: what it registers cannot be used under torch.func
 (pytorch/pytorch #168393, #170834). So the autograd kernel is written out here; it serves eager autograd to any order that has a formula,
-torch.func.grad, vjp, jacrev and vmap, nested or not, and torch.compile(fullgraph=True) around them.
+torch.func.grad, vjp, jacrev and vmap, nested or not, and torch.compile(fullgraph=True) around them; forward mode raises.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("sami_fast", "DEF")
 
@@ -46,6 +47,8 @@ def define(
 
     def one_by_one(info, in_dims, *args):
         """vmap: call by call, then stacked."""
+        if info.batch_size == 0:
+            raise ValueError(f"{name}: torch.vmap over nothing: the shape of one call is not known")
         calls = [op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
@@ -79,8 +82,8 @@ def saved_arguments(ctx) -> list[Any]:
 
 def _autograd_kernel(name: str, op: Callable[..., Any], save: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
     def below_autograd(*args):
-        # Grad mode is on again for the levels of torch.func below this one.
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        # Both modes of differentiation are on again for the levels of torch.func below this one.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     function = type(
@@ -90,6 +93,11 @@ def _autograd_kernel(name: str, op: Callable[..., Any], save: Callable[..., None
     )
 
     def kernel(*args):
+        if forward_ad._current_level >= 0 and any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+            raise RuntimeError(
+                f"{name}: no forward-mode derivative (torch.func.jvp, jacfwd, hessian) on this backend: "
+                "take reverse mode, a `_dual` op, or backend='reference'"
+            )
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             with enable_single_level_autograd_function():
                 return function.apply(*args)

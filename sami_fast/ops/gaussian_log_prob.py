@@ -4,6 +4,8 @@ The log density is `sami_fast::gaussian_log_prob` -> `gaussian_log_prob_bwd` -> 
 the derivative of the one before. KL and sample are elementwise on [B, Z]: plain torch, which a compiler fuses.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .arguments import check_together
 from .backend import choose, levels
 from .define import define, no_third_derivative, saved_arguments
 
-__all__ = ["gaussian_kl", "gaussian_log_prob", "gaussian_reparameterize"]
+__all__ = ["gaussian_kl", "gaussian_levels", "gaussian_log_prob", "gaussian_reparameterize"]
 
 
 def gaussian_log_prob(
@@ -42,13 +44,21 @@ def gaussian_log_prob(
     Runs on: Triton, reference.
     Source: SAMI, arXiv:2512.17127, encoder density.
     """
-    check_gaussian(z=z, mu=mu, var=var)
-    check_together("gaussian_log_prob", z=z, mu=mu, var=var)
-    limit = None if z.dtype == torch.float32 else "it takes float32 alone"
-    backend = choose("gaussian_log_prob", backend, z, triton=limit)
+    backend = _prepare(z, mu, var, backend)
     if backend == "reference":
         return reference.gaussian_log_prob(z, mu, var)
     return _gaussian_log_prob(z, mu, var, backend)
+
+
+def gaussian_levels(z: Tensor, mu: Tensor, var: Tensor) -> ModuleType:
+    """The level functions of the backend in force for these arguments of `gaussian_log_prob`, which are checked."""
+    return levels("gaussian_log_prob", _prepare(z, mu, var, None))
+
+
+def _prepare(z: Tensor, mu: Tensor, var: Tensor, backend: str | None) -> str:
+    check_gaussian(z=z, mu=mu, var=var)
+    check_together("gaussian_log_prob", z=z, mu=mu, var=var)
+    return choose("gaussian_log_prob", backend, z, triton=None if z.dtype == torch.float32 else "it takes float32 alone")
 
 
 def _fwd(z: Tensor, mu: Tensor, var: Tensor, backend: str) -> Tensor:

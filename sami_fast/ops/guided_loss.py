@@ -14,6 +14,7 @@ from .backend import choose
 from .backend import levels as level_functions
 from .define import define
 from .noise_sample import Noise
+from .random import check_draw, check_index
 
 
 def guided_loss(
@@ -34,7 +35,8 @@ def guided_loss(
 
     Args:
         eps: Noise that was added, [S, C, H, W]; or the `Noise` that `noise_sample` gave, to draw it again here.
-        eps_pred: The denoiser's estimate of it. [S, C, H, W], any floating dtype; sums run in float32 (float64 for float64).
+        eps_pred: The denoiser's estimate of it. [S, C, H, W], any floating dtype; sums run in float32 (float64 for float64). In
+            float16 the cotangents are kept in float16, so `weight` times a residual has to stay below 65504.
         grad_log_q: Gradient of log q(z|x_t) in x_t, in nats per unit of x, same shape and dtype.
         sigma_t: Noise amplitude per sample. [S].
         weight: Weight of the guided error per sample. [S].
@@ -58,6 +60,9 @@ def guided_loss(
     check_guided_loss(given, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
     if noise and noise.index.shape[0] * noise.levels != eps_pred.shape[0]:
         raise ValueError(f"eps: expected noise for {eps_pred.shape[0]} samples, found {noise.index.shape[0]} x {noise.levels}")
+    if noise:
+        check_index(noise.index)
+        check_draw(noise.seed, noise.step, noise.stream)
     check_together("guided_loss", eps_pred=eps_pred, grad_log_q=grad_log_q, eps=given)
     check_together("guided_loss", sigma_t=sigma_t, weight=weight, unconditional_weight=unconditional_weight)
     check_device("guided_loss", eps_pred=eps_pred, sigma_t=sigma_t, **({"eps": noise.index} if noise else {}))

@@ -14,7 +14,7 @@ from ..reference.noise_sample import check_noise_sample
 from .arguments import check_device, check_together
 from .backend import choose, levels
 from .define import define
-from .random import check_stream, random_normal
+from .random import check_draw, check_index, random_normal
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def noise_sample(
         x_t and eps, both [B*K, C, H, W] in the dtype of x_0, contiguous and image-major (the K levels of an image lie together), in
         float32 bit for bit the same on every backend. In half precision x_t is made of the rounded eps.
     Raises:
-        ValueError: shapes do not fit, devices differ, or there is no such stream.
+        ValueError: shapes do not fit, devices differ, there is no such stream, or seed or step is out of range.
         TypeError: a dtype that is not floating, or an index that is not int64.
         BackendError: the backend cannot run this call.
     Differentiable: twice and further, in x_0, alpha_t and sigma_t.
@@ -74,9 +74,8 @@ def noise_sample(
     check_together("noise_sample", x_0=x_0)
     check_together("noise_sample", alpha_t=alpha_t, sigma_t=sigma_t)
     check_device("noise_sample", x_0=x_0, alpha_t=alpha_t, sigma_t=sigma_t, index=index)
-    if index.dtype != torch.int64:
-        raise TypeError(f"noise_sample: index: expected torch.int64, found {index.dtype}")
-    check_stream(stream)
+    check_index(index)
+    check_draw(seed, step, stream)
     backend = choose("noise_sample", backend, x_0)
     if backend == "reference":
         x_t, eps = reference.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=step, stream=stream)

@@ -1,5 +1,6 @@
 """Random numbers of `reference/random.py`, bit for bit the same on every backend. Nothing here is differentiable."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -13,7 +14,7 @@ def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *
 
     Args:
         seed: Key, 0 <= seed < 2**63.
-        step: Optimiser step or any counter, >= 0.
+        step: Optimiser step or any counter, 0 <= step < 2**59.
         stream: One of `Stream`.
         index: Global sample indices. [S] int64, >= 0; each sample's numbers depend on its own index alone.
         size: Elements per sample.
@@ -21,7 +22,8 @@ def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *
     Returns:
         [S, size] float32, on the device of `index`.
     Raises:
-        ValueError: there is no such stream, or index is not [S].
+        ValueError: there is no such stream, seed or step is out of range, or index is not [S].
+        TypeError: index is not int64.
         BackendError: the backend cannot run this call.
     Runs on: Triton, reference.
     Source: Salmon et al., SC 2011 (Philox4x32-10); Box & Muller, 1958.
@@ -35,17 +37,28 @@ def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int, 
 
 
 def _draw(name: str, seed: int, step: int, stream: int, index: Tensor, size: int, backend: str | None) -> Tensor:
-    if index.dim() != 1:
-        raise ValueError(f"index: expected [S], found {list(index.shape)}")
-    check_stream(stream)
+    check_index(index)
+    check_draw(seed, step, stream)
     backend = choose(name, backend, index)
     if backend == "reference":
         return getattr(reference, name)(seed, step, stream, index, size)
     return _OPS[name](seed, step, int(stream), index, size, backend)
 
 
-def check_stream(stream: int) -> None:
-    """ValueError unless there is such a stream."""
+def check_index(index: Tensor) -> None:
+    """ValueError or TypeError unless index is [S] int64."""
+    if index.dim() != 1:
+        raise ValueError(f"index: expected [S], found {list(index.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index: expected torch.int64, found {index.dtype}")
+
+
+def check_draw(seed: int, step: int, stream: int = 0) -> None:
+    """ValueError unless these number a draw."""
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
+    if not 0 <= step < 1 << 59:
+        raise ValueError(f"step: expected 0 to 2**59 - 1, found {step}")
     if not 0 <= stream < NUM_STREAMS:
         raise ValueError(f"stream: expected 0 to {NUM_STREAMS - 1}, found {stream}")
 

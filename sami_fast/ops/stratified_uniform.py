@@ -6,6 +6,7 @@ from .. import reference
 from .backend import choose
 from .backend import levels as level_functions
 from .define import define
+from .random import check_draw, check_index
 
 
 def stratified_uniform(
@@ -31,15 +32,17 @@ def stratified_uniform(
         seed, step: See `random_normal`.
         backend: See `sami_fast.use_backend`.
     Returns:
-        [B, K] float32 in [0, 1], bit for bit the same on every backend.
+        [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on the reference and
+        gives NaN from a kernel, which does not look at it before it runs.
     Raises:
-        ValueError: index is not [B].
+        ValueError: index is not [B], or seed or step is out of range.
+        TypeError: index is not int64.
         BackendError: the backend cannot run this call.
     Differentiable: no; there is nothing to differentiate.
     Runs on: Triton, reference.
     """
-    if index.dim() != 1:
-        raise ValueError(f"index: expected [B], found {list(index.shape)}")
+    check_index(index)
+    check_draw(seed, step)
     backend = choose("stratified_uniform", backend, index)
     if backend == "reference":
         return reference.stratified_uniform(index, levels, global_batch, seed=seed, step=step)

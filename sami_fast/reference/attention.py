@@ -4,13 +4,15 @@
 with the signatures of the launchers in `sami_fast.kernels`; they work in blocks of query rows, so their memory is O(S_q + S_k).
 With s = scale, P = softmax(s Q K^T), E = dO V^T - D, D = rowsum(dO * O), dS = P * E, and a dot for the tangent along (tq, tk, tv):
 
-    attention_fwd      O = P V,  lse = ln sum_j exp(s Q K^T)
+    attention_fwd      O = P V,  lse = (max_j s Q K^T, ln sum_j exp(s Q K^T - max))
     attention_bwd      dQ = s dS K,  dK = s dS^T Q,  dV = P^T dO
     attention_tan      T = s (Q. K^T + Q K.^T),  tau = rowsum(P * T),  P. = P * (T - tau),  O. = P. V + P V.
     attention_bwd_bwd  Y = dO V.^T + O_bar V^T,  d. = rowsum(dO * O.) + rowsum(O_bar * O),  S_bar = P. * E + P * (Y - d.),
                        Q_bar = s (S_bar K + dS K.),  K_bar = s (S_bar^T Q + dS^T Q.),  V_bar = P.^T dO + P^T O_bar
 
 S_bar is the tangent of dS at fixed dO: the Hessian is symmetric, so the gradient of <ggq, dQ> + ... is a tangent of (dQ, dK, dV).
+The two parts of lse stay apart: rounding their sum would scale a whole row of P by as much as the largest logit times the precision, and
+the differences E, T - tau and Y - d. would no longer vanish where they should.
 """
 
 from collections.abc import Iterator
@@ -119,7 +121,8 @@ def _logits(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, lse: Tensor, scale: float, causal: bool) -> Tensor:
-    return _logits(q, k, scale, causal).sub_(lse.unsqueeze(-1)).exp_()
+    top, log_total = lse.unsqueeze(-1)
+    return _logits(q, k, scale, causal).sub_(top).sub_(log_total).exp_()
 
 
 def _logit_tangent(tq: Tensor, tk: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -138,19 +141,22 @@ def attention_fwd(
     v: Tensor,  # [B, S_k, N, D]
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor]:  # [B, S_q, N, D], [B, N, S_q]
-    """The output, contiguous, and lse: the natural logarithm of sum_j exp(scale q k_j), float32 (float64 for float64)."""
+) -> tuple[Tensor, Tensor]:  # [B, S_q, N, D], [2, B, N, S_q]
+    """The output, contiguous, and lse, in two parts: max_j scale q k_j, and the natural logarithm of sum_j exp(scale q k_j - max).
+
+    lse is float32, float64 for float64.
+    """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = _heads(q, k, v)
-    lse = torch.empty(q.shape[:2], dtype=q.dtype, device=q.device)
+    lse = torch.empty((2, *q.shape[:2]), dtype=q.dtype, device=q.device)
     for rows, cols in _blocks(q.shape[1], k.shape[1], causal):
         logits = _logits(q[:, rows], k[:, cols], scale, causal)
         top = logits.amax(-1, keepdim=True)
         p = logits.sub_(top).exp_()  # not yet divided by its sum, which is done on the smaller product
         total = p.sum(-1, keepdim=True)
         _store(out[:, rows], torch.bmm(p, v[:, cols]).div_(total))
-        lse[:, rows] = (top + total.log()).squeeze(-1)
-    return out, lse.unflatten(0, (out.shape[0], out.shape[2]))
+        lse[0, :, rows], lse[1, :, rows] = top.squeeze(-1), total.log().squeeze(-1)
+    return out, lse.unflatten(1, (out.shape[0], out.shape[2]))
 
 
 @torch.no_grad()
@@ -160,17 +166,17 @@ def attention_bwd(
     k: Tensor,  # [B, S_k, N, D]
     v: Tensor,  # [B, S_k, N, D]
     out: Tensor,  # [B, S_q, N, D]
-    lse: Tensor,  # [B, N, S_q]
+    lse: Tensor,  # [2, B, N, S_q]
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <grad_out, out> with respect to q, k and v, each laid out as torch.empty_like of its primal."""
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     grad_out, q, k, v, out = _heads(grad_out, q, k, v, out)
-    lse = lse.flatten(0, 1)
+    lse = lse.flatten(1, 2)
     sum_k, sum_v = torch.zeros_like(k), torch.zeros_like(v)
     for rows, cols in _blocks(q.shape[1], k.shape[1], causal):
-        p = _probabilities(q[:, rows], k[:, cols], lse[:, rows], scale, causal)
+        p = _probabilities(q[:, rows], k[:, cols], lse[:, :, rows], scale, causal)
         sum_v[:, cols].baddbmm_(p.mT, grad_out[:, rows])
         e = torch.bmm(grad_out[:, rows], v[:, cols].mT).sub_(_row_dot(grad_out[:, rows], out[:, rows]))
         ds = e.mul_(p)
@@ -191,17 +197,17 @@ def attention_tan(
     k: Tensor,  # [B, S_k, N, D]
     v: Tensor,  # [B, S_k, N, D]
     out: Tensor,  # [B, S_q, N, D]
-    lse: Tensor,  # [B, N, S_q]
+    lse: Tensor,  # [2, B, N, S_q]
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, S_q, N, D], [B, N, S_q]
-    """Tangent of out along (tq, tk, tv), contiguous, and tau: the tangent of lse, in its dtype."""
+    """Tangent of out along (tq, tk, tv), contiguous, and tau: the tangent of the sum of both parts of lse, in its dtype."""
     tout = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tau = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    tau = torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device)
     tq, tk, tv, q, k, v = _heads(tq, tk, tv, q, k, v)
-    lse, tau_heads = lse.flatten(0, 1), tau.view(q.shape[:2])
+    lse, tau_heads = lse.flatten(1, 2), tau.view(q.shape[:2])
     for rows, cols in _blocks(q.shape[1], k.shape[1], causal):
-        p = _probabilities(q[:, rows], k[:, cols], lse[:, rows], scale, causal)
+        p = _probabilities(q[:, rows], k[:, cols], lse[:, :, rows], scale, causal)
         t = _logit_tangent(tq[:, rows], tk[:, cols], q[:, rows], k[:, cols], scale)
         t_mean = _row_dot(p, t)
         tau_heads[:, rows] = t_mean.squeeze(-1)
@@ -221,7 +227,7 @@ def attention_bwd_bwd(
     k: Tensor,  # [B, S_k, N, D]
     v: Tensor,  # [B, S_k, N, D]
     out: Tensor,  # [B, S_q, N, D]
-    lse: Tensor,  # [B, N, S_q]
+    lse: Tensor,  # [2, B, N, S_q]
     tout: Tensor,  # [B, S_q, N, D]
     tau: Tensor,  # [B, N, S_q]
     scale: float,
@@ -236,10 +242,10 @@ def attention_bwd_bwd(
     q_bar, k_bar, v_bar = (torch.empty_like(x) for x in (q, k, v))
     ggq, ggk, ggv, grad_out, q, k, v, out, tout = _heads(ggq, ggk, ggv, grad_out, q, k, v, out, tout)
     out_bar = None if out_bar is None else _heads(out_bar)[0]
-    lse, tau = lse.flatten(0, 1), tau.flatten(0, 1)
+    lse, tau = lse.flatten(1, 2), tau.flatten(0, 1)
     sum_k, sum_v = torch.zeros_like(k), torch.zeros_like(v)
     for rows, cols in _blocks(q.shape[1], k.shape[1], causal):
-        p = _probabilities(q[:, rows], k[:, cols], lse[:, rows], scale, causal)
+        p = _probabilities(q[:, rows], k[:, cols], lse[:, :, rows], scale, causal)
         e = torch.bmm(grad_out[:, rows], v[:, cols].mT).sub_(_row_dot(grad_out[:, rows], out[:, rows]))
         y = torch.bmm(grad_out[:, rows], ggv[:, cols].mT)
         y_mean = _row_dot(grad_out[:, rows], tout[:, rows])

@@ -52,8 +52,13 @@ def group_norm_silu(
     """
     check_group_norm_silu(x, weight, bias, num_groups)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    # Not F.group_norm: it refuses a single image with a single pixel.
-    h = torch.group_norm(wide, num_groups, weight.to(wide.dtype), bias.to(wide.dtype), norm_eps)
+    gamma, beta = weight.to(wide.dtype), bias.to(wide.dtype)
+    if x.numel():
+        # Not F.group_norm: it refuses a single image with a single pixel.
+        h = torch.group_norm(wide, num_groups, gamma, beta, norm_eps)
+    else:  # where images have no positions, torch's gradient for the weight is NaN
+        channelwise = -1, *(1,) * (x.dim() - 2)
+        h = wide * gamma.view(channelwise) + beta.view(channelwise)
     return (F.silu(h) if silu else h).to(x.dtype)
 
 
@@ -139,7 +144,7 @@ def _norm_backward(grad_h: Tensor, x_hat: Tensor, rstd: Tensor, weight: Tensor, 
 
 def _x_hat_dot(t: Tensor, x_hat: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tangent of x_hat along t, rstd (t - c - x_hat e), with c = M[t] and e = M[t x_hat] [B, G, 1]. [B, G, m]."""
-    rho, count, out = rstd.unsqueeze(-1), t.shape[-1], t * x_hat
+    rho, count, out = rstd.unsqueeze(-1), max(t.shape[-1], 1), t * x_hat
     c, e = t.sum(-1, keepdim=True) / count, out.sum(-1, keepdim=True) / count
     return torch.addcmul(-rho * c, t, rho, out=out).addcmul_(x_hat, -rho * e), c, e
 
@@ -152,9 +157,14 @@ def group_norm_silu_fwd(
     norm_eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
-    """y, and what the other levels need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64)."""
+    """y, and what the other levels need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64).
+
+    Where a group has no elements both are 0.
+    """
     wide, gamma, beta = _wide(x, weight, bias)
     y, mean, rstd = torch.native_group_norm(wide, gamma, beta, *_sizes(x, num_groups)[0], num_groups, norm_eps)
+    if not x.numel():  # torch leaves NaN
+        rstd.zero_()
     return _as(F.silu(y, inplace=True) if silu else y, x), mean, rstd
 
 
@@ -239,7 +249,7 @@ def group_norm_silu_bwd_bwd(
     """
     wide, t, g, gamma, beta = _wide(x, ggx, grad_y, weight, bias)
     channelwise, groupwise = _sizes(x, num_groups)
-    count, column, rho = groupwise[2], gamma[:, None], rstd.unsqueeze(-1)
+    count, column, rho = max(groupwise[2], 1), gamma[:, None], rstd.unsqueeze(-1)
     x_hat = _normalise(wide.view(groupwise), mean, rstd)
     x_hat_dot, c, e = _x_hat_dot(t.view(groupwise), x_hat, rstd)
     x_hat, x_hat_dot, t, g = (value.view(channelwise) for value in (x_hat, x_hat_dot, t, g))
