@@ -650,7 +650,8 @@ def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
         block_c = 8 if size <= 8 else 32
     else:
         vector = whole if positions % whole == 0 else 1
-        block_c = 32 if positions <= (64 if vector > 1 else 16) else 8 if positions <= 256 else 2
+        few, rows_of_many = (64, 2) if vector > 1 else (16, 4)
+        block_c = 32 if positions <= few else 8 if positions <= 256 else rows_of_many
     # Elements a thread: 8, or 4 where there are no vectors and each needs registers for an address of its own.
     block_p = (8 if vector > 1 else 4) * 32 * num_warps // block_c
     tiles = -(-positions // block_p)
