@@ -30,7 +30,8 @@ def attention(
 ) -> Tensor:  # [B, S_q, N, D]
     """out = softmax(scale q k^T) v for every head.
 
-    Any strides are read in place: [B, S, N, D], a transposed [B, N, S, D], slices of one projection, a feature map's channels.
+    [B, S, N, D], a transposed [B, N, S, D], slices of one projection and the channels of a feature map are read in place where their
+    strides are multiples of 16 bytes; a kernel copies others first.
     Other masks than the causal one: add them to the logits of a written-out attention, such as `sami_fast.reference.attention`.
 
     Args:
