@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint recovery clean
+.PHONY: install train test bench lint cuda recovery clean
 
-$(BIN)/.installed: pyproject.toml setup.py
+$(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
@@ -20,7 +20,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level warning sami_fast/train.py --config $(CONFIG) --resume $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -29,9 +29,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Registers, spills and shared memory of every CUDA kernel; needs nvcc, no GPU.
+cuda: install
+	$(BIN)/python csrc/check_cuda.py $(ARGS)
+
 # Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from registry import shape_label
-from torch.profiler import ProfilerActivity, profile
+from registry import peak_bytes, shape_label
 
 from sami_fast.environment import describe
 
@@ -62,15 +61,6 @@ def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held during a call, over what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return int(held.max(initial=0))
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -134,18 +124,32 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
     return measure
 
 
+def _rival(row: dict[str, Any]) -> str:
+    """The baseline, where it has no row of its own."""
+    return f" to {row['baseline']}" if "target" in row and row["mode"] != "step" else ""
+
+
+def _target(row: dict[str, Any]) -> str:
+    """The ratio that was aimed at, where there is one, and by how much it was missed."""
+    target = row.get("target")
+    if target is None:
+        return ""
+    return f"{target:g} met" if row["ratio"] >= target else f"{target:g} missed by {1 - row['ratio'] / target:.0%}"
+
+
 COLUMNS = (
     ("op", lambda r: r["op"]),
     ("shape", lambda r: shape_label(r["shape"])),
     ("dtype", lambda r: r["dtype"]),
     ("mode", lambda r: r["mode"]),
-    ("implementation", lambda r: r["implementation"] + (" *" if r["implementation"] == r["baseline"] else "")),
+    ("implementation", lambda r: r["implementation"] + (" *" if r["implementation"] == r["baseline"] else _rival(r))),
     ("median ms", lambda r: f"{r['median_ms']:.3f}"),
     ("20 %", lambda r: f"{r['q20_ms']:.3f}"),
     ("80 %", lambda r: f"{r['q80_ms']:.3f}"),
     ("ratio", lambda r: f"{r['ratio']:.2f}"),
     ("20 %", lambda r: f"{r['ratio_q20']:.2f}"),
     ("80 %", lambda r: f"{r['ratio_q80']:.2f}"),
+    ("target", lambda r: _target(r)),
     ("rate", lambda r: f"{r['rate']:.2f} {r['rate_unit']}"),
     ("peak MiB", lambda r: f"{r['peak_bytes'] / 2**20:.2f}"),
 )
@@ -175,6 +179,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line("")
         comparison = cells[:4]
         terminalreporter.line(line(cells))
+    bounds = {(row["op"], row["convolutions_ms"]) for row in rows if "convolutions_ms" in row}
+    for op, milliseconds in sorted(bounds):
+        shares = ", ".join(f"{row['implementation']} {milliseconds / row['median_ms']:.0%}" for row in rows if row["op"] == op)
+        terminalreporter.line("")
+        terminalreporter.line(
+            f"{op}: torch's convolutions alone, each in its faster layout, take {milliseconds:.1f} ms; of the step's time that is: {shares}"
+        )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -8,14 +8,18 @@ Z latent size, G groups.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-from sami_fast import reference
+from sami_fast import ops, reference
+from sami_fast.ops.backend import refusal
 
 MODES = ("fwd", "bwd", "bwd_bwd")
 Shape = dict[str, int]
@@ -41,11 +45,20 @@ class Implementation:
         call: Takes the arguments of the reference.
         modes: Those it has; a fused op without a second derivative leaves out bwd_bwd.
         own_noise: It draws other random numbers than the reference, so its values are judged by their moments.
+        dtypes: Those it takes; None for all.
     """
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     modes: Sequence[str] = MODES
     own_noise: bool = False
+    dtypes: Sequence[torch.dtype] | None = None
+
+
+def _core(op: Callable[..., Any]) -> dict[str, Implementation]:
+    """The compiled core's row, where it was built."""
+    if refusal("cpp", "cpu", torch.float32) is not None:
+        return {}
+    return {"cpp": Implementation(partial(op, backend="cpp"), dtypes=(torch.float32,))}
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,15 @@ class Problem:
         self.timed(call)()
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that torch's CPU allocator held during a call, over what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.max(initial=0))
+
+
 def relative_error(found: Tensor, truth: Tensor) -> float:
     scale = truth.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return ((found.double() - truth.double()).square().mean().sqrt() / scale).item()
@@ -249,6 +271,7 @@ NOISE_SAMPLE = Op(
     bytes_moved={"fwd": lambda s, size: size * s["B"] * s["C"] * s["H"] * s["W"] * (1 + 2 * s["K"])},
     implementations={
         "reference": Implementation(reference.noise_sample),
+        **_core(ops.noise_sample),
         "torch.randn": Implementation(_noise_sample_torch_randn, own_noise=True),
     },
     baseline="torch.randn",
@@ -293,6 +316,7 @@ GUIDED_LOSS = Op(
     },
     implementations={
         "reference": Implementation(reference.guided_loss),
+        **_core(ops.guided_loss),
         "torch.mse_loss": Implementation(_guided_loss_mse),
     },
     baseline="torch.mse_loss",
@@ -349,6 +373,7 @@ ATTENTION = Op(
     },
     implementations={
         "reference": Implementation(reference.attention),
+        **_core(ops.attention),
         "torch.sdpa_math": Implementation(_sdpa(SDPBackend.MATH)),
         "torch.sdpa_flash": Implementation(_sdpa(SDPBackend.FLASH_ATTENTION), modes=("fwd", "bwd")),  # has no second derivative
     },
@@ -389,6 +414,7 @@ GROUP_NORM_SILU = Op(
     },
     implementations={
         "reference": Implementation(reference.group_norm_silu),
+        **_core(ops.group_norm_silu),
         # In float32 the arithmetic of the reference without its argument checks: their ratio there is the noise of the run.
         "torch.group_norm": Implementation(_group_norm_silu_torch),
     },
@@ -428,6 +454,7 @@ GAUSSIAN_LOG_PROB = Op(
     },
     implementations={
         "reference": Implementation(reference.gaussian_log_prob),
+        **_core(ops.gaussian_log_prob),
         "torch.distributions": Implementation(_gaussian_log_prob_distributions),
     },
     baseline="torch.distributions",

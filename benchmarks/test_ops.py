@@ -38,7 +38,7 @@ def _cases() -> Iterator[Any]:
             for dtype in op.dtypes:
                 for mode in op.modes:
                     for name, implementation in op.implementations.items():
-                        if mode in implementation.modes:
+                        if mode in implementation.modes and (implementation.dtypes is None or dtype in implementation.dtypes):
                             label = (op.name, shape_label(shape).replace(" ", "_"), dtype_label(dtype), mode, name)
                             yield pytest.param(op, shape, dtype, mode, name, id="-".join(label))
 

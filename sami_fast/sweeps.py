@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import ops
+
 
 class Tape:
     """The notes that the sweeps of one evaluation leave for each other, and the parameter gradients they end with.
@@ -95,18 +97,16 @@ class Conv2d(nn.Conv2d, Layer):
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if tx is None:
-            return super().forward(x)
-        y, ty = self._conv_forward(torch.cat((x, tx)), self.weight, None).chunk(2)
+            return self._conv(x, self.weight, self.bias)
+        y, ty = self._conv(torch.cat((x, tx)), self.weight, None).chunk(2)
         return (y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]), ty
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return ops.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, those that the mask asks for."""
-        bias_sizes = None if self.bias is None else self.bias.shape
-        settings = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
-        return torch.ops.aten.convolution_backward(grad_y, x, weight, bias_sizes, *settings, mask)
+        return ops.conv2d_backward(grad_y, x, weight, self.stride, self.padding, self.dilation, self.groups, mask)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
         x, weight = tape.cast(x, self.weight), tape.cast(self.weight, self.weight)

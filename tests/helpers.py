@@ -2,12 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sami_fast.models import Denoiser, Encoder
+from sami_fast.ops.backend import refusal
+
+
+def _kernels() -> list[Any]:
+    """Every backend with kernels; those of another device or that are not built are skipped. Triton's run interpreted on a CPU."""
+    device, found = ("cuda", ("triton", "cuda")) if torch.cuda.is_available() else ("cpu", ("triton", "cpp"))
+    reasons = {name: refusal(name, device, torch.float32) for name in found}
+    return [pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []) for name, reason in reasons.items()]
+
+
+KERNELS = _kernels()
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
@@ -82,3 +95,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 def largest(tensors: Iterable[Tensor]) -> float:
     return max(t.abs().max().item() for t in tensors)
+
+
+def core_levels() -> Any:
+    """The raw launchers of the compiled core, which have the names and signatures of their twins in sami_fast/reference."""
+    if (reason := refusal("cpp", "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    return torch.ops.sami_fast_C

@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": set(),
     "ops": {"_C", "errors", "kernels", "reference"},
     "schedule": {"ops"},
-    "sweeps": set(),
+    "sweeps": {"ops"},
     "score": {"ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},

@@ -6,16 +6,18 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import normal, positive, relative_error
+from helpers import KERNELS, core_levels, normal, positive, relative_error
 from torch import Tensor
 
 import sami_fast
 from sami_fast import ops, reference
 from sami_fast.ops import BackendError, backend, use_backend
+from sami_fast.ops.backend import refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.sami_fast
@@ -150,16 +152,33 @@ def assert_as_exact(found: Tensor, rival: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_to_second_order(name: str):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_to_second_order(name: str, backend: str):
     case = CASES[name]
     exact, rival = (two_derivatives(case.truth, case.inputs(dtype)) for dtype in (torch.float64, torch.float32))
-    found = two_derivatives(lambda *args: case.public(*args, backend="triton"), case.inputs(torch.float32))
+    found = two_derivatives(lambda *args: case.public(*args, backend=backend), case.inputs(torch.float32))
     for values in zip(found, rival, exact, strict=True):
         assert_as_exact(*values)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_core_in_double_precision(name: str):
+    """Its own first and second derivatives, exactly."""
+    core_levels()
+    case = CASES[name]
+    inputs = [value.requires_grad_() for value in case.inputs(torch.float64)]
+
+    def op(*args: Tensor) -> Tensor:
+        return case.public(*args, backend="cpp")
+
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+    for found, want in zip(two_derivatives(op, inputs), two_derivatives(case.truth, inputs), strict=True):
+        assert (found - want).abs().max() < 1e-11 * max(1.0, want.abs().max().item())
+
+
 @pytest.mark.parametrize("name", CHAINED)
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_a_third_derivative_says_so(name: str, backend: str):
     case = CASES[name]
     inputs = leaves(case.inputs(torch.float32))
@@ -180,7 +199,7 @@ def test_the_reference_goes_on(name: str):
     assert value.isfinite()
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, backend: str):
     case = CASES[name]
@@ -223,7 +242,7 @@ def test_what_opcheck_sees():
 # torch.func and torch.compile
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize("name", CASES)
 def test_torch_func(name: str, backend: str):
     """grad of grad, and one gradient per sample by vmap."""
@@ -247,12 +266,13 @@ def test_torch_func(name: str, backend: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_mode_says_so(name: str):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_forward_mode_says_so(name: str, backend: str):
     case = CASES[name]
     inputs = tuple(value.to(DEVICE) for value in case.inputs(torch.float32))
 
     def op(*args: Tensor) -> Tensor:
-        return case.public(*args, backend="triton")
+        return case.public(*args, backend=backend)
 
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(op, inputs, inputs)
@@ -263,14 +283,24 @@ def test_forward_mode_says_so(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled(name: str):
+def test_forward_mode_takes_the_reference_by_itself(name: str):
+    case = CASES[name]
+    inputs = tuple(value.to(DEVICE) for value in case.inputs(torch.float64))
+    found = torch.func.jvp(case.public, inputs, inputs)
+    expected = torch.func.jvp(case.truth, inputs, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(name: str, backend: str):
     """As one graph around kernels, with an inner gradient and an outer one. (Kernels stay kernels: no C++ needs compiling.)"""
     torch._dynamo.reset()
     case = CASES[name]
     inputs = leaves(case.inputs(torch.float32))
 
     def penalty(*args: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: case.public(x, *args[1:], backend="triton").square().sum())(args[0]).square().sum()
+        return torch.func.grad(lambda x: case.public(x, *args[1:], backend=backend).square().sum())(args[0]).square().sum()
 
     compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(*inputs), inputs, allow_unused=True)
@@ -310,21 +340,25 @@ def dual_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]
     )
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["attention", "group_norm_silu", "group_norm"])
-def test_dual_numbers(name: str):
+def test_dual_numbers(name: str, backend: str):
     primals, tangents, dual, op = dual_case(name, torch.float64)
-    for found, want in zip(dual(*primals, *tangents), torch.func.jvp(op, tuple(primals), tuple(tangents)), strict=True):
+    for found, want in zip(
+        dual(*primals, *tangents, backend="reference"), torch.func.jvp(op, tuple(primals), tuple(tangents)), strict=True
+    ):
         assert relative_error(found, want) < 1e-12
     inputs = [value.requires_grad_() for value in (*primals, *tangents)]
-    assert torch.autograd.gradcheck(dual, inputs)
+    for name in ("reference", *(["cpp"] if backend == "cpp" else [])):
+        assert torch.autograd.gradcheck(partial(dual, backend=name), inputs)
 
     def weighted(run: Callable[..., Any], *args: Tensor) -> Tensor:
         value, tangent = run(*args)
         return (normal(*value.shape, seed=40).to(value) * value + normal(*value.shape, seed=41).to(value) * tangent).sum()
 
-    exact = torch.autograd.grad(weighted(dual, *inputs), inputs)
+    exact = torch.autograd.grad(weighted(partial(dual, backend="reference"), *inputs), inputs)
     narrow = leaves([value.detach().float() for value in inputs])
-    found = torch.autograd.grad(weighted(lambda *args: dual(*args, backend="triton"), *narrow), narrow)
+    found = torch.autograd.grad(weighted(lambda *args: dual(*args, backend=backend), *narrow), narrow)
     for value, want in zip(found, exact, strict=True):
         assert relative_error(value, want.to(DEVICE)) < 1e-6
 
@@ -339,7 +373,7 @@ def test_use_backend_nests_and_ends():
         return "sami_fast::attention" in {operator.name() for operator, _ in capture(lambda: ops.attention(q, q, q))}
 
     automatic = runs_kernels()
-    assert automatic == (DEVICE == "cuda")
+    assert automatic == (DEVICE == "cuda" or refusal("cpp", "cpu", torch.float32) is None)
     with use_backend("triton"):
         assert runs_kernels()
         with use_backend("reference"):
@@ -391,9 +425,12 @@ def test_a_derivative_stays_on_the_backend_of_its_value():
 
 def test_unknown_backend():
     q = attention_inputs(torch.float32)[0]
-    with pytest.raises(BackendError, match="use_backend: expected auto, reference or triton, found 'tritom'"), use_backend("tritom"):
+    with (
+        pytest.raises(BackendError, match="use_backend: expected auto, reference, cpp, triton or cuda, found 'tritom'"),
+        use_backend("tritom"),
+    ):
         pass
-    with pytest.raises(BackendError, match="backend: expected auto, reference or triton, found 'cudnn'"):
+    with pytest.raises(BackendError, match="backend: expected auto, reference, cpp, triton or cuda, found 'cudnn'"):
         ops.attention(q, q, q, backend="cudnn")
 
 
@@ -435,10 +472,11 @@ def test_environment_variable():
     assert run_with(SAMI_FAST_BACKEND="") == "fine 3"
     assert run_with(SAMI_FAST_BACKEND="reference") == "fine 3"
     assert run_with(SAMI_FAST_BACKEND="triton", TRITON_INTERPRET="1") == "fine 3"
-    assert run_with(SAMI_FAST_BACKEND="tpu") == "SAMI_FAST_BACKEND: expected auto, reference or triton, found 'tpu'"
-    assert run_with(SAMI_FAST_BACKEND="triton") == (
+    assert run_with(SAMI_FAST_BACKEND="tpu") == "SAMI_FAST_BACKEND: expected auto, reference, cpp, triton or cuda, found 'tpu'"
+    assert run_with(SAMI_FAST_BACKEND="triton").startswith(
         "attention: triton (SAMI_FAST_BACKEND) cannot run here: it needs tensors on a CUDA device, these are on cpu; what can: reference"
     )
+    assert run_with(SAMI_FAST_BACKEND="cuda").startswith("attention: cuda (SAMI_FAST_BACKEND) cannot run here: ")
 
 
 def test_without_triton(tmp_path):
@@ -453,9 +491,11 @@ def test_without_triton(tmp_path):
 def test_describe():
     described = ops.describe()
     assert set(described) >= {"noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob"}
+    best = "cpp" if refusal("cpp", "cpu", torch.float32) is None else "reference"
     for devices in described.values():
-        assert devices["cpu"].startswith("reference (triton: ")
-        assert "cuda" not in devices or devices["cuda"] == "triton"
+        assert devices["cpu"].startswith(f"{best} (")
+        assert "triton: " in devices["cpu"]
+        assert "cuda" not in devices or devices["cuda"].startswith("triton (")
 
 
 # Bad arguments
@@ -545,7 +585,7 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize("name", bad_calls())
 def test_bad_arguments(name: str, backend: str):
     call, error, message = bad_calls()[name]

@@ -17,15 +17,15 @@ import sami_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "sami_fast", "kernels", "configs", "csrc")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "sami_fast", "kernels", "configs", "csrc")
 
 
-def run(*command: str, cwd: Path, pythonpath: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path, pythonpath: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh process in some folder that sees the installed package, or first of all what lies in `pythonpath`."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     if pythonpath is not None:
         environment["PYTHONPATH"] = str(pythonpath)
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
 def succeed(*command: str, cwd: Path, pythonpath: Path | None = None) -> str:
@@ -56,17 +56,22 @@ def test_bare_kernels_is_refused() -> None:
     assert "ImportError: import sami_fast.kernels, not kernels: this folder is installed inside the package" in done.stderr
 
 
+def copy_sources(to: Path) -> Path:
+    to.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the sources, so that nothing is left in the tree and nothing old in it gets in."""
     folder = tmp_path_factory.mktemp("wheel")
     source, built = folder / "source", folder / "built"
-    source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        elif (ROOT / name).is_file():
-            shutil.copy(ROOT / name, source / name)
+    copy_sources(source)
     # Both build with the setuptools of this environment, so no network is needed.
     try:
         metadata.version("build")
@@ -90,6 +95,44 @@ def test_wheel_contents(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"sami_fast", f"sami_fast-{PROJECT['version']}.dist-info"}
     assert "sami-fast = sami_fast.cli:main" in entry_points
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler in the path")
+def test_the_core_in_the_wheel_is_one_library_for_many_versions(wheel: Path, tmp_path: Path) -> None:
+    """Python's limited API and torch's stable ABI: no symbol of torch's C++, which changes from version to version."""
+    assert "-cp311-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        (library,) = (name for name in archive.namelist() if name.endswith(".so"))
+        archive.extract(library, tmp_path)
+    assert library == "sami_fast/_C.abi3.so"
+    needed = succeed("nm", "--dynamic", "--undefined-only", "--demangle", str(tmp_path / library), cwd=tmp_path)
+    assert "aoti_torch" in needed
+    assert not [line for line in needed.splitlines() if any(name in line for name in ("at::", "c10::", "torch::", "pybind11"))]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler in the path")
+def test_the_wheel_runs_on_its_core(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import torch, sami_fast.ops as o; q = torch.ones(1, 3, 1, 8); print(o.attention(q, q, q, backend='cpp').sum().item())"
+    assert succeed(sys.executable, "-c", code, cwd=tmp_path, pythonpath=tmp_path / "site").strip() == "24.0"
+
+
+def test_without_a_compiler_the_install_goes_on_and_a_run_says_so_once(tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    built.mkdir()
+    source = copy_sources(tmp_path / "source")
+    done = run(sys.executable, "-c", f"import setup; setup.build_wheel({str(built)!r})", cwd=source, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "installed without its compiled core, ops run on plain torch: there is no C++ compiler" in done.stderr
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    code = "import torch, sami_fast.ops as o; q = torch.ones(1, 3, 1, 8); [o.attention(q, q, q) for _ in range(3)]"
+    done = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=tmp_path / "site", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ops on the CPU run on plain torch, which is slower; the compiled core: not built") == 1
 
 
 def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:

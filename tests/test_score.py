@@ -7,8 +7,9 @@ import torch
 from helpers import gradients, normal, peak_bytes, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from sami_fast import score
+from sami_fast import ops, score
 from sami_fast.models import Encoder
 from sami_fast.models.layers import STYLES, AttentionBlock, ResBlock
 from sami_fast.schedule import UniformLogsnr
@@ -281,6 +282,8 @@ class ConvolutionFlops(TorchDispatchMode):
         elif func is torch.ops.aten.convolution_backward.default:
             asked = args[10][0] + args[10][1]  # of input and weight; each as much work as the forward
             self.total += asked * self._products(args[0].shape, args[2].shape, args[9])
+        elif func.namespace == "sami_fast" and "conv2d" in func.name():
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
     @staticmethod
@@ -289,16 +292,18 @@ class ConvolutionFlops(TorchDispatchMode):
         return 2 * out.numel() * weight[1:].numel()
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize(("method", "expected"), [("reverse", 6), ("dual", 8), ("sweeps", 6)])
-def test_convolution_flops(method: str, expected: int):
+def test_convolution_flops(method: str, expected: int, backend: str):
     """6F, 8F, 6F; without the stem's input gradient in the last pass, which is why the image has few channels."""
     torch.manual_seed(0)
     encoder = Encoder(1, 16, 4, [16, 24], blocks=1, attention=[8])
     x, z = normal(2, 1, 16, 16, dtype=torch.float32), normal(2, 4, seed=3, dtype=torch.float32)
-    with ConvolutionFlops() as forward, torch.no_grad():
-        encoder(x)
-    with ConvolutionFlops() as whole:
-        score_and_gradients(method, encoder, x, z)
+    with ops.use_backend(backend):
+        with ConvolutionFlops() as forward, torch.no_grad():
+            encoder(x)
+        with ConvolutionFlops() as whole:
+            score_and_gradients(method, encoder, x, z)
     assert whole.total / forward.total == pytest.approx(expected, rel=0.05)
 
 
@@ -380,7 +385,10 @@ def peak_of_score(method: str, side: int) -> int:
 
 
 def test_memory_of_sweeps_is_linear_in_the_tokens():
-    """From 256 to 4096 tokens: 16 times the memory. Autograd keeps the attention matrices, 256 times as large."""
-    few, many = peak_of_score("sweeps", 16), peak_of_score("sweeps", 64)
-    assert many < 1.2 * 16 * few
-    assert peak_of_score("reverse", 64) > 4 * many
+    """From 256 to 4096 tokens: 16 times the memory. Autograd of the reference keeps the attention matrices, 256 times as large."""
+    for name in ("auto", "reference"):
+        with ops.use_backend(name):
+            few, many = peak_of_score("sweeps", 16), peak_of_score("sweeps", 64)
+        assert many < 1.2 * 16 * few
+    with ops.use_backend("reference"):
+        assert peak_of_score("reverse", 64) > 4 * many

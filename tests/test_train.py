@@ -510,7 +510,7 @@ def test_strange_environments_get_one_sentence(variables, fragment, tmp_path, ca
 @pytest.mark.parametrize(
     ("backend", "fragment"),
     [
-        ("tpu", "SAMI_FAST_BACKEND: expected auto, reference or triton, found 'tpu'"),
+        ("tpu", "SAMI_FAST_BACKEND: expected auto, reference, cpp, triton or cuda, found 'tpu'"),
         ("triton", "triton (SAMI_FAST_BACKEND) cannot run here: it needs tensors on a CUDA device"),
     ],
 )

@@ -7,6 +7,7 @@ below autograd (forward, derivative, tangent, second derivative) to those who or
 from ..reference import EVALUATION_STEP, Stream, random_permutation
 from .attention import attention, attention_dual, attention_levels
 from .backend import BackendError, check_backend, describe, sweep_levels, use_backend
+from .conv2d import conv2d, conv2d_backward
 from .gaussian_log_prob import gaussian_kl, gaussian_levels, gaussian_log_prob, gaussian_reparameterize
 from .group_norm_silu import group_norm_silu, group_norm_silu_dual
 from .guided_loss import guided_loss
@@ -23,6 +24,8 @@ __all__ = [
     "attention_dual",
     "attention_levels",
     "check_backend",
+    "conv2d",
+    "conv2d_backward",
     "describe",
     "gaussian_kl",
     "gaussian_levels",

@@ -16,7 +16,7 @@ from .arguments import check_together
 from .backend import choose, levels, sweep_levels
 from .define import define, no_third_derivative, saved_arguments
 
-MIN_HEAD, MAX_HEAD = 8, 128  # of the kernels
+HEADS = {"triton": (8, 128), "cuda": (1, 128)}  # smallest and largest head size of the kernels
 
 
 def attention(
@@ -48,7 +48,7 @@ def attention(
         TypeError: dtypes differ or are not floating.
         BackendError: the backend cannot run this call.
     Differentiable: twice, in q, k and v (the reference further).
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: Vaswani et al., arXiv:1706.03762, eq. 1.
     """
     backend, scale = _prepare(q, k, v, scale, causal, backend)
@@ -79,7 +79,7 @@ def attention_dual(
     Raises:
         As `attention`.
     Differentiable: once, in all six (the reference further).
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     """
     backend, scale = _prepare(q, k, v, scale, causal, backend)
     check_together("attention_dual", q=q, tq=tq, tk=tk, tv=tv)
@@ -93,18 +93,20 @@ def attention_dual(
 
 def attention_levels(q: Tensor) -> tuple[ModuleType, tuple[float, bool]]:
     """The level functions of the backend in force for self-attention over q [B, S, N, D], and their (scale, causal)."""
-    return sweep_levels("attention", q, triton=_head_limit(q)), (q.shape[-1] ** -0.5, False)
+    return sweep_levels("attention", q, **_limits(q)), (q.shape[-1] ** -0.5, False)
 
 
-def _head_limit(q: Tensor) -> str | None:
+def _limits(q: Tensor) -> dict[str, str]:
     head = q.shape[-1]
-    return None if MIN_HEAD <= head <= MAX_HEAD else f"its head sizes are {MIN_HEAD} to {MAX_HEAD}, this one is {head}"
+    return {
+        name: f"its head sizes are {low} to {high}, this one is {head}" for name, (low, high) in HEADS.items() if not low <= head <= high
+    }
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, backend: str | None) -> tuple[str, float]:
     check_attention(q, k, v, causal)
     check_together("attention", q=q, k=k, v=v)
-    return choose("attention", backend, q, triton=_head_limit(q)), q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return choose("attention", backend, q, **_limits(q)), q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:

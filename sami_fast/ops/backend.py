@@ -1,29 +1,39 @@
 """Which implementation of an op runs. `auto` takes the first of an op's implementations that can run where the tensors are.
 
     reference   plain torch, anywhere, any dtype: the truth
+    cpp         csrc/cpu, on the CPU: float32 and float64
     triton      kernels/, on CUDA devices (and on the CPU through Triton's interpreter, for tests: TRITON_INTERPRET=1)
+    cuda        csrc/cuda, on CUDA devices, where it was built
 
 `backend=` of an op overrides `use_backend(...)`, which overrides the environment variable SAMI_FAST_BACKEND.
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import UserError
 
-BACKENDS = ("reference", "triton")
-AUTO = {"cuda": ("triton", "reference"), "cpu": ("reference",)}  # by device type, best first
-HOMES = {"reference": "sami_fast.reference", "triton": "sami_fast.kernels"}
-DTYPES = {"triton": (torch.float32, torch.float16, torch.bfloat16)}  # of a backend's floating inputs; any where it is not listed
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+AUTO = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}  # by device type, best first
+HOMES = {"reference": "sami_fast.reference", "triton": "sami_fast.kernels"}  # packages; the others are operators of the compiled core
+DTYPES = {  # of a backend's floating inputs; any where it is not listed
+    "cpp": (torch.float32, torch.float64),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+HOME_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 # What is asked for, and by whom: a variable of the thread (or task), so that two of them do not get into each other's way.
 _wanted: ContextVar[tuple[str, str]] = ContextVar("backend", default=(os.environ.get("SAMI_FAST_BACKEND") or "auto", "SAMI_FAST_BACKEND"))
@@ -34,17 +44,19 @@ class BackendError(UserError, RuntimeError):
 
 
 def _unknown(name: str, source: str) -> str | None:
-    return None if name in ("auto", *BACKENDS) else f"{source}: expected auto, {' or '.join(BACKENDS)}, found {name!r}"
+    return None if name in ("auto", *BACKENDS) else f"{source}: expected auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, found {name!r}"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Every op of this thread inside the `with` block runs on this backend; "auto" lets each op choose again.
 
+    "auto" is the best that can run where the tensors are; inside torch's forward mode (jvp, jacfwd, hessian) the reference.
+
     A derivative runs on the backend of its forward pass, inside the block or after it; compiled code keeps the backend it was compiled for.
 
     Args:
-        name: "auto", "reference" or "triton".
+        name: "auto", "reference", "cpp", "triton" or "cuda".
     Raises:
         BackendError: there is no such backend; or, at the call of an op, it cannot run there (the message says why and what can).
     """
@@ -65,11 +77,26 @@ def _missing(backend: str) -> str | None:
             import_module(HOMES["triton"] + "._common")
         except ImportError as error:
             return f"Triton cannot be imported ({error})"
+    if backend in ("cpp", "cuda"):
+        try:
+            import_module("sami_fast._C")
+        except ModuleNotFoundError:
+            if shutil.which("c++") is None:
+                return "not built, there is no C++ compiler (c++) in the path; with one, install sami-fast again"
+            return (
+                "not built when sami-fast was installed, which a second installation may mend (pip install -v says what stands in the way)"
+            )
+        except ImportError as error:
+            return f"the compiled core cannot be loaded ({error})"
+    if backend == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("sami_fast_C::noise_sample_fwd", "CUDA"):
+        return "the compiled core was built without CUDA (no nvcc, or a torch without CUDA)"
     return None
 
 
 def refusal(backend: str, device_type: str, dtype: torch.dtype | None) -> str | None:
     """Why a backend cannot take tensors of this device and dtype; None when it can."""
+    if backend in HOME_DEVICES and (home := HOME_DEVICES[backend]) != device_type:
+        return f"it needs tensors on {home}, these are on {device_type}"
     if (reason := _missing(backend)) is not None:
         return reason
     if backend == "triton" and device_type != "cuda":
@@ -85,6 +112,12 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype | None) -> str | 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(message, stacklevel=2)
 
 
 @torch.compiler.assume_constant_result
@@ -104,6 +137,8 @@ def _pick(
             return "", f"{op}: {wanted} ({wanted_by}) cannot run here: {reason}; what can: {', '.join(able)}"
         return wanted, None
     order = AUTO.get(device_type, ("reference",))
+    if order[0] == "cpp" and (reason := _missing("cpp")) is not None:
+        _warn_once(f"sami-fast: ops on the CPU run on plain torch, which is slower; the compiled core: {reason}")
     chosen = next(name for name in order if refuses(name) is None)
     if chosen != order[0] and (reason := dict(limits).get(order[0])) is not None:
         warnings.warn(f"{op}: {chosen} instead of {order[0]}: {reason}", stacklevel=4)
@@ -112,7 +147,10 @@ def _pick(
 
 @torch.compiler.assume_constant_result
 def _in_force() -> tuple[str, str]:
-    return _wanted.get()
+    wanted, wanted_by = _wanted.get()
+    if wanted == "auto" and forward_ad._current_level >= 0:
+        return "reference", "torch's forward mode, which kernels have no derivatives for"
+    return wanted, wanted_by
 
 
 def choose(op: str, backend: str | None, like: Tensor, **limits: str | None) -> str:
@@ -136,12 +174,12 @@ def choose(op: str, backend: str | None, like: Tensor, **limits: str | None) -> 
 
 
 @cache
-def levels(op: str, backend: str) -> ModuleType:
-    """The module with an op's level functions (`<op>_fwd`, `<op>_bwd`, ...): launchers of kernels, or their twins in plain torch."""
-    return import_module(f"{HOMES[backend]}.{op}")
+def levels(op: str, backend: str) -> Any:
+    """What has an op's level functions (`<op>_fwd`, `<op>_bwd`, ...): a module of launchers or of twins in plain torch, or the core."""
+    return import_module(f"{HOMES[backend]}.{op}") if backend in HOMES else torch.ops.sami_fast_C
 
 
-def sweep_levels(op: str, like: Tensor, **limits: str | None) -> ModuleType:
+def sweep_levels(op: str, like: Tensor, **limits: str | None) -> Any:
     """The level functions of the backend in force, for a caller that schedules the derivatives itself; arguments as in `choose`."""
     return levels(op, choose(op, None, like, **limits))
 

@@ -28,7 +28,8 @@ def define(
     Args:
         name: Name of the operator.
         implementation: Annotated function of tensors and plain values, the last one `backend`; calls level functions (`backend.levels`),
-            keeps none of its inputs and returns none. It also tells shapes: on fake tensors kernels are recorded, not run.
+            keeps none of its inputs and returns none. It also tells shapes: on fake tensors Triton's launchers record and launch nothing,
+            and the compiled core has its twins in plain torch run instead.
         save: save(ctx, inputs, output), as in torch.autograd.Function; without it all inputs are saved as `ctx.args`.
         formula: formula(ctx, *cotangents) -> gradient of every input; cotangents may be None. None: not differentiable.
     Returns:
@@ -40,8 +41,9 @@ def define(
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
 
     def shapes(*args):
-        with _kernels_recorded(args[-1]):
-            return implementation(*args)
+        *rest, backend = args
+        with _kernels_recorded(backend):
+            return implementation(*rest, "triton" if backend == "triton" else "reference")
 
     torch.library.register_fake(f"sami_fast::{name}", shapes, lib=LIBRARY)
 
@@ -78,6 +80,23 @@ def saved_arguments(ctx) -> list[Any]:
     """The inputs that the default `save` kept, in order."""
     tensors = iter(ctx.saved_tensors)
     return [next(tensors) if a is None else a for a in ctx.args]
+
+
+def asked_for(ctx) -> tuple[bool, ...]:
+    """`ctx.needs_input_grad`, less what this very pass has no use for: an inner gradient may ask for x alone, not for weights.
+
+    For operators whose tensors come first among their arguments.
+    """
+    nodes = [node for node, _ in ctx.next_functions]
+    nodes += [None] * (len(ctx.needs_input_grad) - len(nodes))
+    return tuple(needed and _is_executed(node) for needed, node in zip(ctx.needs_input_grad, nodes, strict=True))
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it does not say so of a leaf that a gradient is being taken in, which is what was asked
+        return True
 
 
 def _autograd_kernel(name: str, op: Callable[..., Any], save: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,7 +41,7 @@ def gaussian_log_prob(
         TypeError: dtypes differ or are not floating.
         BackendError: the backend cannot run this call.
     Differentiable: twice, in z, mu and var (the reference further).
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: SAMI, arXiv:2512.17127, encoder density.
     """
     backend = _prepare(z, mu, var, backend)
@@ -58,7 +58,8 @@ def gaussian_levels(z: Tensor, mu: Tensor, var: Tensor) -> ModuleType:
 def _prepare(z: Tensor, mu: Tensor, var: Tensor, backend: str | None) -> str:
     check_gaussian(z=z, mu=mu, var=var)
     check_together("gaussian_log_prob", z=z, mu=mu, var=var)
-    return choose("gaussian_log_prob", backend, z, triton=None if z.dtype == torch.float32 else "it takes float32 alone")
+    limit = None if z.dtype == torch.float32 else "it takes float32 alone"
+    return choose("gaussian_log_prob", backend, z, triton=limit, cuda=limit)
 
 
 def _fwd(z: Tensor, mu: Tensor, var: Tensor, backend: str) -> Tensor:

@@ -42,7 +42,7 @@ def group_norm_silu(
         TypeError: a dtype that is not floating, or weight and bias differ in dtype.
         BackendError: the backend cannot run this call.
     Differentiable: twice, in x, weight and bias (the reference further).
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: Wu & He, arXiv:1803.08494.
     """
     backend = _prepare(x, weight, bias, num_groups, backend)
@@ -72,7 +72,7 @@ def group_norm_silu_dual(
     Raises:
         As `group_norm_silu`.
     Differentiable: once, in x, tx, weight and bias (the reference further).
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     """
     backend = _prepare(x, weight, bias, num_groups, backend)
     check_together("group_norm_silu_dual", x=x, tx=tx)

@@ -52,7 +52,7 @@ def guided_loss(
         TypeError: dtypes differ or are not floating.
         BackendError: the backend cannot run this call.
     Differentiable: twice and further, in eps_pred, grad_log_q, eps, sigma_t and both weights.
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: SAMI, arXiv:2512.17127, training objective.
     """
     noise = eps if isinstance(eps, Noise) else None

@@ -67,7 +67,7 @@ def noise_sample(
         TypeError: a dtype that is not floating, or an index that is not int64.
         BackendError: the backend cannot run this call.
     Differentiable: twice and further, in x_0, alpha_t and sigma_t.
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: SAMI, arXiv:2512.17127, forward process.
     """
     check_noise_sample(x_0, alpha_t, sigma_t, index)

@@ -25,7 +25,7 @@ def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *
         ValueError: there is no such stream, seed or step is out of range, or index is not [S].
         TypeError: index is not int64.
         BackendError: the backend cannot run this call.
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     Source: Salmon et al., SC 2011 (Philox4x32-10); Box & Muller, 1958.
     """
     return _draw("random_normal", seed, step, stream, index, size, backend)

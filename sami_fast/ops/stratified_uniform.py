@@ -32,14 +32,14 @@ def stratified_uniform(
         seed, step: See `random_normal`.
         backend: See `sami_fast.use_backend`.
     Returns:
-        [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on the reference and
-        gives NaN from a kernel, which does not look at it before it runs.
+        [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on a CPU
+        and gives NaN from a kernel, which does not look at it before it runs.
     Raises:
         ValueError: index is not [B], or seed or step is out of range.
         TypeError: index is not int64.
         BackendError: the backend cannot run this call.
     Differentiable: no; there is nothing to differentiate.
-    Runs on: Triton, reference.
+    Runs on: C++, Triton, CUDA, reference.
     """
     check_index(index)
     check_draw(seed, step)
@@ -50,7 +50,9 @@ def stratified_uniform(
 
 
 def _draw(index: Tensor, levels: int, global_batch: int, seed: int, step: int, backend: str) -> Tensor:
-    return level_functions("random", backend).stratified_uniform(index, levels, global_batch, seed=seed, step=step)
+    # Triton's draw lies with the other draws.
+    module = level_functions("random" if backend == "triton" else "stratified_uniform", backend)
+    return module.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
 
 
 _stratified_uniform = define("stratified_uniform", _draw)

@@ -148,7 +148,7 @@ def random_bits(seed: int, step: int, stream: int, index: Tensor, size: int) -> 
 
 def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
     """Uniforms in [0, 1). [S, size] float32; arguments as in `random_bits`."""
-    return uniform_from_bits(random_bits(seed, step, stream, index, size)).flatten(1)[:, :size]
+    return uniform_from_bits(random_bits(seed, step, stream, index, size)).flatten(1)[:, :size].contiguous()
 
 
 def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
@@ -156,7 +156,7 @@ def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int) -
     u = uniform_from_bits(random_bits(seed, step, stream, index, size))
     n0, n1 = box_muller(u[..., 0], u[..., 1])
     n2, n3 = box_muller(u[..., 2], u[..., 3])
-    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :size]
+    return torch.stack((n0, n1, n2, n3), dim=-1).flatten(1)[:, :size].contiguous()
 
 
 def random_permutation(seed: int, step: int, stream: int, length: int, device: torch.device | str = "cpu") -> Tensor:

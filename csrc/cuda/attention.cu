@@ -1,0 +1,748 @@
+// Softmax attention on a GPU: the twins of sami_fast/reference/attention.py, tile by tile.
+//
+// A gradient in Q comes from a block of threads per ROWS queries that runs over the keys, a gradient in K and V from one per ROWS keys that
+// runs over the queries: one product more than with sums across blocks, and the same bits in every run. What belongs to the block's own
+// rows stays in shared memory, what it runs over passes through it, and the [rows, COLUMNS] matrices exist in registers alone. Tensors are
+// read and written with whatever strides they have. float16 and bfloat16 multiply on tensor cores; whatever is the product of two factors,
+// or a sum along a row, is float32 until then.
+
+#include <sami_fast/attention.h>
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "tiles.cuh"
+
+namespace sami_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+struct Shape {
+  int64_t queries, keys, num_heads;
+  int size;
+  float scale;
+  bool causal;
+};
+
+// Rows of a block, and how many columns pass at a time: fewer at the second order of large heads, where registers are short. float32 takes
+// twice the shared memory of the others.
+template <class T>
+constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
+template <class T>
+constexpr int THREADS = 2 * ROWS<T>;
+template <class T, int D>
+constexpr int COLUMNS = D == 128 && sizeof(T) == 4 ? 16 : 32;
+template <int D>
+constexpr int SECOND_COLUMNS = D == 128 ? 16 : 32;
+
+template <class T, int D, int N>
+constexpr size_t shared_bytes(int own, int passing) {
+  return (own * ROWS<T> + passing * N) * LD<T, D> * sizeof(T);
+}
+
+// Which rows this block and this thread work on.
+template <class T>
+struct Place {
+  int64_t start, head, batch, n, row;  // row: the first of the thread's two, the other being 8 further
+  int64_t statistics;                  // between the two parts of lse
+  int warp, lane;
+
+  __device__ Place(int64_t length, const Shape& shape) {
+    const int64_t blocks = (length + ROWS<T> - 1) / ROWS<T>;
+    head = blockIdx.x / blocks;
+    start = blockIdx.x % blocks * ROWS<T>;
+    batch = head / shape.num_heads;
+    n = head % shape.num_heads;
+    statistics = gridDim.x / blocks * shape.queries;
+    warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    row = start + 16 * warp + lane / 4;
+  }
+};
+
+// factor times a number per query for the thread's two rows; `beyond` after the last.
+__device__ __forceinline__ void load_pair(
+    float (&pair)[2], const float* from, int64_t row, int64_t end, float beyond, float factor = 1.0f) {
+  pair[0] = row < end ? factor * from[row] : beyond;
+  pair[1] = row + 8 < end ? factor * from[row + 8] : beyond;
+}
+
+// factor times a number per query for all columns of a tile, into shared memory.
+template <int N>
+__device__ __forceinline__ void load_line(float* line, const float* from, int64_t start, int64_t end, float beyond, float factor = 1.0f) {
+  if (threadIdx.x < N) line[threadIdx.x] = start + threadIdx.x < end ? factor * from[start + threadIdx.x] : beyond;
+}
+
+// The intrinsic keeps this product from contracting with what is subtracted next: the maximum was taken of this very number.
+__device__ __forceinline__ float logit(float s, const Shape& shape) { return __fmul_rn(s, shape.scale); }
+
+// exp(scale s - lse) of a pair that is seen, else 0, from the two parts of lse, the second in base 2. There, infinity makes the rows vanish
+// that do not exist.
+__device__ __forceinline__ float probability(float s, const Shape& shape, float top, float log_total, int64_t query, int64_t key) {
+  return key < keys_seen(query, shape.keys, shape.causal) ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
+}
+
+// The end of the keys that some of ROWS queries see.
+template <class T>
+__device__ __forceinline__ int64_t end_of_keys(const Shape& shape, int64_t start) {
+  return keys_seen(start + ROWS<T> - 1, shape.keys, shape.causal);
+}
+
+// O and lse of a block of queries: softmax with a running maximum.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1)
+    attention_fwd_kernel(View<const T> q, View<const T> k, View<const T> v, View<T> out, float* lse, Shape shape) {
+  constexpr int N = COLUMNS<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  T* const q_tile = reinterpret_cast<T*>(shared);
+  T *const k_tile = q_tile + ROWS<T> * LD<T, D>, *const v_tile = k_tile + N * LD<T, D>;
+  const Place<T> at(shape.queries, shape);
+  load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  const T* const own_q = q_tile + 16 * at.warp * LD<T, D>;
+
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, acc[D / 8][4];
+  clear(acc);
+  const int64_t end = end_of_keys<T>(shape, at.start);
+  for (int64_t start = 0; start < end; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
+    __syncthreads();
+    float s[N / 8][4];
+    clear(s);
+    dot<D, N>(s, own_q, k_tile);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = top[half], sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& value = s[j][2 * half + c];
+          const int64_t key = start + 8 * j + at.lane % 4 * 2 + c;
+          value = key < keys_seen(at.row + 8 * half, shape.keys, shape.causal) ? logit(value, shape) : -INFINITY;
+          most = fmaxf(most, value);
+        }
+      }
+      // Every row sees the first key, so the maximum is finite from the first tile on.
+      most = row_max(most);
+      const float shrink = exp2f((top[half] - most) * LOG2_E);
+      top[half] = most;
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& p = s[j][2 * half + c];
+          p = exp2f((p - most) * LOG2_E);
+          sum += p;
+        }
+      }
+      total[half] = total[half] * shrink + sum;  // of this lane's columns
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        acc[j][2 * half] *= shrink;
+        acc[j][2 * half + 1] *= shrink;
+      }
+    }
+    weighted<D, N>(acc, s, v_tile);
+  }
+
+  total[0] = row_sum(total[0]);
+  total[1] = row_sum(total[1]);
+  store_rows(out.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, acc, 1.0f / total[0], 1.0f / total[1]);
+  if (at.lane % 4 == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = at.row + 8 * half;
+      if (row < shape.queries) {
+        lse[at.head * shape.queries + row] = top[half];
+        lse[at.statistics + at.head * shape.queries + row] = log2f(total[half]) * LN_2;
+      }
+    }
+  }
+}
+
+// delta = rowsum(dO * O) and, with tangents, y_mean = rowsum(dO * O.) + rowsum(O_bar * O): one warp per row of a head.
+template <class T>
+__global__ void __launch_bounds__(128)
+    attention_rows_kernel(
+        View<const T> grad_out, View<const T> out, View<const T> tout, View<const T> out_bar, float* delta, float* y_mean, int64_t rows,
+        Shape shape) {
+  const int64_t i = blockIdx.x * 4LL + threadIdx.x / 32;
+  if (i >= rows) return;
+  const int64_t head = i / shape.queries, row = i % shape.queries, batch = head / shape.num_heads, n = head % shape.num_heads;
+  const Rows<const T> d_out = grad_out.head(batch, n), o = out.head(batch, n);
+  const float d = dot_of_rows(d_out, o, row, shape.size);
+  float y = 0.0f;
+  if (tout.data) y = dot_of_rows(d_out, tout.head(batch, n), row, shape.size);
+  if (out_bar.data) y += dot_of_rows(out_bar.head(batch, n), o, row, shape.size);
+  if (threadIdx.x % 32 == 0) {
+    delta[i] = d;
+    if (tout.data) y_mean[i] = y;
+  }
+}
+
+// dQ of a block of queries.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1)
+    attention_bwd_q_kernel(
+        View<const T> grad_out, View<const T> q, View<const T> k, View<const T> v, const float* lse, const float* delta, View<T> dq,
+        Shape shape) {
+  constexpr int N = COLUMNS<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  T *const q_tile = reinterpret_cast<T*>(shared), *const grad_out_tile = q_tile + ROWS<T> * LD<T, D>;
+  T *const k_tile = grad_out_tile + ROWS<T> * LD<T, D>, *const v_tile = k_tile + N * LD<T, D>;
+  const Place<T> at(shape.queries, shape);
+  load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  load_tile<T, D, ROWS<T>>(grad_out_tile, grad_out.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  const int own = 16 * at.warp * LD<T, D>;
+  float top[2], log_total[2], row_delta[2];
+  load_pair(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
+  load_pair(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
+  load_pair(row_delta, delta + at.head * shape.queries, at.row, shape.queries, 0.0f);
+
+  float sum[D / 8][4];
+  clear(sum);
+  const int64_t end = end_of_keys<T>(shape, at.start);
+  for (int64_t start = 0; start < end; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
+    __syncthreads();
+    float s[N / 8][4], e[N / 8][4];
+    clear(s);
+    clear(e);
+    dot<D, N>(s, q_tile + own, k_tile);
+    dot<D, N>(e, grad_out_tile + own, v_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
+        const float p = probability(s[j][r], shape, top[r / 2], log_total[r / 2], at.row + r / 2 * 8, key);
+        e[j][r] = logit_gradient(p, e[j][r], row_delta[r / 2]);
+      }
+    }
+    weighted<D, N>(sum, e, k_tile);
+  }
+  store_rows(dq.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
+}
+
+// dK and dV of a block of keys. All matrices are transposed, [keys, queries].
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1)
+    attention_bwd_kv_kernel(
+        View<const T> grad_out, View<const T> q, View<const T> k, View<const T> v, const float* lse, const float* delta, View<T> dk,
+        View<T> dv, Shape shape) {
+  constexpr int N = COLUMNS<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ float top[N], log_total[N], delta_line[N];
+  T *const k_tile = reinterpret_cast<T*>(shared), *const v_tile = k_tile + ROWS<T> * LD<T, D>;
+  T *const q_tile = v_tile + ROWS<T> * LD<T, D>, *const grad_out_tile = q_tile + N * LD<T, D>;
+  const Place<T> at(shape.keys, shape);
+  load_tile<T, D, ROWS<T>>(k_tile, k.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  load_tile<T, D, ROWS<T>>(v_tile, v.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  const int own = 16 * at.warp * LD<T, D>;
+
+  float sum_k[D / 8][4], sum_v[D / 8][4];
+  clear(sum_k);
+  clear(sum_v);
+  for (int64_t start = shape.causal ? at.start / N * N : 0; start < shape.queries; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(q_tile, q.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(grad_out_tile, grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_line<N>(top, lse + at.head * shape.queries, start, shape.queries, 0.0f);
+    load_line<N>(log_total, lse + at.statistics + at.head * shape.queries, start, shape.queries, INFINITY, LOG2_E);
+    load_line<N>(delta_line, delta + at.head * shape.queries, start, shape.queries, 0.0f);
+    __syncthreads();
+    float s[N / 8][4], e[N / 8][4];
+    clear(s);
+    clear(e);
+    dot<D, N>(s, k_tile + own, q_tile);
+    dot<D, N>(e, v_tile + own, grad_out_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int column = 8 * j + at.lane % 4 * 2 + r % 2;
+        s[j][r] = probability(s[j][r], shape, top[column], log_total[column], start + column, at.row + r / 2 * 8);
+        e[j][r] = logit_gradient(s[j][r], e[j][r], delta_line[column]);
+      }
+    }
+    weighted<D, N>(sum_v, s, grad_out_tile);
+    weighted<D, N>(sum_k, e, q_tile);
+  }
+  store_rows(dk.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_k, shape.scale, shape.scale);
+  store_rows(dv.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_v, 1.0f, 1.0f);
+}
+
+// Tangent of O, and tau, of a block of queries. T enters O. only through T - tau, so any constant may be taken off a row. T of the key with
+// the largest logit, found in a sweep of its own, leaves next to nothing to cancel where that key has all the weight.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1)
+    attention_tan_kernel(
+        View<const T> tq, View<const T> tk, View<const T> tv, View<const T> q, View<const T> k, View<const T> v, View<const T> out,
+        const float* lse, View<T> tout, float* tau, Shape shape) {
+  constexpr int N = COLUMNS<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  T *const q_tile = reinterpret_cast<T*>(shared), *const tq_tile = q_tile + ROWS<T> * LD<T, D>;
+  T *const k_tile = tq_tile + ROWS<T> * LD<T, D>, *const tk_tile = k_tile + N * LD<T, D>;
+  T *const v_tile = tk_tile + N * LD<T, D>, *const tv_tile = v_tile + N * LD<T, D>;
+  const Place<T> at(shape.queries, shape);
+  load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  load_tile<T, D, ROWS<T>>(tq_tile, tq.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  const int own = 16 * at.warp * LD<T, D>;
+  float top[2], log_total[2];
+  load_pair(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
+  load_pair(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
+
+  const int64_t end = end_of_keys<T>(shape, at.start);
+  float largest[2] = {-INFINITY, -INFINITY};
+  int64_t best[2] = {0, 0};
+  for (int64_t start = 0; start < end; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
+    __syncthreads();
+    float s[N / 8][4];
+    clear(s);
+    dot<D, N>(s, q_tile + own, k_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
+        const float value = logit(s[j][r], shape);
+        if (key < keys_seen(at.row + r / 2 * 8, shape.keys, shape.causal) && value > largest[r / 2]) {
+          largest[r / 2] = value;
+          best[r / 2] = key;
+        }
+      }
+    }
+  }
+  float centre[2], rest[2] = {0.0f, 0.0f}, sum[D / 8][4];
+  clear(sum);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float most = row_max(largest[half]);
+    // The least of the keys that have it, so that the four lanes of a row agree; the first key where there is none, with NaN.
+    int64_t key = largest[half] == most ? best[half] : shape.keys;
+    for (int distance = 1; distance < 4; distance *= 2) {
+      const int64_t other = __shfl_xor_sync(FULL_WARP, static_cast<long long>(key), distance);
+      key = other < key ? other : key;
+    }
+    key = key < shape.keys ? key : 0;
+    const Rows<const T> keys = k.head(at.batch, at.n), tangents = tk.head(at.batch, at.n);
+    const int row = own + (at.lane / 4 + 8 * half) * LD<T, D>;
+    float t = 0.0f;
+    for (int d = at.lane % 4; d < shape.size; d += 4) {
+      t += static_cast<float>(tq_tile[row + d]) * static_cast<float>(keys.data[key * keys.s + d * keys.d]);
+      t += static_cast<float>(q_tile[row + d]) * static_cast<float>(tangents.data[key * tangents.s + d * tangents.d]);
+    }
+    centre[half] = shape.scale * row_sum(t);
+  }
+  for (int64_t start = 0; start < end; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(tk_tile, tk.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(tv_tile, tv.head(at.batch, at.n), start, shape.keys, shape.size);
+    __syncthreads();
+    float s[N / 8][4], t[N / 8][4];
+    clear(s);
+    clear(t);
+    dot<D, N>(s, q_tile + own, k_tile);
+    dot<D, N>(t, tq_tile + own, k_tile);
+    dot<D, N>(t, q_tile + own, tk_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
+        s[j][r] = probability(s[j][r], shape, top[r / 2], log_total[r / 2], at.row + r / 2 * 8, key);
+        t[j][r] = probability_tangent(s[j][r], shape.scale * t[j][r], centre[r / 2]);
+        rest[r / 2] += t[j][r];
+      }
+    }
+    weighted<D, N>(sum, t, v_tile);
+    weighted<D, N>(sum, s, tv_tile);
+  }
+
+  const Rows<const T> o = out.head(at.batch, at.n);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = at.row + 8 * half;
+    rest[half] = row_sum(rest[half]);
+    if (row < shape.queries) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = 8 * j + at.lane % 4 * 2 + c;
+          if (column < shape.size) sum[j][2 * half + c] -= rest[half] * static_cast<float>(o.data[row * o.s + column * o.d]);
+        }
+      }
+      if (at.lane % 4 == 0) tau[at.head * shape.queries + row] = centre[half] + rest[half];
+    }
+  }
+  store_rows(tout.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, 1.0f, 1.0f);
+}
+
+// What the second order reads. out_bar.data may be null.
+template <class T>
+struct SecondInputs {
+  View<const T> ggq, ggk, ggv, grad_out, q, k, v, out_bar;
+  const float *lse, *tau, *delta, *y_mean;
+};
+
+// Q_bar of a block of queries.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1) attention_bwd_bwd_q_kernel(SecondInputs<T> in, View<T> q_bar, Shape shape) {
+  constexpr int N = SECOND_COLUMNS<D>;
+  constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  T* const k_tile = reinterpret_cast<T*>(shared);
+  T *const ggk_tile = k_tile + PASSING, *const v_tile = ggk_tile + PASSING, *const ggv_tile = v_tile + PASSING;
+  T *const q_tile = ggv_tile + PASSING, *const ggq_tile = q_tile + OWN;
+  T *const grad_out_tile = ggq_tile + OWN, *const out_bar_tile = grad_out_tile + OWN;
+  const Place<T> at(shape.queries, shape);
+  const bool joint = in.out_bar.data != nullptr;
+  load_tile<T, D, ROWS<T>>(q_tile, in.q.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  load_tile<T, D, ROWS<T>>(ggq_tile, in.ggq.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  load_tile<T, D, ROWS<T>>(grad_out_tile, in.grad_out.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  if (joint) load_tile<T, D, ROWS<T>>(out_bar_tile, in.out_bar.head(at.batch, at.n), at.start, shape.queries, shape.size);
+  const int own = 16 * at.warp * LD<T, D>;
+  const int64_t line = at.head * shape.queries;
+  float top[2], log_total[2], tau[2], delta[2], y_mean[2];
+  load_pair(top, in.lse + line, at.row, shape.queries, 0.0f);
+  load_pair(log_total, in.lse + at.statistics + line, at.row, shape.queries, INFINITY, LOG2_E);
+  load_pair(tau, in.tau + line, at.row, shape.queries, 0.0f);
+  load_pair(delta, in.delta + line, at.row, shape.queries, 0.0f);
+  load_pair(y_mean, in.y_mean + line, at.row, shape.queries, 0.0f);
+
+  float sum[D / 8][4];
+  clear(sum);
+  const int64_t end = end_of_keys<T>(shape, at.start);
+  for (int64_t start = 0; start < end; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(k_tile, in.k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(ggk_tile, in.ggk.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile, in.v.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(ggv_tile, in.ggv.head(at.batch, at.n), start, shape.keys, shape.size);
+    __syncthreads();
+    float s[N / 8][4], t[N / 8][4], e[N / 8][4], y[N / 8][4];
+    clear(s);
+    clear(t);
+    clear(e);
+    clear(y);
+    dot<D, N>(s, q_tile + own, k_tile);
+    dot<D, N>(t, ggq_tile + own, k_tile);
+    dot<D, N>(t, q_tile + own, ggk_tile);
+    dot<D, N>(e, grad_out_tile + own, v_tile);
+    dot<D, N>(y, grad_out_tile + own, ggv_tile);
+    if (joint) dot<D, N>(y, out_bar_tile + own, v_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int h = r / 2;
+        const float p = probability(s[j][r], shape, top[h], log_total[h], at.row + 8 * h, start + 8 * j + at.lane % 4 * 2 + r % 2);
+        e[j][r] = logit_gradient(p, e[j][r], delta[h]);
+        y[j][r] = logit_second_gradient(p, shape.scale * t[j][r], tau[h], e[j][r], y[j][r], y_mean[h]);
+      }
+    }
+    weighted<D, N>(sum, e, ggk_tile);
+    weighted<D, N>(sum, y, k_tile);
+  }
+  store_rows(q_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
+}
+
+// K_bar and V_bar of a block of keys, on transposed matrices.
+template <class T, int D>
+__global__ void __launch_bounds__(THREADS<T>, 1)
+    attention_bwd_bwd_kv_kernel(SecondInputs<T> in, View<T> k_bar, View<T> v_bar, Shape shape) {
+  constexpr int N = SECOND_COLUMNS<D>;
+  constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ float top[N], log_total[N], tau[N], delta[N], y_mean[N];
+  T* const k_tile = reinterpret_cast<T*>(shared);
+  T *const ggk_tile = k_tile + OWN, *const v_tile = ggk_tile + OWN, *const ggv_tile = v_tile + OWN;
+  T *const q_tile = ggv_tile + OWN, *const ggq_tile = q_tile + PASSING, *const grad_out_tile = ggq_tile + PASSING;
+  T* const out_bar_tile = grad_out_tile + PASSING;
+  const Place<T> at(shape.keys, shape);
+  const bool joint = in.out_bar.data != nullptr;
+  load_tile<T, D, ROWS<T>>(k_tile, in.k.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  load_tile<T, D, ROWS<T>>(ggk_tile, in.ggk.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  load_tile<T, D, ROWS<T>>(v_tile, in.v.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  load_tile<T, D, ROWS<T>>(ggv_tile, in.ggv.head(at.batch, at.n), at.start, shape.keys, shape.size);
+  const int own = 16 * at.warp * LD<T, D>;
+  const int64_t line = at.head * shape.queries;
+
+  float sum_k[D / 8][4], sum_v[D / 8][4];
+  clear(sum_k);
+  clear(sum_v);
+  for (int64_t start = shape.causal ? at.start / N * N : 0; start < shape.queries; start += N) {
+    __syncthreads();
+    load_tile<T, D, N>(q_tile, in.q.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(ggq_tile, in.ggq.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(grad_out_tile, in.grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
+    if (joint) load_tile<T, D, N>(out_bar_tile, in.out_bar.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_line<N>(top, in.lse + line, start, shape.queries, 0.0f);
+    load_line<N>(log_total, in.lse + at.statistics + line, start, shape.queries, INFINITY, LOG2_E);
+    load_line<N>(tau, in.tau + line, start, shape.queries, 0.0f);
+    load_line<N>(delta, in.delta + line, start, shape.queries, 0.0f);
+    load_line<N>(y_mean, in.y_mean + line, start, shape.queries, 0.0f);
+    __syncthreads();
+    float s[N / 8][4], t[N / 8][4], e[N / 8][4], y[N / 8][4];
+    clear(s);
+    clear(t);
+    clear(e);
+    clear(y);
+    dot<D, N>(s, k_tile + own, q_tile);
+    dot<D, N>(t, ggk_tile + own, q_tile);
+    dot<D, N>(t, k_tile + own, ggq_tile);
+    dot<D, N>(e, v_tile + own, grad_out_tile);
+    dot<D, N>(y, ggv_tile + own, grad_out_tile);
+    if (joint) dot<D, N>(y, v_tile + own, out_bar_tile);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int column = 8 * j + at.lane % 4 * 2 + r % 2;
+        const float p = probability(s[j][r], shape, top[column], log_total[column], start + column, at.row + r / 2 * 8);
+        e[j][r] = logit_gradient(p, e[j][r], delta[column]);
+        y[j][r] = logit_second_gradient(p, shape.scale * t[j][r], tau[column], e[j][r], y[j][r], y_mean[column]);
+        t[j][r] = probability_tangent(p, shape.scale * t[j][r], tau[column]);
+        s[j][r] = p;
+      }
+    }
+    weighted<D, N>(sum_v, t, grad_out_tile);
+    if (joint) weighted<D, N>(sum_v, s, out_bar_tile);
+    weighted<D, N>(sum_k, e, ggq_tile);
+    weighted<D, N>(sum_k, y, q_tile);
+  }
+  store_rows(k_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_k, shape.scale, shape.scale);
+  store_rows(v_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_v, 1.0f, 1.0f);
+}
+
+template <class T>
+View<const T> view(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+template <class T>
+View<T> result_view(Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+float* result_numbers(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+void check_cuda(cudaError_t code) { STD_TORCH_CHECK(code == cudaSuccess, "attention: ", cudaGetErrorString(code)); }
+
+// Everything a level needs to start kernels.
+struct Run {
+  Shape shape;
+  int64_t batch;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  Run(const Tensor& q, const Tensor& k, double scale, bool causal)
+      : shape{q.size(1), k.size(1), q.size(2), static_cast<int>(q.size(3)), static_cast<float>(scale), causal},
+        batch(q.size(0)),
+        guard(q.get_device_index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  // A block of threads per ROWS of `length` rows of every head.
+  template <class T, class... Parameters, class... Arguments>
+  void start(void (*kernel)(Parameters...), int64_t length, size_t bytes, Arguments... arguments) const {
+    const int64_t blocks = (length + ROWS<T> - 1) / ROWS<T> * batch * shape.num_heads;
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "attention: too many heads and tokens");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    kernel<<<static_cast<unsigned>(blocks), THREADS<T>, bytes, stream>>>(arguments..., shape);
+    check_cuda(cudaGetLastError());
+  }
+
+  // delta, and y_mean where tout is given.
+  template <class T>
+  void row_sums(const Tensor& grad_out, const Tensor& out, const Tensor* tout, const Tensor* out_bar, Tensor& delta, Tensor* y_mean) const {
+    const int64_t rows = batch * shape.num_heads * shape.queries, blocks = (rows + 3) / 4;
+    if (rows == 0) return;
+    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "attention: too many heads and tokens");
+    attention_rows_kernel<T><<<static_cast<unsigned>(blocks), 128, 0, stream>>>(
+        view<T>(grad_out), view<T>(out), tout ? view<T>(*tout) : View<const T>{}, out_bar ? view<T>(*out_bar) : View<const T>{},
+        result_numbers(delta), y_mean ? result_numbers(*y_mean) : nullptr, rows, shape);
+    check_cuda(cudaGetLastError());
+  }
+};
+
+// f(T, D as a constant) for the dtype of q and the least tile that holds its heads.
+template <class F>
+void dispatch(const Tensor& q, const F& f) {
+  const int64_t size = q.size(3);
+  STD_TORCH_CHECK(size >= 1 && size <= 128, "attention: head sizes are 1 to 128");
+  const auto with = [&](auto kind) {
+    if (size <= 16) {
+      f(kind, std::integral_constant<int, 16>());
+    } else if (size <= 32) {
+      f(kind, std::integral_constant<int, 32>());
+    } else if (size <= 64) {
+      f(kind, std::integral_constant<int, 64>());
+    } else {
+      f(kind, std::integral_constant<int, 128>());
+    }
+  };
+  const ScalarType type = q.scalar_type();
+  if (type == ScalarType::Float) {
+    with(float{});
+  } else if (type == ScalarType::Half) {
+    with(__half{});
+  } else {
+    STD_TORCH_CHECK(type == ScalarType::BFloat16, "attention: expected float32, float16 or bfloat16");
+    with(__nv_bfloat16{});
+  }
+}
+
+void check_like(const char* name, const Tensor& x, const Tensor& like, const Tensor& q) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name, ": on another device than q");
+  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": another dtype than q");
+  STD_TORCH_CHECK(x.dim() == 4, name, ": expected [B, S, N, D]");
+  for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(x.size(i) == like.size(i), name, ": unexpected size of dimension ", i);
+}
+
+void check_primals(const Tensor& q, const Tensor& k, const Tensor& v, bool causal) {
+  check_like("q", q, q, q);
+  check_like("k", k, k, q);
+  check_like("v", v, k, q);
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(2) == q.size(2) && k.size(3) == q.size(3) && k.size(1) > 0, "k: does not fit q");
+  STD_TORCH_CHECK(!causal || q.size(1) == k.size(1), "causal: expected as many queries as keys");
+}
+
+// [B, N, S] numbers of rows, contiguous; for lse two of them, [2, B, N, S].
+Tensor statistics(const char* name, const Tensor& x, const Tensor& q, int64_t parts) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name, ": on another device than q");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, ": expected float32");
+  const int64_t last = x.dim() - 1;
+  STD_TORCH_CHECK(
+      last == (parts == 2 ? 3 : 2) && (parts == 1 || x.size(0) == parts) && x.size(last - 2) == q.size(0) &&
+          x.size(last - 1) == q.size(2) && x.size(last) == q.size(1),
+      name, ": expected ", parts == 2 ? "[2, B, N, S]" : "[B, N, S]");
+  return torch::stable::contiguous(x);
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
+  check_primals(q, k, v, causal);
+  const Run run(q, k, scale, causal);
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, {2, q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  dispatch(q, [&](auto kind, auto width) {
+    using T = decltype(kind);
+    constexpr int D = decltype(width)::value;
+    run.start<T>(
+        attention_fwd_kernel<T, D>, q.size(1), shared_bytes<T, D, COLUMNS<T, D>>(1, 2), view<T>(q), view<T>(k), view<T>(v),
+        result_view<T>(out), result_numbers(lse));
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale,
+    bool causal) {
+  check_primals(q, k, v, causal);
+  check_like("grad_out", grad_out, q, q);
+  check_like("out", out, q, q);
+  const Run run(q, k, scale, causal);
+  const Tensor rows = statistics("lse", lse, q, 2);
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor delta = torch::stable::new_empty(rows, {q.size(0), q.size(2), q.size(1)});
+  dispatch(q, [&](auto kind, auto width) {
+    using T = decltype(kind);
+    constexpr int D = decltype(width)::value;
+    constexpr size_t bytes = shared_bytes<T, D, COLUMNS<T, D>>(2, 2);
+    run.row_sums<T>(grad_out, out, nullptr, nullptr, delta, nullptr);
+    run.start<T>(
+        attention_bwd_q_kernel<T, D>, q.size(1), bytes, view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v), numbers(rows),
+        static_cast<const float*>(numbers(delta)), result_view<T>(dq));
+    run.start<T>(
+        attention_bwd_kv_kernel<T, D>, k.size(1), bytes, view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v), numbers(rows),
+        static_cast<const float*>(numbers(delta)), result_view<T>(dk), result_view<T>(dv));
+  });
+  return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor> attention_tan(
+    const Tensor& tq, const Tensor& tk, const Tensor& tv, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, double scale, bool causal) {
+  check_primals(q, k, v, causal);
+  check_like("tq", tq, q, q);
+  check_like("tk", tk, k, q);
+  check_like("tv", tv, k, q);
+  check_like("out", out, q, q);
+  const Run run(q, k, scale, causal);
+  const Tensor rows = statistics("lse", lse, q, 2);
+  Tensor tout = torch::stable::new_empty(q, q.sizes()), tau = torch::stable::new_empty(rows, {q.size(0), q.size(2), q.size(1)});
+  dispatch(q, [&](auto kind, auto width) {
+    using T = decltype(kind);
+    constexpr int D = decltype(width)::value;
+    run.start<T>(
+        attention_tan_kernel<T, D>, q.size(1), shared_bytes<T, D, COLUMNS<T, D>>(2, 4), view<T>(tq), view<T>(tk), view<T>(tv), view<T>(q),
+        view<T>(k), view<T>(v), view<T>(out), numbers(rows), result_view<T>(tout), result_numbers(tau));
+  });
+  return {tout, tau};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd_bwd(
+    const Tensor& ggq, const Tensor& ggk, const Tensor& ggv, const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& tout, const Tensor& tau, double scale, bool causal, std::optional<Tensor> out_bar) {
+  check_primals(q, k, v, causal);
+  check_like("ggq", ggq, q, q);
+  check_like("ggk", ggk, k, q);
+  check_like("ggv", ggv, k, q);
+  check_like("grad_out", grad_out, q, q);
+  check_like("out", out, q, q);
+  check_like("tout", tout, q, q);
+  if (out_bar) check_like("out_bar", *out_bar, q, q);
+  const Run run(q, k, scale, causal);
+  const Tensor rows = statistics("lse", lse, q, 2), tangents = statistics("tau", tau, q, 1);
+  Tensor q_bar = torch::stable::empty_like(q), k_bar = torch::stable::empty_like(k), v_bar = torch::stable::empty_like(v);
+  Tensor delta = torch::stable::empty_like(tangents), y_mean = torch::stable::empty_like(tangents);
+  dispatch(q, [&](auto kind, auto width) {
+    using T = decltype(kind);
+    constexpr int D = decltype(width)::value;
+    constexpr size_t bytes = shared_bytes<T, D, SECOND_COLUMNS<D>>(4, 4);
+    run.row_sums<T>(grad_out, out, &tout, out_bar ? &*out_bar : nullptr, delta, &y_mean);
+    const SecondInputs<T> in{
+        view<T>(ggq), view<T>(ggk), view<T>(ggv), view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v),
+        out_bar ? view<T>(*out_bar) : View<const T>{}, numbers(rows), numbers(tangents), numbers(delta), numbers(y_mean)};
+    run.start<T>(attention_bwd_bwd_q_kernel<T, D>, q.size(1), bytes, in, result_view<T>(q_bar));
+    run.start<T>(attention_bwd_bwd_kv_kernel<T, D>, k.size(1), bytes, in, result_view<T>(k_bar), result_view<T>(v_bar));
+  });
+  return {q_bar, k_bar, v_bar};
+}
+
+}  // namespace
+}  // namespace sami_fast
+
+STABLE_TORCH_LIBRARY_IMPL(sami_fast_C, CUDA, m) {
+  m.impl("attention_fwd", TORCH_BOX(&sami_fast::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&sami_fast::attention_bwd));
+  m.impl("attention_tan", TORCH_BOX(&sami_fast::attention_tan));
+  m.impl("attention_bwd_bwd", TORCH_BOX(&sami_fast::attention_bwd_bwd));
+}

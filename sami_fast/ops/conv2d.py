@@ -1,0 +1,170 @@
+"""Convolution on the CPU as the networks need it: channels-last memory, and 3x3 kernels by Winograd's algorithm.
+
+`sami_fast::conv2d` -> `conv2d_bwd_input`, `conv2d_bwd_weight`: each is linear in both of its tensors and has the others for derivatives,
+so there is no last order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from ..reference.conv2d import channels_last
+from .backend import choose, levels
+from .define import asked_for, define
+
+# Below these the transforms cost more than they save: channels of x, pixels along a side, tiles of 2x2 pixels.
+MIN_CHANNELS, MIN_SIDE, MIN_TILES = 4, 4, 16
+Pair = tuple[int, int]
+
+
+def conv2d(
+    x: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [O, C / groups, h, w]
+    bias: Tensor | None = None,  # [O]
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:  # [B, O, H', W']
+    """`torch.nn.functional.conv2d`.
+
+    On the compiled core the result lies in channels-last memory, and a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's
+    F(2x2, 3x3): 16 multiplications where there were 36, with rounding errors no larger than torch's. Everything else is torch's own.
+
+    Args:
+        As torch's; numbers in pairs.
+        backend: See `sami_fast.use_backend`.
+    Raises:
+        What torch raises.
+        BackendError: the backend cannot run this call.
+    Differentiable: twice and further, in x, weight and bias.
+    Runs on: C++, reference (which is torch, on any device).
+    Source: Lavin & Gray, arXiv:1509.09308.
+    """
+    if not _on_core(x, backend):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if _is_winograd(x, weight, stride, padding, dilation, groups):
+        return _conv2d(x, weight, bias, "cpp")
+    return F.conv2d(channels_last(x), weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    mask: Sequence[bool],
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `conv2d` in x, weight and bias, those that the mask asks for: for callers that schedule the derivatives themselves."""
+    if not _on_core(x, backend) or not _is_winograd(x, weight, stride, padding, dilation, groups):
+        settings = (stride, padding, dilation, False, (0, 0), groups)
+        return torch.ops.aten.convolution_backward(grad_y, x, weight, weight.shape[:1], *settings, mask)
+    to_input, to_weight, to_bias = mask
+    grad_x = _conv2d_bwd_input(grad_y, weight, "cpp") if to_input else None
+    grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, "cpp") if to_weight or to_bias else (None, None)
+    return grad_x, grad_weight if to_weight else None, grad_bias if to_bias else None
+
+
+def _on_core(x: Tensor, backend: str | None) -> bool:
+    if x.device.type != "cpu" or not x.dtype.is_floating_point or torch.is_autocast_enabled("cpu"):
+        return False
+    return choose("conv2d", backend, x) == "cpp"
+
+
+def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.dim() == 4
+        and groups == 1
+        and tuple(weight.shape[2:]) == (3, 3)
+        and tuple(stride) == tuple(padding) == tuple(dilation) == (1, 1)
+        and x.shape[1] >= MIN_CHANNELS
+        and min(x.shape[2:]) >= MIN_SIDE
+        and x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) >= MIN_TILES
+    )
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return levels("conv2d", backend).conv2d_fwd(x, weight, bias)
+
+
+def _bwd_input(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return levels("conv2d", backend).conv2d_bwd_input(grad_y, weight)
+
+
+def _bwd_weight(grad_y: Tensor, x: Tensor, with_bias: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return levels("conv2d", backend).conv2d_bwd_weight(grad_y, x, with_bias)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(a for a in tensors if isinstance(a, Tensor)))
+
+
+def _fwd_formula(ctx, grad_y):
+    if grad_y is None:
+        return (None,) * 4
+    x, weight, *_ = ctx.saved_tensors
+    to_x, to_weight, to_bias, _ = asked_for(ctx)
+    grad_x = _conv2d_bwd_input(grad_y, weight, ctx.backend) if to_x else None
+    grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, ctx.backend) if to_weight or to_bias else (None, None)
+    return grad_x, grad_weight, grad_bias if to_bias else None, None
+
+
+def _bwd_input_formula(ctx, ggx):
+    if ggx is None:
+        return (None,) * 3
+    grad_y, weight = ctx.saved_tensors
+    to_grad_y, to_weight, _ = asked_for(ctx)
+    return (
+        _conv2d(ggx, weight, None, ctx.backend) if to_grad_y else None,
+        _conv2d_bwd_weight(grad_y, ggx, False, ctx.backend)[0] if to_weight else None,
+        None,
+    )
+
+
+def _bwd_weight_formula(ctx, ggweight, ggbias):
+    grad_y, x = ctx.saved_tensors
+    to_grad_y, to_x, *_ = asked_for(ctx)
+    v_grad_y = v_x = None
+    if ggweight is not None:
+        v_grad_y = _conv2d(x, ggweight, None, ctx.backend) if to_grad_y else None
+        v_x = _conv2d_bwd_input(grad_y, ggweight, ctx.backend) if to_x else None
+    if ggbias is not None and ggbias.numel() and to_grad_y:
+        more = ggbias[:, None, None].expand_as(grad_y)
+        v_grad_y = more if v_grad_y is None else v_grad_y + more
+    return v_grad_y, v_x, None, None
+
+
+_conv2d = define("conv2d", _fwd, _save, _fwd_formula)
+_conv2d_bwd_input = define("conv2d_bwd_input", _bwd_input, _save, _bwd_input_formula)
+_conv2d_bwd_weight = define("conv2d_bwd_weight", _bwd_weight, _save, _bwd_weight_formula)
+
+
+# FLOPs as torch counts them: those of the plain convolution, whatever the algorithm saves.
+
+
+@register_flop_formula(torch.ops.sami_fast.conv2d)
+def _fwd_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+@register_flop_formula(torch.ops.sami_fast.conv2d_bwd_input)
+def _bwd_input_flops(grad_y_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return conv_flop_count(out_shape, weight_shape, grad_y_shape)
+
+
+@register_flop_formula(torch.ops.sami_fast.conv2d_bwd_weight)
+def _bwd_weight_flops(grad_y_shape, x_shape, *_, out_shape=None, **__) -> int:
+    return conv_flop_count(x_shape, out_shape[0], grad_y_shape)

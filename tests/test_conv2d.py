@@ -1,0 +1,137 @@
+"""Convolution through the compiled core: torch's own results, layouts and derivatives, at any order; and when it is torch's own."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import core_levels, normal, relative_error
+
+from sami_fast import ops
+
+twins = import_module("sami_fast.reference.conv2d")
+operators = torch.ops.sami_fast
+module = import_module("sami_fast.ops.conv2d")
+PAIRS = {"stride": (1, 1), "padding": (1, 1)}
+
+
+@pytest.fixture(autouse=True)
+def _core():
+    core_levels()
+
+
+def inputs(*shape: int, out: int = 8, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """x, weight and bias."""
+    return [normal(*s, seed=seed, dtype=dtype, grad=True) for seed, s in enumerate((shape, (out, shape[1], 3, 3), (out,)))]
+
+
+def two_derivatives(function, arguments) -> list[torch.Tensor]:
+    value = function(*arguments)
+    first = torch.autograd.grad(value, arguments, normal(*value.shape, seed=9).to(value), create_graph=True)
+    along = sum((g * normal(*g.shape, seed=20 + place).to(g)).sum() for place, g in enumerate(first))
+    return [value, *first, *torch.autograd.grad(along + value.square().sum(), arguments)]
+
+
+def test_formulas_to_any_order():
+    """The chain over the twins, in float64."""
+    arguments = [normal(*s, seed=seed, grad=True) for seed, s in enumerate(((2, 2, 3, 4), (3, 2, 3, 3), (3,)))]
+
+    def chain(x, weight, bias):
+        return operators.conv2d(x, weight, bias, "reference")
+
+    def gradients(x, weight, bias):
+        value = operators.conv2d(x, weight, bias, "reference")
+        return torch.autograd.grad(value.sin().sum(), (x, weight, bias), create_graph=True)
+
+    assert torch.autograd.gradcheck(chain, arguments)
+    assert torch.autograd.gradgradcheck(chain, arguments)
+    assert torch.autograd.gradgradcheck(gradients, arguments)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 5, 7), (1, 24, 16, 16), (3, 9, 4, 6), (2, 33, 12, 5), (16, 4, 4, 4)])
+def test_derivatives(shape, last):
+    arguments = inputs(*shape, out=12)
+    if last:
+        arguments[0] = arguments[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert module._is_winograd(*arguments[:2], (1, 1), (1, 1), (1, 1), 1)
+    found = two_derivatives(lambda *a: ops.conv2d(*a, **PAIRS), arguments)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    expected = two_derivatives(lambda *a: F.conv2d(*a, 1, 1), [a.detach().double().requires_grad_() for a in arguments])
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 5e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_backward_with_masks(bias):
+    x, weight, _ = (a.detach() for a in inputs(2, 8, 6, 6))
+    grad_y = normal(2, 8, 6, 6, seed=5, dtype=torch.float32)
+    settings = (1, 1), (1, 1), (1, 1), 1
+    expected = torch.ops.aten.convolution_backward(grad_y, x, weight, [8], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, True, True))
+    for mask in [(True, False, False), (False, True, bias), (True, True, bias), (False, False, bias)]:
+        found = ops.conv2d_backward(grad_y, x, weight, *settings, mask)
+        for asked, a, b in zip(mask, found, expected, strict=True):
+            assert (a is not None) == asked
+            assert a is None or relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("operator", ["conv2d", "conv2d_bwd_input", "conv2d_bwd_weight"])
+def test_opcheck(operator):
+    x, weight, bias = inputs(2, 8, 6, 5)
+    grad_y = normal(2, 8, 6, 5, seed=5, dtype=torch.float32, grad=True)
+    arguments = {"conv2d": (x, weight, bias), "conv2d_bwd_input": (grad_y, weight), "conv2d_bwd_weight": (grad_y, x, True)}[operator]
+    torch.library.opcheck(getattr(operators, operator).default, (*arguments, "cpp"))
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    arguments = inputs(2, 8, 6, 6)
+
+    def penalty(*a):
+        return torch.func.grad(lambda x: ops.conv2d(x, *a[1:], **PAIRS).sin().sum())(a[0]).square().sum()
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(*arguments), arguments) for f in (compiled, penalty))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stride": (2, 2)},
+        {"padding": (0, 0)},
+        {"dilation": (2, 2), "padding": (2, 2)},
+        {"groups": 2},
+        {"dtype": torch.float64},
+        {"size": (8, 3, 9)},
+        {"size": (3, 6, 6)},
+    ],
+)
+def test_everything_else_is_torchs(changed):
+    """In channels-last memory all the same."""
+    changed = dict(changed)
+    dtype, size, groups = changed.pop("dtype", torch.float32), changed.pop("size", (8, 6, 6)), changed.get("groups", 1)
+    x, weight, bias = inputs(2, *size, dtype=dtype)
+    weight = weight[:, : size[0] // groups]
+    settings = PAIRS | {"dilation": (1, 1), "groups": 1} | changed
+    assert not module._is_winograd(x, weight, settings["stride"], settings["padding"], settings["dilation"], groups)
+    found = ops.conv2d(x, weight, bias, **settings)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(found, F.conv2d(x, weight, bias, **settings)) < 1e-6
+
+
+def test_one_channel_lies_as_the_others_do():
+    x = normal(2, 1, 4, 5)
+    assert twins.channels_last(x).stride() == (20, 1, 5, 1)
+    assert torch.equal(twins.channels_last(x), x)
+    weight = normal(8, 1, 3, 3, seed=1)
+    assert ops.conv2d(x, weight, **PAIRS).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast_and_reference_are_torchs():
+    x, weight, bias = inputs(2, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.conv2d(x, weight, bias, **PAIRS).dtype == torch.bfloat16
+    with ops.use_backend("reference"):
+        assert torch.equal(ops.conv2d(x, weight, bias, **PAIRS), F.conv2d(x, weight, bias, 1, 1))
+    assert torch.func.jvp(lambda x: ops.conv2d(x, weight, bias, **PAIRS), (x,), (x,))[0].shape == x.shape

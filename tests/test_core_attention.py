@@ -1,0 +1,222 @@
+"""The compiled levels of attention against their twins in plain torch."""
+
+import pytest
+import test_attention
+import torch
+from helpers import core_levels, normal, relative_error
+from test_attention import (
+    LARGE_LOGITS,
+    NAMES,
+    assert_levels,
+    double,
+    heads_outside,
+    level_inputs,
+    of_a_projection,
+    run_autograd,
+    run_levels,
+    tokens_inside,
+    twins,
+)
+
+# batch, queries, keys, heads, head size: one of each, a block and one more, more of one than of the other, sizes that no register divides
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 63, 65, 2, 3),
+    (1, 130, 17, 1, 40),
+    (2, 17, 300, 2, 16),
+    (8, 64, 64, 4, 32),
+    (1, 700, 90, 1, 64),
+    (1, 40, 129, 1, 72),
+    (1, 66, 33, 1, 130),
+    (0, 5, 6, 2, 3),
+    (2, 0, 5, 1, 8),
+]
+# Largest error over the largest value (or 1), against float64. Found: 2.9e-15 and 1.9e-6; the twins themselves, in float32: 1.1e-6.
+LIMITS = {torch.float64: 2e-14, torch.float32: 4e-6}
+
+
+@pytest.fixture(scope="module")
+def core():
+    return core_levels()
+
+
+def check(core, given: dict, scale: float, causal: bool = False, limit: float | None = None) -> list[torch.Tensor]:
+    found = run_levels(core, **given, scale=scale, causal=causal)
+    assert [x.dtype for x in found] == [given["q"].dtype] * len(NAMES)
+    expected = run_levels(twins, **double(given), scale=scale, causal=causal)
+    assert_levels(found, expected, LIMITS[given["q"].dtype] if limit is None else limit)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_levels(core, shape, joint, dtype):
+    check(core, level_inputs(*shape, dtype=dtype, joint=joint), shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130, 520])
+def test_causal_levels(core, tokens, dtype):
+    check(core, level_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.6, causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_against_autograd(core, causal):
+    given = level_inputs(2, 37, 37, 2, 8)
+    assert_levels(run_levels(core, **given, scale=0.6, causal=causal), run_autograd(**given, scale=0.6, causal=causal), 1e-12)
+
+
+# The same bits whatever runs them
+
+
+@pytest.mark.parametrize("shape", [(1, 1100, 70, 1, 16), (3, 65, 130, 2, 24)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_number_of_threads(core, shape, dtype):
+    given = level_inputs(*shape, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run_levels(core, **given, scale=0.3, causal=False))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """At an odd offset of a larger storage, whose rest is NaN."""
+    storage = torch.full((x.numel() + 2,), float("nan"), dtype=x.dtype, device=x.device)
+    return storage[1:-1].view(x.shape).copy_(x)
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """No dimension of stride 1."""
+    storage = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype, device=x.device)
+    return storage[..., 1].copy_(x)
+
+
+LAYOUTS = [heads_outside, tokens_inside, of_a_projection, misaligned, spread]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layouts(core, layout, dtype):
+    given = level_inputs(2, 33, 75, 2, 20, dtype=dtype)
+    expected = run_levels(core, **given, scale=0.3, causal=False)
+    # Once the tensors that define the layout, once all of them, cotangents too.
+    for names in (("q", "k", "v"), given):
+        arranged = given | {name: layout(given[name]) for name in names}
+        before = {name: x.clone() for name, x in arranged.items()}
+        found = run_levels(core, **arranged, scale=0.3, causal=False)
+        strides = [x.stride() for x in run_levels(twins, **arranged, scale=0.3, causal=False)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert [x.stride() for x in found] == strides
+        assert all(torch.equal(arranged[name], x) for name, x in before.items())  # inputs stay as they came
+
+
+def test_layouts_that_differ_and_expanded_cotangents(core):
+    given = level_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
+    given |= {"q": tokens_inside(given["q"]), "k": of_a_projection(given["k"]), "v": heads_outside(given["v"])}
+    given |= {"grad_out": torch.tensor(0.7).expand(1, 20, 2, 8), "tk": torch.tensor([[0.3], [-1.1]]).expand(1, 33, 2, 8)}
+    check(core, given, 0.3)
+
+
+# Odd values
+
+
+def test_sharp_softmax(core):
+    check(core, level_inputs(1, 20, 40, 1, 16, dtype=torch.float32), 4.0, limit=1e-5)  # found: 2.9e-6; the twins: 5.0e-6
+
+
+@pytest.mark.parametrize("case", LARGE_LOGITS)
+def test_large_logits(core, case):
+    test_attention.test_large_logits_lose_no_more_than_in_autograd(core, case)
+
+
+def test_one_key_has_all_the_weight(core):
+    """Its tangent is that of its value alone, however large T is, and whatever block of keys it lies in."""
+    given = level_inputs(1, 64, 500, 1, 16, dtype=torch.float32)
+    given["q"] *= 1e4
+    out, lse = core.attention_fwd(given["q"], given["k"], given["v"], 0.25, False)
+    tout, _ = core.attention_tan(*(given[name] for name in ("tq", "tk", "tv", "q", "k", "v")), out, lse, 0.25, False)
+    best = torch.einsum("bqnd,bknd->bnqk", given["q"], given["k"])[0, 0].topk(2)
+    alone = 0.25 * (best.values[:, 0] - best.values[:, 1]) > 30
+    assert alone.sum() > 50
+    assert relative_error(tout[0, alone, 0], given["tv"][0, best.indices[alone, 0], 0]) < 1e-6
+
+
+def test_huge_and_vanishing_logits(core):
+    given = level_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
+    for scale in (1e6, -1e6, 0.0):
+        assert all(x.isfinite().all() for x in run_levels(core, **given, scale=scale, causal=False))
+    check(core, given, 0.0)
+    check(core, given, -0.5)
+
+
+def test_nan_stays_in_its_row(core):
+    given = level_inputs(1, 70, 40, 1, 8, dtype=torch.float32)
+    given["q"][0, 3, 0, 5] = float("nan")
+    out, lse = core.attention_fwd(given["q"], given["k"], given["v"], 0.3, False)
+    assert out[0, 3].isnan().all()
+    assert lse[:, 0, 0, 3].isnan().any()
+    assert out.isnan().sum() == 8
+    grad_q, grad_k, grad_v = core.attention_bwd(given["grad_out"], given["q"], given["k"], given["v"], out, lse, 0.3, False)
+    assert grad_q.isnan().sum() == 8
+    assert grad_k.isnan().all()
+    assert grad_v.isnan().all()
+
+
+def test_wrong_shapes(core):
+    q, k, v = (normal(1, n, 2, 4) for n in (3, 5, 5))
+    with pytest.raises(RuntimeError, match="v: unexpected size of dimension 1"):
+        core.attention_fwd(q, k, v[:, :4], 1.0, False)
+    with pytest.raises(RuntimeError, match="causal: expected as many queries as keys"):
+        core.attention_fwd(q, k, v, 1.0, True)
+    with pytest.raises(RuntimeError, match="v: another dtype than q"):
+        core.attention_fwd(q, k, v.float(), 1.0, False)
+    out, lse = core.attention_fwd(q, k, v, 1.0, False)
+    with pytest.raises(RuntimeError, match=r"lse: expected \[2, B, N, S\]"):
+        core.attention_bwd(out, q, k, v, out, lse[0], 1.0, False)
+
+
+# On a GPU, where lse and tau are float32
+
+GPU_LIMITS = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+GPU_SHAPES = [(1, 1, 1, 1, 8), (2, 63, 17, 2, 40), (1, 70, 129, 1, 128), (16, 256, 256, 4, 64), (8, 64, 64, 8, 32), (0, 5, 6, 2, 8)]
+
+
+def check_on_gpu(core, given: dict, scale: float, causal: bool = False) -> list[torch.Tensor]:
+    on_gpu = {name: None if x is None else x.cuda() for name, x in given.items()}
+    found = run_levels(core, **on_gpu, scale=scale, causal=causal)
+    assert [x.dtype for x in found] == [torch.float32 if name in ("lse", "tau") else given["q"].dtype for name in NAMES]
+    assert_levels(found, run_levels(twins, **double(given), scale=scale, causal=causal), GPU_LIMITS[given["q"].dtype])
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(GPU_LIMITS))
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_levels_on_gpu(core, shape, joint, dtype):
+    given = level_inputs(*shape, dtype=dtype, joint=joint)
+    first = check_on_gpu(core, given, shape[-1] ** -0.5)
+    again = check_on_gpu(core, given, shape[-1] ** -0.5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(GPU_LIMITS))
+@pytest.mark.parametrize("tokens", [63, 130, 1024])
+def test_causal_levels_on_gpu(core, tokens, dtype):
+    check_on_gpu(core, level_inputs(2, tokens, tokens, 2, 64, dtype=dtype), 0.125, causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(GPU_LIMITS))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_on_gpu(core, layout, dtype):
+    given = {name: x.cuda() for name, x in level_inputs(2, 33, 75, 2, 24, dtype=dtype).items()}
+    expected = run_levels(core, **given, scale=0.3, causal=False)
+    arranged = {name: layout(x) for name, x in given.items()}
+    found = run_levels(core, **arranged, scale=0.3, causal=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert [x.stride() for x in found] == [x.stride() for x in run_levels(twins, **arranged, scale=0.3, causal=False)]
