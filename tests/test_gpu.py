@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, normal
+from helpers import KERNELS, assert_same_gradients, gradients, normal
 from torch import Tensor, nn
 
 from sami_fast import ops
@@ -51,13 +51,14 @@ def step(
 
 @pytest.mark.parametrize("store_eps", [True, False])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_step(method: str, bf16: bool, channels_last: bool, store_eps: bool):
+def test_step(method: str, bf16: bool, backend: str, channels_last: bool, store_eps: bool):
     """No further from float64 than three times the reference in the same precision, per parameter, and a floor."""
     encoder, denoiser = networks(channels_last)
     exact_loss, exact = step(copy.deepcopy(encoder).double(), copy.deepcopy(denoiser).double(), "reference", "reverse")
-    loss, found = step(encoder, denoiser, "triton", method, bf16, store_eps=store_eps)
+    loss, found = step(encoder, denoiser, backend, method, bf16, store_eps=store_eps)
     rival_loss, rival = step(encoder, denoiser, "reference", "reverse", bf16)
     unit = 2**-8 if bf16 else 2**-23
     assert (loss - exact_loss).abs() <= 3 * (rival_loss - exact_loss).abs() + 8 * unit * exact_loss.abs()
@@ -67,11 +68,12 @@ def test_step(method: str, bf16: bool, channels_last: bool, store_eps: bool):
         assert error <= 3 * allowed + 8 * unit * want.norm().item() + unit * scale, name
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_same_bits_twice(method: str, bf16: bool):
+def test_same_bits_twice(method: str, bf16: bool, backend: str):
     encoder, denoiser = networks()
-    first, second = (step(encoder, denoiser, "triton", method, bf16) for _ in range(2))
+    first, second = (step(encoder, denoiser, backend, method, bf16) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert_same_gradients(first[1], second[1], rtol=0.0)
 
@@ -89,4 +91,4 @@ def test_same_noise_as_on_the_cpu():
 
 def test_auto_takes_the_kernels():
     for op, devices in ops.describe().items():
-        assert devices["cuda"] == "triton", op
+        assert devices["cuda"].startswith("triton"), op
