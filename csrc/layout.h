@@ -7,11 +7,15 @@
 
 namespace sami_fast {
 
-// A [B, C, H, W] tensor in channels-last memory which is not contiguous as well.
+// [B, C, ...] with the channels of a position side by side, the positions in order; it may be contiguous as well.
 inline bool is_channels_last(const torch::stable::Tensor& x) {
-  const int64_t channels = x.size(1), width = x.size(3), pixels = x.size(2) * width;
-  return !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == channels && x.stride(2) == width * channels &&
-         x.stride(0) == pixels * channels;
+  if (x.size(1) != 1 && x.stride(1) != 1) return false;
+  int64_t expected = x.size(1);
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return x.size(0) == 1 || x.stride(0) == expected;
 }
 
 }  // namespace sami_fast

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../layout.h"
 #include "common.h"
 #include "pack.h"
 
@@ -455,18 +456,6 @@ void run(const Call<T>& call, typename Levels<T>::Level level) {
 }
 
 // Tensors around it
-
-bool is_channels_last(const Tensor& x) {
-  const int64_t channels = x.size(1);
-  int64_t expected = 1;
-  if (channels != 1 && x.stride(1) != 1) return false;
-  expected = channels;
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
-}
 
 Tensor as_type(const Tensor& value, ScalarType type) { return value.scalar_type() == type ? value : torch::stable::to(value, type); }
 

@@ -22,6 +22,8 @@
 
 #include <sami_fast/group_norm.h>
 
+#include "../layout.h"
+
 namespace sami_fast {
 namespace {
 
@@ -418,16 +420,6 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_bwd_bwd_kernel
 }
 
 // Tensors around it
-
-bool is_channels_last(const Tensor& x) {
-  if (x.size(1) != 1 && x.stride(1) != 1) return false;
-  int64_t expected = x.size(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return x.size(0) == 1 || x.stride(0) == expected;
-}
 
 // x itself where channels or positions lie together, else a contiguous copy.
 Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
