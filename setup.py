@@ -71,14 +71,27 @@ def with_cuda(torch: Path) -> bool:
     return wanted == "1"
 
 
+def architecture_names(text: str) -> list[str]:
+    names = [name for name in re.split(r"[;,\s]+", text) if name]
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0, 9.0a or 10.0+PTX, found {name!r}")
+    return names
+
+
 def nvcc_command(torch: Path, architectures: str) -> list[str]:
-    """The compiler of a `.cu` file, without the file; architectures as in TORCH_CUDA_ARCH_LIST."""
-    chips = [number.replace(".", "") for number in re.findall(r"\d+\.\d", architectures)]
+    """The compiler of a `.cu` file, without the file; architectures as in TORCH_CUDA_ARCH_LIST, "8.0;9.0a 10.0+PTX"."""
+    targets = []
+    for name in architecture_names(architectures):
+        chip = name.removesuffix("+PTX").replace(".", "")
+        targets.append(f"-gencode=arch=compute_{chip},code=sm_{chip}")
+        if name.endswith("+PTX"):
+            targets.append(f"-gencode=arch=compute_{chip},code=compute_{chip}")
     return [
         *("nvcc", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
         *(f"-I{folder.format(torch=torch)}" for folder in HEADERS),
         *(f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA"),
-        *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips),
+        *targets,
     ]
 
 
@@ -86,6 +99,7 @@ class BuildCore(build_ext):
     """Builds the extension, or says why not."""
 
     def run(self) -> None:
+        self.force = True  # what is there may be of another torch, other flags, other architectures
         if torch_home() is None:
             self.skip("there is no torch to build against")
         elif compiler() is None:
@@ -97,6 +111,10 @@ class BuildCore(build_ext):
                 self.skip(f"it does not compile here ({type(error).__name__}: {error})")
 
     def skip(self, reason: str) -> None:
+        for extension in self.extensions:  # no older one may pass for this build's
+            Path(self.build_lib, self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+            if self.inplace or self.editable_mode:
+                (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         self.extensions = []
         print(f"sami-fast: installed without its compiled core, ops run on plain torch: {reason}", file=sys.stderr)
 
@@ -162,5 +180,6 @@ if __name__ == "__main__":
         package_data={"sami_fast.configs": ["*.yaml"], "sami_fast.kernels": ["README.md"]},
         ext_modules=core() if platform.system() == "Linux" else [],
         cmdclass={"build_ext": BuildCore},
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        # Python without its lock has no limited API yet.
+        options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp311"}},
     )

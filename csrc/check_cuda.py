@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from setup import ARCHITECTURES, PROCESSORS, nvcc_command, torch_home  # noqa: E402
+from setup import ARCHITECTURES, PROCESSORS, architecture_names, nvcc_command, torch_home  # noqa: E402
 
 NO_SPILLS = ("sm_90",)
 
@@ -62,10 +62,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=PROCESSORS)
     arguments = parser.parse_args()
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-    tasks = [(source, architecture) for source in sources for architecture in re.findall(r"\d+\.\d", arguments.arch)]
+    tasks = [(source, architecture) for source in sources for architecture in architecture_names(arguments.arch)]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         kernels = [kernel for found in pool.map(lambda task: compile_file(*task), tasks) for kernel in found]
-    width = max(len(kernel.name) for kernel in kernels)
+    width = max((len(kernel.name) for kernel in kernels), default=0)
     print(f"{'kernel':{width}}  chip    registers  spilled  shared")
     for k in sorted(kernels, key=lambda k: (k.name, len(k.arch), k.arch)):
         print(f"{k.name:{width}}  {k.arch:6}  {k.registers:9}  {k.spilled:7}  {k.shared:6}")

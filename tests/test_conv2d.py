@@ -135,3 +135,20 @@ def test_autocast_and_reference_are_torchs():
     with ops.use_backend("reference"):
         assert torch.equal(ops.conv2d(x, weight, bias, **PAIRS), F.conv2d(x, weight, bias, 1, 1))
     assert torch.func.jvp(lambda x: ops.conv2d(x, weight, bias, **PAIRS), (x,), (x,))[0].shape == x.shape
+
+
+def test_arguments_as_torch_takes_them():
+    x, weight, bias = (a.detach() for a in inputs(2, 8, 6, 6))
+    for arguments in [
+        (x, weight, bias, 1, 1),
+        (x[0], weight, bias, 1, 1),
+        (x, weight, None, 2),
+        (x, weight, bias, 1, "same"),
+        (x[:0], weight, bias, 1, 1),
+    ]:
+        assert relative_error(ops.conv2d(*arguments), F.conv2d(*arguments)) < 2e-6
+    with pytest.raises(ValueError, match=r"grad_y: expected \[2, 8, 6, 6\], found \[1, 8, 6, 6\]"):
+        ops.conv2d_backward(x[:1], x, weight, 1, 1, 1, 1, (True, False, False))
+    with pytest.raises(ops.BackendError, match="backend: expected auto"):
+        ops.conv2d(x, weight, backend="cudnn")
+    assert ops.describe()["conv2d"]["cpu"] == "cpp"

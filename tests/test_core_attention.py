@@ -220,3 +220,18 @@ def test_layouts_on_gpu(core, layout, dtype):
     found = run_levels(core, **arranged, scale=0.3, causal=False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [x.stride() for x in found] == [x.stride() for x in run_levels(twins, **arranged, scale=0.3, causal=False)]
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, -3e38])
+def test_keys_that_count_for_nothing(core, hidden):
+    """A whole block of logits at -infinity, by input or by overflow, comes before those that count."""
+    given = level_inputs(1, 5, 300, 1, 8, dtype=torch.float32)
+    q, k, v = (given[name].clone() for name in "qkv")
+    q[..., 0], k[..., 0] = 1e3, 0.0
+    k[:, :200, :, 0] = hidden
+    out, lse = core.attention_fwd(q, k, v, 1.0, False)
+    expected, expected_lse = core.attention_fwd(q, k[:, 200:], v[:, 200:], 1.0, False)
+    assert relative_error(out, expected) < 1e-6
+    assert relative_error(lse, expected_lse) < 1e-6
+    nothing, _ = core.attention_fwd(q, k[:, :200], v[:, :200], 1.0, False)
+    assert nothing.isnan().all()

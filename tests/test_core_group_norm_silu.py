@@ -105,6 +105,13 @@ def test_levels_of_nothing(core, shape, last):
         assert torch.equal(out[name], torch.zeros(4)), name
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 4, 4), (2, 0), (0, 0, 3)])
+def test_levels_without_channels(core, shape):
+    out = run_levels(core, level_inputs(shape), 2)
+    assert all(out[name].shape == shape for name in ("y", "grad_x", "ty", "gg_y", "x_bar"))
+    assert all(out[name].shape == (0,) for name in ("grad_weight", "grad_bias", "weight_bar", "bias_bar"))
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 5, 5), (1, 4, 1, 1), (3, 4)])
 def test_levels_of_constant_groups(core, shape):
     """Variance 0: x_hat is 0, and nothing divides by zero."""

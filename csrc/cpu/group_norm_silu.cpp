@@ -435,6 +435,7 @@ const Levels<T>& levels(const Plan& plan) {
 template <class T>
 void run(const Call<T>& call, typename Levels<T>::Level level) {
   const Plan& plan = call.plan;
+  if (plan.channels == 0) return;
   // The last piece of an image takes the groups that are left over.
   const int64_t pieces = plan.groups / plan.groups_per_piece;
   const int64_t most = (plan.groups_per_piece + plan.groups % plan.groups_per_piece) * plan.group_size;
@@ -543,7 +544,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
   const Plan plan = plan_of(features, num_groups);
   const Tensor gamma = row("weight", weight, features, plan.channels), beta = row("bias", bias, features, plan.channels);
   Tensor y = torch::stable::empty_like(features);
-  Tensor mean = torch::stable::new_empty(features, {plan.batch, plan.groups}), rstd = torch::stable::empty_like(mean);
+  const auto statistics = [&] { return torch::stable::new_zeros(features, {plan.batch, plan.groups}); };  // zeros stay where C is 0
+  Tensor mean = statistics(), rstd = statistics();
   dispatch("group_norm_silu_fwd", features, [&](auto number) {
     using T = decltype(number);
     Call<T> call{plan, silu, norm_eps};

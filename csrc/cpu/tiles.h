@@ -9,6 +9,7 @@
 #include <sami_fast/math.h>
 
 #include <cstdint>
+#include <limits>
 
 namespace sami_fast {
 
@@ -168,10 +169,11 @@ SAMI_FAST_HD void softmax(int64_t rows, int64_t columns, T* s, int64_t ld, T* to
     for (int64_t j = R::lanes; j < columns; j += R::lanes) most = R::at(s + j) > most ? R::at(s + j) : most;
     T new_top = top[i];
     for (int64_t l = 0; l < R::lanes; ++l) new_top = most[l] > new_top ? most[l] : new_top;
-    exponentials(columns, s, new_top, T(0));
+    const bool none = new_top == -std::numeric_limits<T>::infinity();  // no logit so far that counts
+    exponentials(columns, s, none ? T(0) : new_top, T(0));
     typename R::type sum{};
     for (int64_t j = 0; j < columns; j += R::lanes) sum += R::at(s + j);
-    const T shrink = exp_fast(top[i] - new_top);
+    const T shrink = none ? T(1) : exp_fast(top[i] - new_top);
     total[i] = total[i] * shrink + sum_of_lanes<T, BYTES>(sum);
     top[i] = new_top;
     if (shrink != T(1)) {

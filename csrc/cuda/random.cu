@@ -117,6 +117,7 @@ Tensor stratified_uniform(const Tensor& index, int64_t levels, int64_t global_ba
   const OnDevice device(index);
   const Tensor places = torch::stable::contiguous(index);
   Tensor result = torch::stable::new_empty(places, {places.size(0), levels}, ScalarType::Float);
+  torch::stable::fill_(result, NAN);  // where an index lies outside the batch, nobody writes
   if (result.numel() == 0 || global_batch <= 0) return result;
   stratified_uniform_kernel<<<grid((global_batch + TILE - 1) / TILE), TILE, 0, device.stream>>>(
       input<int64_t>(places), output<float>(result), places.size(0), levels, global_batch,

@@ -204,16 +204,19 @@ def describe() -> dict[str, dict[str, str]]:
     if (reason := _unknown(*_wanted.get())) is not None:
         raise BackendError(reason)
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {op: {kind: _explain(kind) for kind in kinds} for op in WITH_KERNELS}
+    return {op: {kind: _explain(op, kind) for kind in kinds} for op in OPS}
 
 
-def _explain(device_type: str) -> str:
-    reasons = {name: refusal(name, device_type, torch.float32) for name in BACKENDS}
+def _explain(op: str, device_type: str) -> str:
+    names = OPS[op]
+    reasons = {name: refusal(name, device_type, torch.float32) for name in names}
     wanted, _ = _wanted.get()
-    order = AUTO[device_type] if wanted == "auto" else (wanted,)
-    chosen = next((name for name in order if reasons.get(name) is None), "nothing")
+    order = AUTO[device_type] if wanted == "auto" or wanted not in names else (wanted,)
+    chosen = next((name for name in order if name in names and reasons[name] is None), "nothing")
     others = [f"{name}: {reason or 'only when asked for'}" for name, reason in reasons.items() if name not in (chosen, "reference")]
     return chosen + (f" ({'; '.join(others)})" if others else "")
 
 
-WITH_KERNELS = ("noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob", "random_normal", "stratified_uniform")
+OPS = dict.fromkeys(
+    ("noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob", "random_normal", "stratified_uniform"), BACKENDS
+) | {"conv2d": ("reference", "cpp")}  # and what each can run on; elsewhere a convolution is torch's

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from ..reference.conv2d import channels_last
@@ -24,20 +25,21 @@ def conv2d(
     x: Tensor,  # [B, C, H, W]
     weight: Tensor,  # [O, C / groups, h, w]
     bias: Tensor | None = None,  # [O]
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
     groups: int = 1,
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, O, H', W']
-    """`torch.nn.functional.conv2d`.
+    """`torch.nn.functional.conv2d`, whose result lies in channels-last memory on the compiled core.
 
-    On the compiled core the result lies in channels-last memory, and a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's
-    F(2x2, 3x3): 16 multiplications where there were 36, with rounding errors no larger than torch's. Everything else is torch's own.
+    There a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's F(2x2, 3x3): 16 multiplications where there were 36, with
+    rounding errors of the size of torch's (6e-7 of the largest value). It overflows from a quarter of float32's range on, and an infinite
+    pixel makes its neighbours NaN. Everything else is torch's own.
 
     Args:
-        As torch's; numbers in pairs.
+        As torch's.
         backend: See `sami_fast.use_backend`.
     Raises:
         What torch raises.
@@ -46,6 +48,7 @@ def conv2d(
     Runs on: C++, reference (which is torch, on any device).
     Source: Lavin & Gray, arXiv:1509.09308.
     """
+    stride, dilation, padding = _pair(stride), _pair(dilation), padding if isinstance(padding, str) else _pair(padding)
     if not _on_core(x, backend):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if _is_winograd(x, weight, stride, padding, dilation, groups):
@@ -66,9 +69,12 @@ def conv2d_backward(
     backend: str | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `conv2d` in x, weight and bias, those that the mask asks for: for callers that schedule the derivatives themselves."""
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     if not _on_core(x, backend) or not _is_winograd(x, weight, stride, padding, dilation, groups):
         settings = (stride, padding, dilation, False, (0, 0), groups)
         return torch.ops.aten.convolution_backward(grad_y, x, weight, weight.shape[:1], *settings, mask)
+    if grad_y.shape != (x.shape[0], weight.shape[0], *x.shape[2:]):
+        raise ValueError(f"grad_y: expected {[x.shape[0], weight.shape[0], *x.shape[2:]]}, found {list(grad_y.shape)}")
     to_input, to_weight, to_bias = mask
     grad_x = _conv2d_bwd_input(grad_y, weight, "cpp") if to_input else None
     grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, "cpp") if to_weight or to_bias else (None, None)
@@ -76,18 +82,18 @@ def conv2d_backward(
 
 
 def _on_core(x: Tensor, backend: str | None) -> bool:
-    if x.device.type != "cpu" or not x.dtype.is_floating_point or torch.is_autocast_enabled("cpu"):
+    if backend is None and (x.device.type != "cpu" or not x.dtype.is_floating_point):
         return False
-    return choose("conv2d", backend, x) == "cpp"
+    chosen = choose("conv2d", backend, x)
+    return chosen == "cpp" and x.dim() == 4 and x.layout == torch.strided and not torch.is_autocast_enabled("cpu")
 
 
 def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
-        and x.dim() == 4
         and groups == 1
         and tuple(weight.shape[2:]) == (3, 3)
-        and tuple(stride) == tuple(padding) == tuple(dilation) == (1, 1)
+        and stride == padding == dilation == (1, 1)
         and x.shape[1] >= MIN_CHANNELS
         and min(x.shape[2:]) >= MIN_SIDE
         and x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) >= MIN_TILES

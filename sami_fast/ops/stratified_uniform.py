@@ -32,8 +32,8 @@ def stratified_uniform(
         seed, step: See `random_normal`.
         backend: See `sami_fast.use_backend`.
     Returns:
-        [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on a CPU
-        and gives NaN from a kernel, which does not look at it before it runs.
+        [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on a CPU (IndexError on
+        the reference, where a negative one counts from the end, RuntimeError on the compiled core) and gives NaN on a GPU.
     Raises:
         ValueError: index is not [B], or seed or step is out of range.
         TypeError: index is not int64.

@@ -31,5 +31,5 @@ def conv2d_bwd_weight(grad_y: Tensor, x: Tensor, with_bias: bool) -> tuple[Tenso
 def channels_last(x: Tensor) -> Tensor:
     """x in channels-last memory. With one channel, too, strides say so: torch would not know which of the two layouts it has."""
     if x.shape[1] == 1:
-        return x.contiguous().view(-1, *x.shape[2:], 1).permute(0, 3, 1, 2)
+        return x.contiguous().view(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
