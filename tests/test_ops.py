@@ -492,6 +492,9 @@ def test_describe():
     described = ops.describe()
     assert set(described) >= {"noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob"}
     best = "cpp" if refusal("cpp", "cpu", torch.float32) is None else "reference"
+    convolution = described.pop("conv2d")
+    assert convolution["cpu"].startswith(best)
+    assert "cuda" not in convolution or convolution["cuda"].startswith("reference")
     for devices in described.values():
         assert devices["cpu"].startswith(f"{best} (")
         assert "triton: " in devices["cpu"]
