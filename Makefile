@@ -20,7 +20,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level warning sami_fast/train.py --config $(CONFIG) --resume $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -20,7 +20,15 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "sami_fast", "kernels", "configs", "csrc")
 
 
-def run(*command: str, cwd: Path, pythonpath: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+# Without .pth files: an editable install would lend the unpacked wheel its own core.
+ALONE = (sys.executable, "-S", "-c")
+
+
+def beside_torch(site: Path) -> str:
+    return os.pathsep.join([str(site), *(p for p in sys.path if p.endswith("site-packages"))])
+
+
+def run(*command: str, cwd: Path, pythonpath: Path | str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """A fresh process in some folder that sees the installed package, or first of all what lies in `pythonpath`."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     if pythonpath is not None:
@@ -28,7 +36,7 @@ def run(*command: str, cwd: Path, pythonpath: Path | None = None, **variables: s
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
-def succeed(*command: str, cwd: Path, pythonpath: Path | None = None) -> str:
+def succeed(*command: str, cwd: Path, pythonpath: Path | str | None = None) -> str:
     done = run(*command, cwd=cwd, pythonpath=pythonpath)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -115,7 +123,7 @@ def test_the_wheel_runs_on_its_core(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = "import torch, sami_fast.ops as o; q = torch.ones(1, 3, 1, 8); print(o.attention(q, q, q, backend='cpp').sum().item())"
-    assert succeed(sys.executable, "-c", code, cwd=tmp_path, pythonpath=tmp_path / "site").strip() == "24.0"
+    assert succeed(*ALONE, code, cwd=tmp_path, pythonpath=beside_torch(tmp_path / "site")).strip() == "24.0"
 
 
 def test_without_a_compiler_the_install_goes_on_and_a_run_says_so_once(tmp_path: Path) -> None:
@@ -130,7 +138,7 @@ def test_without_a_compiler_the_install_goes_on_and_a_run_says_so_once(tmp_path:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(tmp_path / "site")
     code = "import torch, sami_fast.ops as o; q = torch.ones(1, 3, 1, 8); [o.attention(q, q, q) for _ in range(3)]"
-    done = run(sys.executable, "-c", code, cwd=tmp_path, pythonpath=tmp_path / "site", PATH=str(tmp_path))
+    done = run(*ALONE, code, cwd=tmp_path, pythonpath=beside_torch(tmp_path / "site"), PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ops on the CPU run on plain torch, which is slower; the compiled core: not built") == 1
 
