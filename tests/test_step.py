@@ -5,6 +5,7 @@ The golden losses are compared with tests/losses/toy.json; after a change that i
     pytest tests/test_step.py -k golden --rewrite-losses
 """
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_gradients, gradients, normal, relative_error, tiny_denoiser, tiny_encoder
+from helpers import assert_same_gradients, core_levels, gradients, normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
 
 from sami_fast import ops, score
@@ -547,3 +548,38 @@ def test_an_index_that_does_not_fit_the_images():
     draw = Draw(0, 0, torch.arange(3), 3)
     with pytest.raises(ValueError, match="expected"):
         training_step(tiny_encoder(), tiny_denoiser(), Cosine(-6.0, 4.0), images(2), draw, Objective(), BETA)
+
+
+# The compiled core
+
+
+def step_gradients(
+    encoder: nn.Module, denoiser: nn.Module, backend: str, method: str, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    encoder, denoiser = copy.deepcopy(encoder).to(dtype), copy.deepcopy(denoiser).to(dtype)
+    objective = Objective(noise_levels=2, unconditional_weight=0.3)
+    with ops.use_backend(backend):
+        arguments = encoder, denoiser, UniformLogsnr(-7.0, 5.0), images(6, 16).to(dtype), whole_batch(6), objective, BETA
+        loss, _ = training_step(*arguments, score_method=method)
+        return loss.detach(), gradients(loss, encoder, denoiser)
+
+
+@pytest.mark.parametrize("method", score.METHODS)
+def test_compiled_core_takes_the_same_step(method):
+    """Every parameter's gradient is no further from float64 than three times plain torch in float32; on three threads, the same to rounding in torch's own part."""
+    core_levels()
+    encoder = tiny_encoder(image_size=16, channels=[8, 12], attention=[8], groups=4)
+    denoiser = tiny_denoiser(image_size=16, channels=[8, 12], groups=4)
+    exact_loss, exact = step_gradients(encoder, denoiser, "reference", "reverse", torch.float64)
+    rival_loss, rival = step_gradients(encoder, denoiser, "reference", "reverse", torch.float32)
+    loss, found = step_gradients(encoder, denoiser, "cpp", method, torch.float32)
+    unit = torch.finfo(torch.float32).eps
+    assert (loss - exact_loss).abs() <= 3 * (rival_loss - exact_loss).abs() + 8 * unit * exact_loss.abs()
+    scale = max(value.norm().item() for value in exact.values())
+    for name, want in exact.items():
+        error, allowed = ((value[name] - want).norm().item() for value in (found, rival))
+        assert error <= 3 * allowed + 8 * unit * want.norm().item() + unit * scale, name
+    torch.set_num_threads(3)
+    again_loss, again = step_gradients(encoder, denoiser, "cpp", method, torch.float32)
+    assert torch.allclose(again_loss, loss, rtol=1e-6)
+    assert_same_gradients(again, found, rtol=1e-5)
