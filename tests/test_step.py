@@ -566,7 +566,10 @@ def step_gradients(
 
 @pytest.mark.parametrize("method", score.METHODS)
 def test_compiled_core_takes_the_same_step(method):
-    """Every parameter's gradient is no further from float64 than three times plain torch in float32; on three threads, the same to rounding in torch's own part."""
+    """Every parameter's gradient is no further from float64 than three times plain torch in float32.
+
+    On three threads it is the same to the rounding of torch's own part of the step.
+    """
     core_levels()
     encoder = tiny_encoder(image_size=16, channels=[8, 12], attention=[8], groups=4)
     denoiser = tiny_denoiser(image_size=16, channels=[8, 12], groups=4)
