@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-python}")
+[[ $python == /* ]] || python=$PWD/$python
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r setup.py pyproject.toml README.md sami_fast kernels configs csrc tests "$copy"
