@@ -14,7 +14,7 @@ cd "$copy"
 # Wrapping of integers is defined here (-fwrapv), and Python's own flags come first.
 SAMI_FAST_CUDA=0 SAMI_FAST_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1" \
     "$python" setup.py --quiet build_ext --inplace
-nm -D sami_fast/_C*.so | grep -q __asan_report || { echo "the core was built without the sanitizers"; exit 1; }
+[[ $(nm -D sami_fast/_C*.so) == *__asan_report* ]] || { echo "the core was built without the sanitizers"; exit 1; }
 
 # The interpreter itself is not instrumented, so the runtimes come first, and leaks of the interpreter are not looked for.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
