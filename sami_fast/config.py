@@ -90,15 +90,78 @@ class DisksConfig(Section):
 
 
 @dataclass(frozen=True)
+class SpritesConfig(Section):
+    section = "data.sprites"
+    shapes: list[str] = setting(
+        ["square", "ellipse", "heart"],
+        "shapes that occur",
+        ("some of square, ellipse and heart, each once", lambda v: v and set(v) <= {"square", "ellipse", "heart"} and len({*v}) == len(v)),
+    )
+    scale: list[float] = setting([0.5, 1.0], "range of the size; 1 is a sprite of 0.4 image sides", interval(0.05, 2))
+    rotation: list[float] = setting([0.0, 1.0], "range of the angle", interval(-1, 1), "turns")
+    x: list[float] = setting([0.2, 0.8], "range of the centre's x", interval(0, 1), "image sides")
+    y: list[float] = setting([0.2, 0.8], "range of the centre's y", interval(0, 1), "image sides")
+
+
+@dataclass(frozen=True)
+class VideoConfig(Section):
+    section = "data.video"
+    stride: int = setting(1, "frames from one used frame to the next, in training and in clips", number(1), "frames")
+    stills: int = setting(0, "frames of each video that an epoch of training shows; 0 is every one", number(0))
+    positions: str = setting(
+        "random",
+        "where these stills lie: one at random in each of as many equal parts, anew each epoch, or evenly",
+        one_of("random", "uniform"),
+    )
+    pool: int = setting(4096, "frames decoded ahead and shuffled together; whole groups of pictures are decoded once", number(1), "frames")
+    clip_length: int = setting(16, "frames of an ordered clip for evaluation", number(1), "frames")
+
+
+@dataclass(frozen=True)
+class CelebAConfig(Section):
+    section = "data.celeba"
+    crop: str = setting(
+        "center",
+        "part that is resized: the central 178x178, the central two thirds of that, or rows 57-185 and columns 25-153",
+        one_of("center", "tight", "face"),
+    )
+    evaluation: str = setting("valid", "part of the official partition that evaluation sees", one_of("valid", "test"))
+
+
+KINDS = (
+    *("disks", "sprites", "image_folder", "video_folder", "celeba"),
+    *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array"),
+)
+
+
+@dataclass(frozen=True)
 class DataConfig(Section):
     section = "data"
-    kind: str = setting("disks", "where images come from", one_of("disks", "array"))
-    path: str = setting("", "array: an .npy or .npz file of images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in [-1, 1]")
+    kind: str = setting("disks", "where images come from", one_of(*KINDS))
+    path: str = setting("", "the file or folder of every kind but disks and sprites: see docs/data.md")
     array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
-    holdout: float = setting(0.1, "array: share of the images kept for evaluation", number(0, 0.9))
-    image_size: int = setting(16, "disks: height and width", number(4, 4096), "pixels")
-    channels: int = setting(1, "disks: identical channels", number(1, 64))
+    holdout: float = setting(
+        0.1, "share of the images, or of the videos, kept for evaluation; disks, sprites, celeba have their own", number(0, 0.9)
+    )
+    image_size: int = setting(
+        0,
+        "height and width that images are cropped and resized to; 0: 16 for disks, 64 for folders, else as they are",
+        ("0, or 4 to 4096", lambda v: v == 0 or 4 <= v <= 4096),
+        "pixels",
+    )
+    channels: int = setting(0, "3 for colour, 1 for grey; 0: 3 for folders, else as they are", number(0, 64))
+    flip: bool = setting(False, "mirror training images left to right at random; folders and celeba")
+    max_bad: float = setting(0.01, "largest share of unreadable files that is skipped; more is an error", number(0, 1))
+    decoder: str = setting("auto", "folders: DALI, or Pillow and PyAV; auto is DALI where it is installed", one_of("auto", "dali", "torch"))
+    workers: int = setting(0, "folders: batches decoded at a time on each rank; 0: as many as there are CPU cores per rank", number(0, 256))
+    cache_dir: str = setting("", "where indices and decoded pixels are kept; $XDG_CACHE_HOME/sami-fast or ~/.cache/sami-fast when empty")
+    cache_gib: float = setting(
+        4.0, "decoded images are kept on the disk if all of them need no more than this; 0 is never", number(0), "GiB"
+    )
     disks: DisksConfig = field(default_factory=DisksConfig)
+    sprites: SpritesConfig = field(default_factory=SpritesConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    celeba: CelebAConfig = field(default_factory=CelebAConfig)
 
 
 @dataclass(frozen=True)
@@ -258,8 +321,9 @@ class Config(Section):
         train = self.train
         if (train.mode == "frozen") != bool(train.denoiser_from):
             raise UserError("train.denoiser_from: train.mode frozen needs it, and train.mode joint has no use for it")
-        if self.data.kind == "array" and not self.data.path:
-            raise UserError("data.path: data.kind array needs the path of an .npy or .npz file")
+        if self.data.kind not in ("disks", "sprites") and not self.data.path:
+            what = {"array": "of an .npy or .npz file", "image_folder": "of a folder of images", "video_folder": "of a folder of videos"}
+            raise UserError(f"data.path: data.kind {self.data.kind} needs the path {what.get(self.data.kind, 'of the published data')}")
         if self.denoiser.embedding_size % 2:
             raise UserError(f"denoiser.embedding_size: expected an even number, found {self.denoiser.embedding_size}")
         for owner in (self.encoder, self.denoiser):

@@ -24,7 +24,7 @@ ALLOWED = {
     "step": {"ops", "schedule", "score"},
     "sami": {"errors", "files", "models", "ops", "schedule", "score"},
     "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
-    "data": {"config", "errors", "ops"},
+    "data": {"config", "errors", "files", "ops"},
     "engine": {"checkpoints", "config", "errors", "files"},
     "checkpoints": {"files"},
     "files": set(),
