@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sami_fast import checkpoints, ops
 from sami_fast import engine as engines
 from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
-from sami_fast.data import TorchFeed, open_dataset
+from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
@@ -124,13 +124,16 @@ def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [d for key in sorted({*old, *new}) for d in _difference(old.get(key), new.get(key), f"{prefix}{key}.")]
 
 
-def _lasting_settings(config: Config) -> dict[str, Any]:
-    """The settings that a resumed run must share: all but where it writes, how often, and how many threads it takes."""
+def _lasting_settings(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a resumed run must share: the data, and all settings but where it writes, how often, and how many threads it takes."""
     settings = asdict(config)
     for key in ("name", "runs_dir", "log", "checkpoint", "report"):
         del settings[key]
     for key in ("threads", "gradient_accumulation"):
         del settings["engine"][key]
+    for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
+        del settings["data"][key]
+    settings["data"]["files"] = getattr(dataset, "fingerprint", "")
     return settings
 
 
@@ -143,6 +146,8 @@ class Trainer:
         engines.set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
+        if self.world_size > 1:  # one rank looks into new files, the others read what it found
+            engines.on_chief(lambda: open_dataset(config.data, config.seed))
         self.dataset = open_dataset(config.data, config.seed)
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.run_folder = RunFolder(config.run_dir)
@@ -154,7 +159,7 @@ class Trainer:
         self.module = TrainingModule(self.sami, config)
         self.engine = engines.Engine(self.module, optimizer, config)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
-        self.feed = TorchFeed(
+        self.feed = Feed(
             self.dataset,
             config.train.batch_size,
             config.engine.gradient_accumulation,
@@ -162,6 +167,7 @@ class Trainer:
             self.world_size,
             config.seed,
             self.device,
+            config.data.flip,
         )
         self.kl_weight = KLWeight(config.kl_weight, config.train.steps - config.first_joint_step)
         self.step, self.seconds, self.warned = 0, 0.0, False
@@ -199,7 +205,7 @@ class Trainer:
         changed = _difference(manifest["architecture"], self.sami.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        changed = _difference(manifest["settings"], _lasting_settings(self.config))
+        changed = _difference(manifest["settings"], _lasting_settings(self.config, self.dataset))
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
         if self.config.engine.zero_stage and self.world_size != manifest["world_size"]:
@@ -219,6 +225,7 @@ class Trainer:
             with self.engine.averaged_weights():
                 engines.on_chief(lambda: self.sami.save_pretrained(self.folder / "model"))
         finally:
+            self.feed.close()
             self.run_folder.release()
         self.say(f"trained in {self.seconds:.0f} s")
         return self.folder
@@ -227,7 +234,7 @@ class Trainer:
         config, steps = self.config, self.config.train.steps
         place = f"{self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each"
         self.say(f"{self.folder}: {place}, steps {self.step} to {steps}")
-        interval_start, interval_step = time.perf_counter(), self.step
+        interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
         while self.step < steps:
             joint = self.step >= config.first_joint_step
             kl_weight = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
@@ -239,12 +246,13 @@ class Trainer:
                 now = time.perf_counter()
                 rate = (self.step - interval_step) * config.train.batch_size / (now - interval_start)
                 self.seconds += now - interval_start
-                self._log(kl_weight, measured, rate)
-                interval_start, interval_step = time.perf_counter(), self.step
+                data_wait = (self.feed.waited - waited) / (now - interval_start)
+                self._log(kl_weight, measured, rate, data_wait)
+                interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
             if self.step % config.checkpoint.every == 0 or self.step == steps:
                 self.seconds += time.perf_counter() - interval_start
                 self._checkpoint()
-                interval_start, interval_step = time.perf_counter(), self.step
+                interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
 
     def _losses(self, micro: int, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
         x_0, place = self.feed.micro_batch(self.step, micro)
@@ -273,7 +281,7 @@ class Trainer:
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"step {step}: {term} is {value}; {self._stopped}")
 
-    def _log(self, kl_weight: float, measured: engines.Measurement, rate: float) -> None:
+    def _log(self, kl_weight: float, measured: engines.Measurement, rate: float, data_wait: float) -> None:
         values = measured.read()
         self._require_finite(self.step - 1, values)
         kl_per_dim = values[NUM_TERMS:]
@@ -289,13 +297,16 @@ class Trainer:
             "kl_weight": kl_weight,
             "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
             "images_per_second": rate,
+            "data_wait": data_wait,  # share of the time in which the step waited for images
             "seconds": self.seconds,
         }
         self.engine.log(row, self.step)
         if self.chief:
             self.run_folder.append({**row, "kl_per_dim": kl_per_dim})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
-        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}"
+        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}" + (
+            f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
+        )
         phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
         self.say(f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {pace}")
         if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
@@ -315,7 +326,7 @@ class Trainer:
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
         facts = {
             "architecture": self.sami.architecture,
-            "settings": _lasting_settings(self.config),
+            "settings": _lasting_settings(self.config, self.dataset),
             "validation_nats": validation_nats,
         }
         step, measured = self.pending

@@ -9,7 +9,7 @@ import torch
 from helpers import relative_error
 
 from sami_fast.config import DataConfig, DisksConfig
-from sami_fast.data import ArrayImages, Disks, TorchFeed, open_dataset
+from sami_fast.data import ArrayImages, Disks, Feed, open_dataset
 from sami_fast.errors import UserError
 from sami_fast.ops import Stream, random_uniform
 
@@ -272,7 +272,7 @@ def shown(size: int | None, step: int, batch: int, micro_batches: int = 1, world
     """Place in the step's whole batch -> image, over all ranks and micro-batches."""
     found: dict[int, int] = {}
     for rank in range(world_size):
-        feed = TorchFeed(Numbers(size), batch, micro_batches, rank, world_size, seed, CPU)
+        feed = Feed(Numbers(size), batch, micro_batches, rank, world_size, seed, CPU)
         for micro in range(micro_batches):
             x_0, place = feed.micro_batch(step, micro)
             assert x_0.shape == (batch // micro_batches // world_size, 1, 1, 1)
@@ -300,7 +300,7 @@ def test_a_finite_dataset_shows_every_image_once_per_epoch(size, batch):
     """Also where an epoch ends inside a batch."""
     epochs = 3
     steps = -(-size * epochs // batch)
-    feed = TorchFeed(Numbers(size), batch, 1, 0, 1, 0, CPU)
+    feed = Feed(Numbers(size), batch, 1, 0, 1, 0, CPU)
     stream = [int(v) for step in range(steps) for v in feed.micro_batch(step, 0)[0].flatten()]
     orders = [stream[size * epoch : size * (epoch + 1)] for epoch in range(epochs)]
     assert all(sorted(order) == list(range(size)) for order in orders)
@@ -309,7 +309,7 @@ def test_a_finite_dataset_shows_every_image_once_per_epoch(size, batch):
 
 
 def test_a_batch_is_a_function_of_the_step():
-    feed = TorchFeed(Numbers(10), 6, 1, 0, 1, 0, CPU)
+    feed = Feed(Numbers(10), 6, 1, 0, 1, 0, CPU)
     forwards = [feed.micro_batch(step, 0)[0].flatten().tolist() for step in range(6)]
     backwards = [feed.micro_batch(step, 0)[0].flatten().tolist() for step in reversed(range(6))]
     assert forwards == backwards[::-1]
@@ -318,6 +318,6 @@ def test_a_batch_is_a_function_of_the_step():
 
 def test_the_feed_shows_what_the_dataset_holds(tmp_path):
     source = ArrayImages(save(tmp_path, counting(20)), holdout=0.0)
-    x_0, place = TorchFeed(source, 20, 1, 0, 1, 0, CPU).micro_batch(0, 0)
+    x_0, place = Feed(source, 20, 1, 0, 1, 0, CPU).micro_batch(0, 0)
     assert sorted(((x_0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) == list(range(20))
     assert place.tolist() == list(range(20))

@@ -18,7 +18,7 @@ from helpers import assert_same_gradients, core_levels, gradients, normal, relat
 from torch import Tensor, nn
 
 from sami_fast import ops, score
-from sami_fast.data import Disks, TorchFeed
+from sami_fast.data import Disks, Feed
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.reference.step import step as reference_step
 from sami_fast.schedule import SCHEDULES, Cosine, LinearBeta, UniformLogsnr
@@ -491,7 +491,7 @@ def toy_losses() -> list[float]:
     encoder = Encoder(1, 8, 4, [8, 8], blocks=1, attention=[4]).double()
     denoiser = Denoiser(1, 8, [8, 8], embedding_size=16).double()
     ranges = {"x": (0.25, 0.75), "y": (0.4, 0.6), "background": (0.0, 0.5), "radius": (0.25, 0.25), "brightness": (1.0, 1.0)}
-    feed = TorchFeed(Disks(8, 1, ranges, 1.5, seed=0), 16, 1, 0, 1, seed=0, device=torch.device("cpu"))
+    feed = Feed(Disks(8, 1, ranges, 1.5, seed=0), 16, 1, 0, 1, seed=0, device=torch.device("cpu"))
     schedule, objective = UniformLogsnr(-7.0, 5.0), Objective(noise_levels=2, unconditional_weight=0.1, free_bits=0.001)
     optimizer = torch.optim.Adam([*encoder.parameters(), *denoiser.parameters()], lr=3e-3)
     losses = []

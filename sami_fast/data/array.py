@@ -1,4 +1,4 @@
-"""One's own images from an .npy or .npz file."""
+"""One's own images from an .npy, .npz or HDF5 file."""
 
 from pathlib import Path
 
@@ -7,52 +7,30 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-
-
-def _load(path: Path, key: str) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"data.path: no file {path}")
-    try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            if key:
-                raise UserError(f"data.array_key: {path} holds one array without a name; leave the key empty")
-            return loaded
-        names = loaded.files
-        chosen = key or (names[0] if len(names) == 1 else "images")
-        if chosen not in names:
-            raise UserError(f"data.array_key: no entry {chosen!r} in {path}, which holds {', '.join(names) or 'nothing'}")
-        array = loaded[chosen]
-    except UserError:
-        raise
-    except Exception as error:  # numpy raises many kinds for a file that is cut short or not an array
-        reason = "" if "pickle" in str(error) else f" ({error})"  # numpy's advice to allow pickles is not ours
-        raise UserError(f"data.path: {path} is not a readable .npy or .npz of plain numbers{reason}") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"data.array_key: {chosen!r} in {path} is not an array")
-    return array
+from .storage import load_array
 
 
 class ArrayImages:
     """Images of an array (N, H, W), (N, H, W, C) or (N, C, H, W): uint8 scaled to [-1, 1], or floats in [-1, 1] as they are.
 
     The channel axis of a 4-D array is the second if it has 1 to 4 entries and the last two make a square, else the last one.
-    An .npy is memory-mapped.
+    Large arrays stay on the disk: see `storage.load_array`.
 
     Args:
         path: The file.
-        key: Entry of an .npz; see `DataConfig.array_key`.
+        key: Entry of an .npz, dataset of HDF5; see `DataConfig.array_key`.
         holdout: Share of the images, spread evenly over the file, that only evaluation sees (all of them when 0).
         split: 0 for training, 1 for evaluation.
+        cache_dir: `DataConfig.cache_dir`.
     Raises:
         UserError: unreadable file, wrong rank, dtype or range, no images, images that are not square.
     """
 
     factor_names: tuple[str, ...] = ()
 
-    def __init__(self, path: str, key: str = "", holdout: float = 0.1, split: int = 0) -> None:
+    def __init__(self, path: str, key: str = "", holdout: float = 0.1, split: int = 0, cache_dir: str = "") -> None:
         self.path = path
-        array = _load(Path(path), key)
+        array = load_array(Path(path), key, cache_dir)
         if array.ndim == 3:
             array = array[..., None]
         if array.ndim != 4:

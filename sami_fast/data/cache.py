@@ -43,37 +43,42 @@ class PixelCache:
     def __init__(self, path: Path, count: int, shape: tuple[int, int, int]) -> None:
         self.shape, self.nbytes = shape, int(np.prod(shape))
         self.record = self.nbytes + 4
-        self.file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.full = False
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(self.file).st_size != count * self.record:
             os.ftruncate(self.file, count * self.record)  # sparse: takes room as it fills
 
-    def _checksum(self, pixels: memoryview | bytes) -> int:
-        return zlib.crc32(pixels, SEED)
+    @classmethod
+    def open(cls, folder: Path, name: str, state: str, count: int, shape: tuple[int, int, int]) -> "PixelCache":
+        """The cache of this name and state of the data; those of other states are deleted.
+
+        Raises:
+            OSError: the file cannot be made.
+        """
+        path = folder / f"{name}_{state}.u8"
+        for other in folder.glob(f"{name}_*.u8"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        return cls(path, count, shape)
 
     def read(self, place: int, into: np.ndarray) -> bool:
         """Fill `into`, contiguous [C, H, W] uint8, if the image is there."""
-        if self.file is None:
-            return False
         record = os.pread(self.file, self.record, place * self.record)
-        if len(record) < self.record or int.from_bytes(record[-4:], "little") != self._checksum(memoryview(record)[:-4]):
+        if len(record) < self.record or int.from_bytes(record[-4:], "little") != zlib.crc32(memoryview(record)[:-4], SEED):
             return False
         into.reshape(-1)[:] = np.frombuffer(record, np.uint8, self.nbytes)
         return True
 
     def write(self, place: int, pixels: np.ndarray) -> None:
-        """Keep one image, [C, H, W] uint8. A full disk ends the writing, not the run."""
-        if self.file is None:
+        """Keep one image, [C, H, W] uint8. A full disk ends the keeping, not the run."""
+        if self.full:
             return
         data = np.ascontiguousarray(pixels).tobytes()
         try:
-            os.pwrite(self.file, data + self._checksum(data).to_bytes(4, "little"), place * self.record)
+            os.pwrite(self.file, data + zlib.crc32(data, SEED).to_bytes(4, "little"), place * self.record)
         except OSError:
-            self.close()
-
-    def close(self) -> None:
-        if self.file is not None:
-            file, self.file = self.file, None
-            os.close(file)
+            self.full = True
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "file"):
+            os.close(self.file)

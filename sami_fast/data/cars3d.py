@@ -1,0 +1,89 @@
+"""Cars3D: 183 car models from 4 elevations and 24 azimuths. Source: Reed et al., NeurIPS 2015."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .grids import FactorImages, colour_images, every_combination
+from .pixels import resize
+from .storage import Packed, find_file, readable, stamp, unpack
+
+ELEVATIONS, AZIMUTHS, IDENTITIES = 4, 24, 183
+
+
+class Cars3D(FactorImages):
+    """Either the published folder, cars/list.txt and one cars/*.mat per car, or its repackaging as an .npz of [17568, 64, 64, 3].
+
+    The .mat files are decoded and resized once, into the cache (216 MB at 64 pixels). The .npz has no labels: its images are ordered by
+    elevation, azimuth and identity, the last the fastest.
+
+    Args:
+        path: The .npz, the folder that holds it, the folder of list.txt, or its parent.
+        image_size: Side to resize to, in pixels; 0 is 64.
+        cache_dir: `DataConfig.cache_dir`.
+        channels, holdout, split: As in `FactorImages`.
+    Raises:
+        UserError: missing, damaged or foreign file; a shape or dtype that is not Cars3D's; a car twice in the list.
+    """
+
+    names = ("elevation", "azimuth", "identity")
+
+    def __init__(
+        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
+    ) -> None:
+        side, cars = image_size or 64, IDENTITIES
+        file = find_file(Path(path), ("list.txt", "cars/list.txt", "*.npz"), "cars3d")
+        if file.name == "list.txt":
+            cars = self._open_folder(file, side, cache_dir)
+        else:
+            self.array = colour_images(file, cache_dir, "cars3d")
+            expected = ELEVATIONS * AZIMUTHS * IDENTITIES
+            if len(self.array) != expected:
+                raise UserError(f"data.path: expected {expected} images in {file}, found {len(self.array)}")
+        classes = every_combination((ELEVATIONS, AZIMUTHS, cars))
+        super().__init__(file, (3, self.array.shape[1]), self.names, classes, side, channels, holdout, split)
+
+    def _open_folder(self, listing: Path, side: int, cache_dir: str) -> int:
+        """Decode every car of the list, in its order. Returns how many there are."""
+        with readable(listing, "list of names"):
+            names = [line.strip().removesuffix(".mat") for line in listing.read_text("utf-8").splitlines() if line.strip()]
+        files = [listing.parent / f"{name}.mat" for name in names]
+        if not files:
+            raise UserError(f"data.path: no names in {listing}")
+        if len(set(names)) < len(names):
+            raise UserError(f"data.path: {max(names, key=names.count)!r} is more than once in {listing}")
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(f"data.path: no file {missing[0]}, which {listing} names")
+
+        def decoded() -> Iterator[bytes]:  # one car at a time, each 96 images
+            for file in files:
+                yield resize(torch.from_numpy(_views(file)).permute(0, 3, 1, 2), side).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+
+        shape = (len(files), ELEVATIONS, AZIMUTHS, side, side, 3)
+        packed = Packed(np.dtype(np.uint8), shape, decoded)
+        cached = unpack(packed, listing.parent, f"cars-{side}", cache_dir, stamp(listing, *files), memory=0)
+        self.array = cached.reshape(-1, side, side, 3)
+        self.rows = np.arange(len(self.array)).reshape(len(files), -1).T.reshape(-1)  # the car is the slowest there, the fastest here
+        return len(files)
+
+    def _read(self, places: np.ndarray) -> np.ndarray:
+        return self.array[self.rows[places] if hasattr(self, "rows") else places]
+
+
+def _views(file: Path) -> np.ndarray:
+    """All images of a car. [elevation * azimuth, H, H, 3] uint8."""
+    import scipy.io  # late: it takes a while to load, and only this needs it
+
+    with readable(file, "MATLAB file"):
+        found = scipy.io.loadmat(file, variable_names=["im"])
+        if "im" not in found:
+            raise UserError(f"data.path: no entry 'im' in {file}; data.kind cars3d needs it")
+        images = found["im"]
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 5 or shape[0] != shape[1] or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
+        form = f"uint8 [H, H, 3, {AZIMUTHS}, {ELEVATIONS}]"
+        raise UserError(f"data.path: expected 'im' in {file} to be {form}, found {images.dtype} {list(shape)}")
+    return np.ascontiguousarray(images.transpose(4, 3, 0, 1, 2)).reshape(-1, shape[0], shape[0], 3)

@@ -1,0 +1,146 @@
+"""Batches for one rank, as a function of the step alone: a restart, another rank count or other micro-batches change no image."""
+
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .pixels import EightBit, to_unit
+
+AHEAD = 4  # micro-batches per worker that are prepared before they are needed
+
+
+class Dataset(Protocol):
+    """Images by index. Those of files may also be `EightBit` and have
+
+    - `workers`: threads that prepare batches; without it they are made when they are asked for, on the device;
+    - `order(epoch, seed, batch_size)`: indices in the order an epoch shows them, `epoch_size` of them, and `ahead`, the images that
+      should be asked for before they are needed;
+    - `fingerprint`: what a resumed run must find unchanged.
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    size: int | None  # number of images; None is endless
+    factor_names: tuple[str, ...]  # empty when the factors are unknown
+
+    def images(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+
+    def factors(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, F] float32."""
+
+
+class Feed:
+    """Local micro-batches of a dataset.
+
+    Position p = step * batch_size + place counts all images ever shown. An endless dataset shows image p; a finite one shows
+    p modulo its size through a new permutation each epoch, so that each epoch shows every image once, over all ranks.
+
+    Args:
+        dataset: Where images come from.
+        batch_size: Images per step over all ranks and micro-batches.
+        micro_batches: Micro-batches per step and rank.
+        rank, world_size: This process among all.
+        seed: Key of the shuffle and of the flips.
+        device: Where batches go.
+        flip: Mirror half of the images left to right, anew each epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        micro_batches: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device,
+        flip: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.device, self.flip = dataset, batch_size, seed, device, flip
+        self.micro_batches, self.rank, self.world_size = micro_batches, rank, world_size
+        self.micro_size = batch_size // (micro_batches * world_size)
+        self.epoch_size: int | None = getattr(dataset, "epoch_size", dataset.size)
+        self.waited = 0.0  # seconds in which a batch was asked for and not there
+        self._orders: OrderedDict[int, Tensor] = OrderedDict()
+        workers = getattr(dataset, "workers", 0)
+        self._pool = ThreadPoolExecutor(workers, "feed") if workers else None
+        self._ahead = max(AHEAD * workers, -(-getattr(dataset, "ahead", 0) // batch_size) * micro_batches)
+        self._prepared: OrderedDict[tuple[int, int], Future[Tensor]] = OrderedDict()
+
+    def _order(self, epoch: int) -> Tensor:
+        order = self._orders.get(epoch)
+        if order is None:
+            if hasattr(self.dataset, "order"):
+                order = self.dataset.order(epoch, self.seed, self.batch_size)
+            else:
+                order = ops.random_permutation(self.seed, epoch, ops.Stream.SHUFFLE, self.epoch_size)
+            self._orders[epoch] = order
+            while len(self._orders) > 2:  # the epoch shown and the one prepared
+                self._orders.popitem(last=False)
+        return order
+
+    def _place(self, micro: int) -> Tensor:
+        first = (micro * self.world_size + self.rank) * self.micro_size
+        return torch.arange(first, first + self.micro_size)
+
+    def indices(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Which images a micro-batch shows, and in which epoch each. [b] int64 both."""
+        position = step * self.batch_size + self._place(micro)
+        if self.epoch_size is None:
+            return position, torch.zeros_like(position)
+        epoch, chosen = position // self.epoch_size, torch.empty_like(position)
+        for one in epoch.unique().tolist():
+            here = epoch == one
+            chosen[here] = self._order(one)[position[here] % self.epoch_size]
+        return chosen, epoch
+
+    def _read(self, index: Tensor) -> Tensor:
+        pixels = self.dataset.pixels(index) if isinstance(self.dataset, EightBit) else self.dataset.images(index)
+        return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
+
+    def _prepare(self, step: int, micro: int) -> Future[Tensor]:
+        """The future of this micro-batch; those after it are under way."""
+        if (step, micro) not in self._prepared:  # the first one, or a jump
+            for future in self._prepared.values():
+                future.cancel()
+            self._prepared.clear()
+        upcoming = (step, micro)
+        for _ in range(self._ahead + 1):
+            if upcoming not in self._prepared:
+                self._prepared[upcoming] = self._pool.submit(self._read, self.indices(*upcoming)[0])
+            upcoming = (upcoming[0], upcoming[1] + 1) if upcoming[1] + 1 < self.micro_batches else (upcoming[0] + 1, 0)
+        return self._prepared.pop((step, micro))
+
+    def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """x_0 [b, C, H, W] on the device, and the place of each image in the step's whole batch, [b] int64.
+
+        Raises:
+            UserError: too many images cannot be read.
+        """
+        index, epoch = self.indices(step, micro)
+        asked = time.perf_counter()
+        images = self._prepare(step, micro).result() if self._pool else self._read(index)
+        self.waited += time.perf_counter() - asked
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = to_unit(images)
+        if self.flip:
+            images = torch.where(self._flipped(index, epoch).to(self.device)[:, None, None, None], images.flip(-1), images)
+        return images, self._place(micro).to(self.device)
+
+    def _flipped(self, index: Tensor, epoch: Tensor) -> Tensor:
+        flipped = torch.empty_like(index, dtype=torch.bool)
+        for one in epoch.unique().tolist():
+            here = epoch == one
+            flipped[here] = ops.random_uniform(self.seed, one, ops.Stream.AUGMENT, index[here], 1)[:, 0] < 0.5
+        return flipped
+
+    def close(self) -> None:
+        """Stop preparing batches."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)

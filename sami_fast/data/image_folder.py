@@ -1,0 +1,164 @@
+"""Images of a folder, and CelebA: decoded by DALI or Pillow, cropped to a square, resized."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .celeba import celeba_listing
+from .dali import MAX_BATCH, Box
+from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
+from .decoded import Decoded, dali_decoder
+from .index import build_index
+from .pixels import resize, with_channels
+from .storage import held_out_places
+
+CROPS = ("center", "tight", "face")
+
+
+def square(height: int, width: int, crop: str = "center") -> Box:
+    """Top, left and side of the square that is used of an image.
+
+    "center" is the central square, "tight" the central two thirds of it, "face" rows 57 to 185 and columns 25 to 153 of an aligned CelebA
+    image (Preechakul et al., CVPR 2022).
+    """
+    if crop == "face" and height >= 185 and width >= 153:
+        return 57, 25, 128
+    side = min(height, width)
+    if crop == "tight":
+        side = max(1, round(side * 2 / 3))
+    return (height - side) // 2, (width - side) // 2, side
+
+
+def _facts(path: Path) -> tuple[int, int, str, bool]:
+    return image_facts(path.read_bytes())
+
+
+class ImageFolder(Decoded):
+    """Every image below a folder, in the order of their names.
+
+    Args:
+        path: The folder.
+        image_size: Height and width, in pixels; 0 is 64.
+        channels: 3 or 1; 0 is 3.
+        holdout: Share of the images, a fixed random choice, that only evaluation sees.
+        split: 0 for training, 1 for evaluation.
+        decoder: "auto", "dali" or "torch"; see `DataConfig.decoder`.
+        max_bad, cache_dir, cache_gib, workers: See `DataConfig`.
+        names: The files of this dataset, already split, instead of all below the folder.
+        crop: See `square`.
+    Raises:
+        UserError: no such folder, no images, too many unreadable ones, or DALI is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_size: int = 0,
+        channels: int = 0,
+        holdout: float = 0.1,
+        split: int = 0,
+        decoder: str = "auto",
+        max_bad: float = 0.01,
+        cache_dir: str = "",
+        cache_gib: float = 4.0,
+        workers: int = 0,
+        names: Sequence[str] | None = None,
+        crop: str = "center",
+    ) -> None:
+        index = build_index(Path(path), _facts, IMAGE_SUFFIXES, what="images", max_bad=max_bad, configured_cache=cache_dir, names=names)
+        size = image_size or 64
+        self.crop = crop
+        super().__init__(
+            index,
+            len(index.names),
+            (channels or 3, size, size),
+            held_out_places(len(index.names), 0.0 if names is not None else holdout, split),
+            dali=dali_decoder(decoder, size),
+            max_bad=max_bad,
+            cache_gib=cache_gib,
+            variant=crop if names is None else f"{crop}_{split}",
+            what="images",
+            workers=workers,
+        )
+
+    def decoder_of(self, place: int) -> tuple[str, str]:
+        """Who decodes an image, and why."""
+        kind, suits = self.index.facts[place][2:]
+        if self.dali is None:
+            return "Pillow", "data.decoder is torch" if not suits else f"{kind} without DALI"
+        return ("DALI", f"{kind} is one of its formats") if suits else ("Pillow", f"{kind} needs more than DALI's decoder does")
+
+    def decode(self, places: Sequence[int]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for first in range(0, len(places), MAX_BATCH):
+            found += self._decode(places[first : first + MAX_BATCH])
+        return found
+
+    def _decode(self, places: Sequence[int]) -> list[Tensor | None]:
+        encoded: dict[int, np.ndarray] = {}
+        for place in set(places):
+            if self.index.names[place] in self.lost:
+                continue
+            try:
+                encoded[place] = np.fromfile(self.index.folder / self.index.names[place], np.uint8)
+                if not len(encoded[place]):
+                    raise BadFile("zero bytes")
+            except (OSError, BadFile) as error:
+                encoded.pop(place, None)
+                self.lose(self.index.names[place], getattr(error, "strerror", None) or str(error))
+        found: dict[int, Tensor | None] = dict.fromkeys(places)
+        found |= self._by_dali({place: data for place, data in encoded.items() if self.dali is not None and self.index.facts[place][3]})
+        for place, data in encoded.items():
+            if found[place] is None:
+                try:
+                    found[place] = self._fit(torch.from_numpy(decode_image(data.tobytes())))
+                except BadFile as error:
+                    self.lose(self.index.names[place], str(error))
+        return [found[place] for place in places]
+
+    def _by_dali(self, encoded: dict[int, np.ndarray]) -> dict[int, Tensor]:
+        """By DALI in one batch; where one of them is broken, each on its own, and those that fail are left out."""
+        if not encoded:
+            return {}
+        boxes = [square(self.index.facts[place][1], self.index.facts[place][0], self.crop) for place in encoded]
+        try:
+            return {place: self._fit(pixels) for place, pixels in zip(encoded, self.dali.images([*encoded.values()], boxes), strict=True)}
+        except RuntimeError:
+            if len(encoded) == 1:
+                return {}
+            return {place: pixels for one in encoded for place, pixels in self._by_dali({one: encoded[one]}).items()}
+
+    def _fit(self, pixels: Tensor) -> Tensor:
+        """[H, W, 3] uint8 -> [C, S, S] uint8, in memory of its own."""
+        channels, size, _ = self.image_shape
+        pixels = pixels.permute(2, 0, 1)[None]
+        if self.dali is None or not self.dali.resize_inside or pixels.shape[2:] != (size, size):
+            top, left, side = square(*pixels.shape[2:], self.crop)
+            pixels = resize(pixels[:, :, top : top + side, left : left + side], size)
+        return with_channels(pixels, channels)[0].clone()
+
+
+class CelebA(ImageFolder):
+    """CelebA's aligned images with the forty attributes as factors and the official partition.
+
+    Args:
+        path: The folder that holds the image folder, the attributes and the partition, in either of the published layouts.
+        crop: See `square`.
+        evaluation: "valid" or "test", what split 1 shows.
+        others: As in `ImageFolder`.
+    Source: Liu et al., ICCV 2015.
+    """
+
+    def __init__(self, path: str, *, split: int = 0, crop: str = "center", evaluation: str = "valid", **others: object) -> None:
+        folder, names, attributes, self.factor_names = celeba_listing(Path(path), split, evaluation)
+        by_name = dict(zip(names, attributes, strict=True))
+        super().__init__(str(folder), split=split, crop=crop, names=names, **others)  # type: ignore[arg-type]
+        self._attributes = torch.from_numpy(np.stack([by_name[name] for name in self.index.names]).astype(np.float32))
+
+    def factors(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, 40] float32, 0 or 1."""
+        return self._attributes[self.places[index.cpu().numpy() % self.size]]

@@ -1,0 +1,344 @@
+"""Arrays of published files without holding them in memory: mapped where they lie, or unpacked once into the cache and mapped there.
+
+Also which images evaluation keeps to itself.
+"""
+
+import fcntl
+import hashlib
+import re
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote
+
+import numpy as np
+
+from .. import ops
+from ..errors import UserError
+from ..files import PARTIAL, write_whole
+from . import cache
+
+MEMORY = 256 * 2**20  # bytes; what cannot be mapped and is no larger is read into memory
+PIECE = 2**24  # bytes that are unpacked at a time
+FORGOTTEN = 3600  # seconds without a write after which a half-written file belongs to nobody
+
+NPY, HDF5 = b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty archive
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An array that is still inside its file.
+
+    Args:
+        dtype, shape: Of the array.
+        pieces: Reads its bytes, in order.
+        offset: Where its bytes begin in the file if they lie there as they are.
+        fortran: The first axis is the fastest.
+        form: What the file should be, for the messages.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[bytes]] | None = None
+    offset: int | None = None
+    fortran: bool = False
+    form: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= int(length)  # Python's integers: a damaged header may ask for more than 64 bits
+        return size
+
+
+def load_array(path: str | Path, key: str, cache_dir: str, *, what: str = "array") -> np.ndarray:
+    """An array of an .npy, .npz or HDF5 file, told apart by their first bytes. Nothing is unpickled.
+
+    An .npy, an uncompressed entry of an .npz and a contiguous dataset of HDF5 are memory-mapped where they lie (their checksums, if any,
+    are not read). Anything else is read into memory up to `MEMORY` bytes, and above that unpacked once into the cache.
+
+    Args:
+        path: The file.
+        key: Entry of an .npz or dataset of HDF5; when empty the only one, or else 'images'.
+        cache_dir: `DataConfig.cache_dir`.
+        what: The kind of data that asks, for the messages: a `DataConfig.kind`.
+    Returns:
+        The array, read-only, of whatever shape and dtype the file holds.
+    Raises:
+        UserError: missing, damaged or foreign file; no such entry; HDF5 without h5py; a cache that cannot be written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"data.path: no file {path}")
+    with readable(path):
+        with open(path, "rb") as stream:
+            magic = stream.read(8)
+        if magic.startswith(NPY):
+            name, packed = "", _in_npy(path, key, what)
+        elif magic.startswith(ZIP):
+            name, packed = _in_npz(path, key, what)
+        elif magic == HDF5:
+            name, packed = _in_hdf5(path, key, what)
+        else:
+            raise ValueError(f"it begins with {magic!r}")
+        if packed.dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return unpack(packed, path, name, cache_dir)
+
+
+@contextmanager
+def readable(path: Path, form: str = "") -> Iterator[None]:
+    """Any error but a `UserError` means here that the file is damaged or not of its form, and becomes a `UserError`."""
+    form = form or ("HDF5 file" if path.suffix in (".h5", ".hdf5") else ".npy or .npz") + " of plain numbers"
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library raises many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.path: {path} is not a readable {form} ({reason})") from None
+
+
+def expect(good: bool, array: np.ndarray, name: str, path: Path, form: str) -> None:
+    """A `UserError` unless the array is as it must be; `form` says how, such as "uint8 [N, H, H]"."""
+    if not good:
+        raise UserError(f"data.path: expected {name} in {path} to be {form}, found {array.dtype} {list(array.shape)}")
+
+
+def find_file(path: Path, patterns: Collection[str], kind: str) -> Path:
+    """The file itself, or the only one in a folder that matches a pattern.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"data.path: no file or folder {path}")
+    found = sorted({file for pattern in patterns for file in path.glob(pattern)})
+    if not found:
+        raise UserError(f"data.path: no file of data.kind {kind} in {path}, expected {' or '.join(patterns)}")
+    if len(found) > 1:
+        raise UserError(f"data.path: several files of data.kind {kind} in {path}, expected one of {', '.join(f.name for f in found)}")
+    return found[0]
+
+
+def stamp(*files: Path) -> str:
+    """What changes when one of the files does: 16 digits made of their names, sizes and times."""
+    known = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+
+def held_out_places(count: int, holdout: float, split: int) -> np.ndarray:
+    """Which of `count` images a split sees, in order: a fixed random share is held out, since every n-th would follow a factor grid.
+
+    Args:
+        count: Images.
+        holdout: Share of them that only evaluation sees; at least one image, but never all. 0: both splits see everything.
+        split: 0 for training, 1 for evaluation.
+    Returns:
+        [n] int64, ascending.
+    """
+    if holdout <= 0 or count < 2:
+        return np.arange(count)
+    order = ops.random_permutation(0, 0, ops.Stream.SHUFFLE, count).numpy()
+    first = min(max(round(holdout * count), 1), count - 1)
+    return np.sort(order[:first] if split else order[first:])
+
+
+# Unpacking
+
+
+def unpack(packed: Packed, source: Path, name: str, cache_dir: str, version: str = "", memory: int | None = None) -> np.ndarray:
+    """The array: mapped where it lies, in memory, or in the cache folder of its source.
+
+    Args:
+        packed: The array.
+        source: The file or folder that it comes from.
+        name: Names it among the arrays of the source.
+        cache_dir: `DataConfig.cache_dir`.
+        version: Changes when the source does; the `stamp` of the source when empty.
+        memory: Largest array, in bytes, that is read into memory; `MEMORY` when None.
+    Raises:
+        UserError: the source is damaged, or the cache cannot be written.
+    """
+    order = "F" if packed.fortran else "C"
+    if packed.nbytes == 0:  # nothing to map
+        return np.empty(packed.shape, packed.dtype)
+    if packed.offset is not None:
+        return np.memmap(source, packed.dtype, "r", packed.offset, packed.shape, order)
+    if packed.nbytes <= (MEMORY if memory is None else memory):
+        flat, filled = np.empty(packed.nbytes, np.uint8), 0
+        for piece in _pieces(packed, source):
+            flat[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+            filled += len(piece)
+        flat.flags.writeable = False
+        return flat.view(packed.dtype).reshape(packed.shape, order=order)
+    return _from_cache(packed, source, name, cache_dir, version or stamp(source))
+
+
+def _from_cache(packed: Packed, source: Path, name: str, cache_dir: str, version: str) -> np.ndarray:
+    name = quote(name, safe="")
+    try:
+        folder = cache.cache_dir(cache_dir, source)
+        file = folder / f"{name}-{version}.npy"
+        if (array := _reopened(file, packed)) is not None:
+            return array
+        with open(folder / "lock", "w") as lock:
+            with suppress(OSError):  # some network file systems have no locks: then every process unpacks, to the same bytes
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if (array := _reopened(file, packed)) is not None:  # another process was faster
+                return array
+            _discard_stale(folder, name)
+            write_whole(file, lambda stream: _write_npy(stream, packed, source))
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot unpack {source} there ({error})") from None
+    array = _reopened(file, packed)
+    if array is None:
+        raise UserError(f"data.cache_dir: {file} changed while it was read")
+    return array
+
+
+def _discard_stale(folder: Path, name: str) -> None:
+    """Delete what was unpacked from an earlier state of the source, and what a killed process left."""
+    for file in folder.iterdir():
+        stale = re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\.npy", file.name)
+        with suppress(FileNotFoundError):
+            if stale or (file.name.startswith(PARTIAL) and time.time() - file.stat().st_mtime > FORGOTTEN):
+                file.unlink()
+
+
+def _reopened(file: Path, packed: Packed) -> np.ndarray | None:
+    """What an earlier run unpacked, if it is there and whole."""
+    try:
+        with open(file, "rb") as stream:
+            shape, fortran, dtype = _npy_header(stream)
+            if (shape, fortran, dtype) != (packed.shape, packed.fortran, packed.dtype):
+                return None
+            return np.memmap(file, dtype, "r", stream.tell(), shape, "F" if fortran else "C")
+    except (OSError, ValueError):
+        return None
+
+
+def _write_npy(stream: BinaryIO, packed: Packed, source: Path) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(packed.dtype), "fortran_order": packed.fortran, "shape": packed.shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    for piece in _pieces(packed, source):
+        stream.write(piece)
+
+
+def _pieces(packed: Packed, source: Path) -> Iterator[bytes]:
+    """The bytes, as many as there must be; an error of the source, and only that, becomes a `UserError`."""
+    assert packed.pieces is not None
+    with readable(source, packed.form):
+        left = packed.nbytes
+        for piece in packed.pieces():
+            left -= len(piece)
+            if left < 0:
+                break
+            yield piece
+        if left:
+            raise ValueError(f"it holds {'more' if left < 0 else 'fewer'} bytes than its header says")
+
+
+# Formats
+
+
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, first axis fastest, dtype); the stream is left where the numbers begin."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"it has version {version} of the npy format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "saved by Python 2", as dSprites was: the user cannot help it
+        return read(stream)
+
+
+def _entry(names: Collection[str], key: str, path: Path, what: str) -> str:
+    """The entry that is meant, or a `UserError`."""
+    chosen = key or (next(iter(names)) if len(names) == 1 else "images")
+    if chosen not in names:
+        setting = "data.array_key" if what == "array" else "data.path"
+        needed = "" if what == "array" else f"; data.kind {what} needs it"
+        raise UserError(f"{setting}: no entry {chosen!r} in {path}, which holds {', '.join(names) or 'nothing'}{needed}")
+    return chosen
+
+
+def _in_npy(path: Path, key: str, what: str) -> Packed:
+    if key and what == "array":
+        raise UserError(f"data.array_key: {path} holds one array without a name; leave the key empty")
+    if key:
+        raise UserError(f"data.path: {path} holds one array without a name; data.kind {what} needs one named {key!r}")
+    with open(path, "rb") as stream:
+        shape, fortran, dtype = _npy_header(stream)
+        return Packed(dtype, shape, None, stream.tell(), fortran)
+
+
+def _in_npz(path: Path, key: str, what: str) -> tuple[str, Packed]:
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        name = _entry(entries, key, path, what)
+        entry = entries[name]
+        with archive.open(entry) as stream:
+            if stream.read(len(NPY)) != NPY:
+                raise UserError(f"data.{'array_key' if what == 'array' else 'path'}: {name!r} in {path} is not an array")
+        with archive.open(entry) as stream:
+            shape, fortran, dtype = _npy_header(stream)
+            start = stream.tell()
+    offset = None
+    if entry.compress_type == zipfile.ZIP_STORED:
+        with open(path, "rb") as file:
+            file.seek(entry.header_offset)
+            local = file.read(30)  # ends with the lengths of the name and of the extra field, which both follow
+        offset = entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little") + start
+
+    def pieces() -> Iterator[bytes]:
+        with zipfile.ZipFile(path) as archive, archive.open(entry) as stream:
+            stream.read(start)
+            while piece := stream.read(PIECE):  # to the end, where zipfile compares the checksum
+                yield piece
+
+    packed = Packed(dtype, shape, pieces, offset, fortran)
+    if not dtype.hasobject and entry.file_size != start + packed.nbytes:
+        raise ValueError(f"{name!r} has {entry.file_size - start} bytes, not the {packed.nbytes} of its shape {shape}")
+    return name, packed
+
+
+def _in_hdf5(path: Path, key: str, what: str) -> tuple[str, Packed]:
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"data.kind {what} reads HDF5, and h5py is not installed; `pip install 'sami-fast[feed]'`") from None
+
+    with h5py.File(path, "r") as file:
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        name = _entry(names, key, path, what)
+        dataset = file[name]
+        shape, dtype, chunks = dataset.shape, dataset.dtype, dataset.chunks
+        if shape is None:
+            raise ValueError(f"{name!r} has no shape")
+        packed = Packed(dtype, shape)
+        as_it_is = chunks is None and not dataset.external and not dataset.is_virtual and dataset.id.get_storage_size() == packed.nbytes
+        offset = dataset.id.get_offset() if as_it_is else None
+
+    def pieces() -> Iterator[bytes]:
+        with h5py.File(path, "r") as file:
+            dataset = file[name]
+            if not shape:
+                yield dataset[()].tobytes()
+                return
+            block = chunks[0] if chunks else 1  # whole chunks, so that each is unpacked once
+            rows = max(PIECE * shape[0] // packed.nbytes // block, 1) * block
+            for first in range(0, shape[0], rows):
+                yield dataset[first : first + rows].tobytes()
+
+    return name, Packed(dtype, shape, pieces, offset)

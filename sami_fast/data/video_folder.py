@@ -1,0 +1,245 @@
+"""Frames of the videos of a folder, decoded by DALI or PyAV: stills for training, ordered clips for evaluation."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, Video, cut_out, decode_frames, video_facts
+from .decoded import Decoded, dali_decoder
+from .image_folder import square
+from .index import build_index
+from .order import pooled_order
+from .pixels import resize, to_unit, with_channels
+from .storage import held_out_places
+
+WHOLE_FILE = 4 << 20  # bytes; larger files are cut into the part that is decoded
+Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
+
+
+def _facts(path: Path) -> list[Any]:
+    """`Video` as plain JSON; evenly spaced times as first and step."""
+    video = video_facts(path)
+    pts = video.pts
+    even = len(pts) > 1 and (np.diff(pts) == pts[1] - pts[0]).all()
+    times = [int(pts[0]), int(pts[1] - pts[0])] if even else pts.tolist()
+    return [video.codec, video.width, video.height, bool(even), times, list(video.keys), video.frames, video.fps, video.rotation]
+
+
+def _video(facts: list[Any]) -> Video:
+    codec, width, height, even, times, keys, frames, fps, rotation = facts
+    pts = times[0] + times[1] * np.arange(frames) if even else np.array(times, np.int64)
+    return Video(codec, width, height, pts, tuple(keys), frames, fps, rotation)
+
+
+class VideoFolder(Decoded):
+    """Frames of every video below a folder.
+
+    Index i is a frame drawn without replacement from all videos (a fixed random order), so that any first n frames are a fair sample;
+    a feed takes them in the order of `order` instead.
+
+    Args:
+        path: The folder.
+        image_size, channels, decoder, max_bad, cache_dir, cache_gib, workers: As in `ImageFolder`.
+        holdout: Share of the *videos* that only evaluation sees.
+        split: 0 for training, 1 for evaluation.
+        stride: Frames from one used frame to the next.
+        stills: Frames of each video that an epoch shows; 0 is every stride-th.
+        positions: "random": one at random in each of `stills` equal parts of a video, anew each epoch; "uniform": the middle of each.
+        pool: Frames that are decoded ahead and shuffled together.
+        clip_length: Frames of a clip.
+    Raises:
+        UserError: no such folder, no videos, too many unreadable ones, PyAV missing, or DALI asked for and missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_size: int = 0,
+        channels: int = 0,
+        holdout: float = 0.1,
+        split: int = 0,
+        stride: int = 1,
+        stills: int = 0,
+        positions: str = "random",
+        pool: int = 4096,
+        clip_length: int = 16,
+        decoder: str = "auto",
+        max_bad: float = 0.01,
+        cache_dir: str = "",
+        cache_gib: float = 4.0,
+        workers: int = 0,
+    ) -> None:
+        index = build_index(Path(path), _facts, VIDEO_SUFFIXES, what="videos", max_bad=max_bad, configured_cache=cache_dir)
+        size = image_size or 64
+        every = [_video(facts) for facts in index.facts]
+        offsets = np.cumsum([0] + [video.frames for video in every])  # place of a frame = offset of its video + its number
+        chosen = held_out_places(len(every), holdout, split)
+        ascending = np.concatenate([offsets[v] + np.arange(0, every[v].frames, stride) for v in chosen])
+        super().__init__(
+            index,
+            int(offsets[-1]),
+            (channels or 3, size, size),
+            ascending[ops.random_permutation(0, 0, ops.Stream.SHUFFLE, len(ascending)).numpy()],
+            dali=dali_decoder(decoder, size),
+            max_bad=max_bad,
+            cache_gib=cache_gib,
+            variant="center",
+            what="videos",
+            workers=workers,
+        )
+        self.videos, self.offsets, self.chosen = every, offsets, chosen
+        self.stride, self.stills, self.positions, self.pool, self.clip_length = stride, stills, positions, pool, clip_length
+        self._index_of = np.full(int(offsets[-1]), -1)
+        self._index_of[self.places] = np.arange(len(self.places))
+        self._segments = [video.segments() for video in every]
+        starts = [offsets[v] + start for v, segments in enumerate(self._segments) for _, start, _ in segments]
+        self._starts = np.array(starts)  # place of the first frame of each segment of all videos
+        self._pieces = [(v, *segment) for v, segments in enumerate(self._segments) for segment in segments]
+        self.epoch_size = len(self.places) if not stills else int(sum(min(stills, self._used(v)) for v in chosen))
+        self._waiting: dict[tuple[int, tuple[int, ...]], Future[Frames]] = {}
+        self._recent: OrderedDict[int, Frames] = OrderedDict()  # frames of segments that were decoded lately
+        self._broken: set[int] = set()  # segments that were lost; they are not tried again
+        self._claim = threading.Lock()
+
+    def _used(self, video: int) -> int:
+        """Frames of a video that the stride leaves."""
+        return -(-self.videos[video].frames // self.stride)
+
+    @property
+    def ahead(self) -> int:
+        """Frames that the feed should have asked for before they are needed."""
+        return self.pool
+
+    def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
+        """Indices of the frames that an epoch shows, in order. [epoch_size] int64."""
+        if self.stills:
+            picked = []
+            draws = ops.random_uniform(seed, epoch, ops.Stream.AUGMENT, torch.from_numpy(self.chosen), self.stills).numpy()
+            for v, draw in zip(self.chosen, draws, strict=True):
+                used = self._used(v)
+                parts = min(self.stills, used)
+                inside = draw[:parts] if self.positions == "random" else 0.5
+                frames = np.minimum((np.arange(parts) + inside) * used / parts, used - 1).astype(np.int64)
+                picked.append(self.offsets[v] + frames * self.stride)
+            places = np.concatenate(picked)
+        else:
+            places = np.sort(self.places)
+        _, run = np.unique(np.searchsorted(self._starts, places, side="right"), return_inverse=True)
+        order = pooled_order(torch.from_numpy(run), seed, epoch, self.epoch_size, batch_size, self.pool)
+        return torch.from_numpy(self._index_of[places[order.numpy()]])
+
+    # Decoding
+
+    def decoder_of(self, video: int) -> tuple[str, str]:
+        """Who decodes a video, and why."""
+        facts = self.videos[video]
+        if self.dali is None:
+            return "PyAV", "no DALI here, or data.decoder is torch"
+        on_gpu = self.dali.device_id is not None
+        if facts.rotation:
+            return "PyAV", "it is stored rotated"
+        if not len(facts.pts):
+            return "PyAV", "its container keeps no times"
+        if facts.codec in (DALI_GPU_CODECS if on_gpu else DALI_CODECS):
+            return "DALI", f"{facts.codec} is one of its codecs on the {'GPU' if on_gpu else 'CPU'}"
+        return "PyAV", f"DALI does not decode {facts.codec} on the {'GPU' if on_gpu else 'CPU'}"
+
+    def decode(self, places: Sequence[int]) -> list[Tensor | None]:
+        pieces = (np.searchsorted(self._starts, places, side="right") - 1).tolist()
+        numbers = [int(place - self.offsets[self._pieces[piece][0]]) for piece, place in zip(pieces, places, strict=True)]
+        wanted: dict[int, set[int]] = {}
+        for piece, number in zip(pieces, numbers, strict=True):
+            wanted.setdefault(piece, set()).add(number)
+        found = {piece: self._segment(piece, sorted(frames)) for piece, frames in wanted.items()}
+        return [found[piece].get(number) for piece, number in zip(pieces, numbers, strict=True)]
+
+    def _segment(self, piece: int, frames: list[int]) -> Frames:
+        """These frames of a segment. Without stills all used frames of it are decoded at once, since the others will be asked for soon."""
+        v, key, start, stop = self._pieces[piece]
+        if not self.stills:
+            frames = list(range(-(-start // self.stride) * self.stride, stop, self.stride))
+        with self._claim:
+            if piece in self._broken:
+                return {}
+            recent = self._recent.get(piece, {})
+            if recent.keys() >= set(frames):
+                self._recent.move_to_end(piece)
+                return recent
+            job = (piece, tuple(frames))
+            mine = job not in self._waiting
+            future = self._waiting.setdefault(job, Future())
+        if not mine:  # another thread decodes it
+            return future.result()
+        try:
+            try:
+                decoded = self._decode_segment(v, key, frames)
+            except (OSError, BadFile) as error:
+                self.lose(self.index.names[v], getattr(error, "strerror", None) or str(error))
+                decoded = {}
+                self._broken.add(piece)
+            for number, pixels in decoded.items():
+                self._keep(int(self.offsets[v]) + number, pixels)
+            with self._claim:
+                self._recent[piece] = {**recent, **decoded}
+                self._recent.move_to_end(piece)
+                held = sum(map(len, self._recent.values()))
+                while held > 2 * self.pool and len(self._recent) > 1:
+                    held -= len(self._recent.popitem(last=False)[1])
+            future.set_result(decoded)
+            return decoded
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        finally:
+            with self._claim:
+                self._waiting.pop(job, None)
+
+    def _decode_segment(self, v: int, key: int, frames: list[int]) -> Frames:
+        path, video = self.index.folder / self.index.names[v], self.videos[v]
+        if self.decoder_of(v)[0] == "DALI":
+            whole = path.stat().st_size <= WHOLE_FILE
+            encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
+            try:
+                decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
+                return dict(zip(frames, self._fit(decoded), strict=True))
+            except RuntimeError:
+                pass  # PyAV may be more lenient, and says what is wrong
+        return dict(zip(frames, self._fit(torch.from_numpy(np.stack(decode_frames(path, video, key, frames)))), strict=True))
+
+    def _fit(self, frames: Tensor) -> Tensor:
+        """[F, H, W, 3] uint8 -> [F, C, S, S] uint8, in memory of its own."""
+        channels, size, _ = self.image_shape
+        frames = frames.permute(0, 3, 1, 2)
+        if self.dali is None or not self.dali.resize_inside or frames.shape[2:] != (size, size):
+            frames = resize(frames, size)
+        return with_channels(frames, channels).clone(memory_format=torch.contiguous_format)
+
+    # Clips
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that follow each other without overlap in the videos of this split; shorter videos have none."""
+        return sum(self._used(v) // self.clip_length for v in self.chosen)
+
+    def clips(self, index: Tensor) -> Tensor:
+        """Ordered frames, `stride` apart. [n] int64, below `num_clips` -> [n, T, C, H, W] float32 in [-1, 1]."""
+        per_video = np.array([self._used(v) // self.clip_length for v in self.chosen])
+        ends = per_video.cumsum()
+        clips = []
+        for n in index.tolist():
+            if not 0 <= n < ends[-1]:
+                raise IndexError(f"clip {n} of {ends[-1]}")
+            which = int(np.searchsorted(ends, n, side="right"))
+            first = (n - (ends[which] - per_video[which])) * self.clip_length
+            places = self.offsets[self.chosen[which]] + (first + np.arange(self.clip_length)) * self.stride
+            clips.append(self.pixels(torch.from_numpy(self._index_of[places])))
+        return to_unit(torch.stack(clips))
