@@ -78,25 +78,28 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
         unit: str,  # of the rate, a key of UNITS
         run: Callable[[], object],
         run_baseline: Callable[[], object],
-        whole: Callable[[], object],  # what peak memory is taken over
+        whole: Callable[[], object] | None,  # what peak memory is taken over
+        fresh: bool = False,  # `run` and `run_baseline` make, outside the clock, what a round times
     ) -> None:
         benchmark.group = f"{row['op']} {shape_label(row['shape'])} {row['dtype']} {row['mode']}"
         if benchmark.disabled:
             benchmark(lambda: None)  # --benchmark-disable: correctness was all that was asked
             return
-        peak = peak_bytes(whole)
+        peak = peak_bytes(whole) if whole else 0
+        timed, timed_baseline = (run, run_baseline) if fresh else (lambda: run, lambda: run_baseline)
         # Warm-up; its slowest pair sets the number of rounds, so that a busy machine gets fewer and not a longer run.
-        slowest = max(_seconds(run) + _seconds(run_baseline) for _ in range(WARMUP_ROUNDS))
+        slowest = max(_seconds(timed()) + _seconds(timed_baseline()) for _ in range(WARMUP_ROUNDS))
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / slowest)))
 
         # Each round times the baseline and then the implementation, so that whatever else the machine does hits both alike.
         baseline_seconds: list[float] = []
 
-        def time_baseline() -> None:
-            baseline_seconds.append(_seconds(run_baseline))
+        def time_baseline() -> tuple[tuple[Callable[[], object]], dict[str, Any]]:
+            baseline_seconds.append(_seconds(timed_baseline()))
+            return (timed(),), {}
 
-        def drop_results() -> None:
-            run()
+        def drop_results(run_one: Callable[[], object]) -> None:
+            run_one()
 
         benchmark.pedantic(drop_results, setup=time_baseline, rounds=rounds)
         seconds = np.array(benchmark.stats.stats.data)
@@ -126,7 +129,7 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
 
 def _rival(row: dict[str, Any]) -> str:
     """The baseline, where it has no row of its own."""
-    return f" to {row['baseline']}" if "target" in row and row["mode"] != "step" else ""
+    return f" to {row['baseline']}" if ("target" in row and row["mode"] != "step") or row["mode"] == "feed" else ""
 
 
 def _target(row: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ PICTURES = (".png", ".npz")
 RECONSTRUCTIONS = 16  # images, unless --count says otherwise
 REFERENCE_IMAGES = 1000  # of the aggregated posterior behind a traversal: enough for its live axes and their ranges
 ROW = 12  # images in a row of reconstructions
+CONTACTS = 64  # images of a contact sheet
 
 
 def _at_least(low: int, high: int = 10**7) -> Callable[[str], int]:
@@ -120,11 +121,18 @@ def _config(arguments: argparse.Namespace) -> "Config":
 
 def _dataset(arguments: argparse.Namespace, sami: "Sami") -> "Dataset":
     """The images of --data, or the run's own that training never saw."""
-    from .data import ArrayImages, open_dataset
+    from .data import ArrayImages, ImageFolder, VideoFolder, open_dataset
 
     if arguments.data:
         try:
-            dataset: Dataset = ArrayImages(arguments.data, arguments.array_key, holdout=0.0)
+            if Path(arguments.data).is_dir():
+                file = Path(arguments.run) / "config.yaml"
+                videos = file.is_file() and _config(arguments).data.kind == "video_folder"
+                channels, size, _ = sami.image_shape
+                folder = VideoFolder if videos else ImageFolder
+                dataset: Dataset = folder(arguments.data, image_size=size, channels=channels, holdout=0.0)
+            else:
+                dataset = ArrayImages(arguments.data, arguments.array_key, holdout=0.0)
         except UserError as error:  # speaks of the settings of a run; the user gave options
             raise UserError(str(error).replace("data.path", "--data").replace("data.array_key", "--array-key")) from None
     else:
@@ -180,6 +188,30 @@ def _readable(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def run_data(arguments: argparse.Namespace) -> None:
+    output = _output(arguments, (".png",)) if arguments.output else None
+    import torch
+
+    from .config import load_config
+    from .data.summary import summarize, throughput
+
+    config = load_config(arguments.config, arguments.overrides)
+    facts, dataset = summarize(config)
+    if arguments.seconds:
+        facts["feed alone"] = throughput(config, arguments.seconds)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            lines = value if isinstance(value, list) else [value]
+            print("\n".join(f"{name if not row else '':<18} {line}" for row, line in enumerate(lines)))
+    if output:
+        count = _count(dataset, arguments.count, CONTACTS) if dataset.size is None or arguments.count else min(CONTACTS, dataset.size)
+        images = dataset.images(torch.arange(count))
+        _write_pictures(output, images, math.ceil(math.sqrt(count)), images=images)
+        print(f"{output}: {count} images of training", file=sys.stderr if arguments.json else sys.stdout)
+
+
 def run_encode(arguments: argparse.Namespace) -> None:
     output = _output(arguments, (".npz",))
     import torch
@@ -194,6 +226,8 @@ def run_encode(arguments: argparse.Namespace) -> None:
     arrays = {"mu": torch.cat([part.mu for part in parts]).cpu(), "var": torch.cat([part.var for part in parts]).cpu()}
     if dataset.factor_names:
         arrays |= {"factors": dataset.factors(index), "factor_names": list(dataset.factor_names)}
+    if hasattr(dataset, "files"):
+        arrays["files"] = dataset.files(index)
     _write_arrays(output, **arrays)
     print(f"{output}: {', '.join(arrays)} of {len(index)} images, {arrays['mu'].shape[1]} latent dimensions")
 
@@ -296,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
 
     data = argparse.ArgumentParser(add_help=False)
-    data.add_argument("--data", metavar="FILE", help=".npy or .npz of images; the run's own evaluation images when left out")
+    data.add_argument("--data", metavar="FILE", help=".npy or .npz of images, or a folder; the run's own evaluation images when left out")
     data.add_argument("--array-key", default="", metavar="NAME", help="entry of an .npz; the only one, or 'images', when left out")
 
     sampler = argparse.ArgumentParser(add_help=False)
@@ -324,6 +358,20 @@ def _parser() -> argparse.ArgumentParser:
 
     env = command("env", run_env, "print versions, hardware and which implementation each op would run", "env --json")
     env.add_argument("--json", action="store_true", help="print JSON")
+
+    data_command = command(
+        "data",
+        run_data,
+        "show what a config will feed: counts, sizes, codecs, who decodes each file and why, the feed's speed, a contact sheet",
+        "data video data.path=clips --output contact_sheet.png",
+    )
+    data_command.add_argument("config", help="a YAML file, or the name of a config that comes with the package")
+    data_command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: data.path=photos")
+    data_command.add_argument("--output", metavar="FILE", help="PNG of the first training images")
+    data_command.add_argument("--overwrite", action="store_true", help="replace the PNG")
+    data_command.add_argument("--count", type=_at_least(1), metavar="N", help=f"images on it ({CONTACTS})")
+    data_command.add_argument("--seconds", type=_non_negative, default=3.0, metavar="S", help="time the feed alone so long (%(default)s); 0: not")
+    data_command.add_argument("--json", action="store_true", help="print JSON")
 
     encode = command(
         "encode",

@@ -35,6 +35,7 @@ class Cars3D(FactorImages):
         self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
     ) -> None:
         side, cars = image_size or 64, IDENTITIES
+        self.rows: np.ndarray | None = None  # of the array, by place, where they differ
         file = find_file(Path(path), ("list.txt", "cars/list.txt", "*.npz"), "cars3d")
         if file.name == "list.txt":
             cars = self._open_folder(file, side, cache_dir)
@@ -70,7 +71,7 @@ class Cars3D(FactorImages):
         return len(files)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
-        return self.array[self.rows[places] if hasattr(self, "rows") else places]
+        return self.array[places if self.rows is None else self.rows[places]]
 
 
 def _views(file: Path) -> np.ndarray:
@@ -83,7 +84,7 @@ def _views(file: Path) -> np.ndarray:
             raise UserError(f"data.path: no entry 'im' in {file}; data.kind cars3d needs it")
         images = found["im"]
     shape = images.shape
-    if images.dtype != np.uint8 or len(shape) != 5 or shape[0] != shape[1] or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
+    if images.dtype != np.uint8 or not images.size or len(shape) != 5 or shape[0] != shape[1] or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
         form = f"uint8 [H, H, 3, {AZIMUTHS}, {ELEVATIONS}]"
         raise UserError(f"data.path: expected 'im' in {file} to be {form}, found {images.dtype} {list(shape)}")
     return np.ascontiguousarray(images.transpose(4, 3, 0, 1, 2)).reshape(-1, shape[0], shape[0], 3)

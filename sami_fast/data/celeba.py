@@ -33,7 +33,7 @@ def celeba_listing(folder: Path, split: int, evaluation: str) -> tuple[Path, lis
     parts = _partition(partition_file)
     for here, there, file, other in ((names, parts, attribute_file, partition_file), (parts, set(names), partition_file, attribute_file)):
         if missing := [name for name in here if name not in there]:
-            raise UserError(f"data.path: {missing[0]} and {len(missing) - 1} more are in {file} but not in {other}")
+            raise UserError(f"data.path: {len(missing)} names of {file} are not in {other}, such as {missing[0]}")
     part = evaluation if split else "train"
     places = [place for place, name in enumerate(names) if parts[name] == PARTITION[part]]
     if not places:

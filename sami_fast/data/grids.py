@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .pixels import EightBit, resize, with_channels
-from .storage import expect, find_file, held_out_places, load_array
+from .storage import expect, find_file, held_out_places, load_array, readable
 
 
 class FactorImages(EightBit):
@@ -91,8 +91,8 @@ def _check_grid(classes: np.ndarray, path: Path, key: str) -> None:
         found = f"class {classes.min()}"
     elif wanted != len(classes):
         found = f"{len(classes)} rows"
-    elif missing := wanted - len(np.unique(np.ravel_multi_index(tuple(classes.T), sizes))):
-        found = f"{missing} combinations missing"
+    elif (different := len(np.unique(np.ravel_multi_index(tuple(classes.T), sizes)))) != wanted:
+        found = f"only {different} different rows"
     else:
         return
     raise UserError(
@@ -123,7 +123,7 @@ class DSprites(FactorImages):
         self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
     ) -> None:
         file = find_file(Path(path), self.files, "dsprites")
-        with open(file, "rb") as stream:
+        with readable(file), open(file, "rb") as stream:
             labels = "latents_classes" if stream.read(2) == b"PK" else "latents/classes"
         self.array = load_array(file, "imgs", cache_dir, what="dsprites")
         shape = self.array.shape
@@ -132,7 +132,7 @@ class DSprites(FactorImages):
         classes = np.asarray(load_array(file, labels, cache_dir, what="dsprites"))
         good = classes.dtype.kind in "iu" and classes.shape == (len(self.array), len(self.names))
         expect(good, classes, repr(labels), file, f"integers [{len(self.array)}, {len(self.names)}]")
-        _check_grid(classes, file, labels)
+        _check_grid(classes.astype(np.int64), file, labels)
         super().__init__(file, (1, shape[1]), self.names, classes, image_size, channels, holdout, split)
         self._read(np.arange(min(len(self.array), 1024)))
 
