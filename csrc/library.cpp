@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(sami_fast_C, m) {
   m.def("conv2d_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("conv2d_bwd_input(Tensor grad_y, Tensor weight) -> Tensor");
   m.def("conv2d_bwd_weight(Tensor grad_y, Tensor x, bool with_bias) -> (Tensor, Tensor)");
+  m.def(
+      "yuv_to_rgb(Tensor y, Tensor u, Tensor v, int top, int left, int side, int size, float red_weight, float blue_weight, bool full_range) "
+      "-> Tensor");
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.sami_fast_C.", -1, nullptr};

@@ -1,0 +1,34 @@
+"""Trains on a folder of videos on every rank of a real launcher and writes down what each rank was shown: `deepspeed feed_worker.py ...`.
+
+Arguments: a file name to begin the records with, then what `sami_fast/train.py` takes.
+"""
+
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+from sami_fast import train as training
+from sami_fast.data import Feed
+
+
+def main(records: str, arguments: list[str]) -> int:
+    shown = Path(f"{records}_{os.environ['RANK']}.jsonl").open("a", buffering=1)
+    micro_batch = Feed.micro_batch
+
+    def recorded(self: Feed, step: int, micro: int):
+        x_0, place = micro_batch(self, step, micro)
+        index, epoch = self.indices(step, micro)
+        checksums = [zlib.crc32(image.numpy().tobytes()) for image in x_0]
+        row = {"step": step, "place": place.tolist(), "index": index.tolist(), "epoch": epoch.tolist(), "pixels": checksums}
+        shown.write(json.dumps(row) + "\n")
+        return x_0, place
+
+    Feed.micro_batch = recorded
+    return training.main(arguments)
+
+
+if __name__ == "__main__":
+    own = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    sys.exit(main(own[0], own[1:]))
