@@ -226,8 +226,8 @@ def run_encode(arguments: argparse.Namespace) -> None:
     arrays = {"mu": torch.cat([part.mu for part in parts]).cpu(), "var": torch.cat([part.var for part in parts]).cpu()}
     if dataset.factor_names:
         arrays |= {"factors": dataset.factors(index), "factor_names": list(dataset.factor_names)}
-    if hasattr(dataset, "files"):
-        arrays["files"] = dataset.files(index)
+    if hasattr(dataset, "sources"):
+        arrays |= dataset.sources(index)
     _write_arrays(output, **arrays)
     print(f"{output}: {', '.join(arrays)} of {len(index)} images, {arrays['mu'].shape[1]} latent dimensions")
 
@@ -370,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_argument("--output", metavar="FILE", help="PNG of the first training images")
     data_command.add_argument("--overwrite", action="store_true", help="replace the PNG")
     data_command.add_argument("--count", type=_at_least(1), metavar="N", help=f"images on it ({CONTACTS})")
-    data_command.add_argument("--seconds", type=_non_negative, default=3.0, metavar="S", help="time the feed alone so long (%(default)s); 0: not")
+    data_command.add_argument("--seconds", type=_non_negative, default=3.0, metavar="S", help="time the feed alone so long (%(default)s)")
     data_command.add_argument("--json", action="store_true", help="print JSON")
 
     encode = command(

@@ -7,14 +7,12 @@ import json
 import os
 import sys
 import zlib
-from pathlib import Path
 
 from sami_fast import train as training
 from sami_fast.data import Feed
 
 
 def main(records: str, arguments: list[str]) -> int:
-    shown = Path(f"{records}_{os.environ['RANK']}.jsonl").open("a", buffering=1)
     micro_batch = Feed.micro_batch
 
     def recorded(self: Feed, step: int, micro: int):
@@ -22,7 +20,8 @@ def main(records: str, arguments: list[str]) -> int:
         index, epoch = self.indices(step, micro)
         checksums = [zlib.crc32(image.numpy().tobytes()) for image in x_0]
         row = {"step": step, "place": place.tolist(), "index": index.tolist(), "epoch": epoch.tolist(), "pixels": checksums}
-        shown.write(json.dumps(row) + "\n")
+        with open(f"{records}_{os.environ['RANK']}.jsonl", "a") as shown:
+            shown.write(json.dumps(row) + "\n")
         return x_0, place
 
     Feed.micro_batch = recorded

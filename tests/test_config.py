@@ -36,12 +36,8 @@ def test_every_builtin_config_loads():
     files = list(builtin_configs().glob("*.yaml"))
     assert files
     for file in files:
-        overrides = ["data.path=images.npz"] if load_yaml_kind(file) == "array" else []
+        overrides = ["data.path=images"] if "kind:" in file.read_text() else []
         assert load_config(str(file), overrides).name == file.stem
-
-
-def load_yaml_kind(file: Path) -> str:
-    return "array" if "kind: array" in file.read_text() else "disks"
 
 
 def test_every_setting_says_what_it_means():
@@ -102,7 +98,7 @@ SETTING_ERRORS = [
     (["data.disks.x=[0.9,0.1]"], "data.disks.x: expected two numbers", "[0.9, 0.1]"),
     (["encoder.channels=[64,0]"], "encoder.channels: expected at least 1", "[64, 0]"),
     (["encoder.channels=[]"], "encoder.channels: expected at least one level", "none"),
-    (["data.kind=foo"], "data.kind: expected one of disks, array", "'foo'"),
+    (["data.kind=foo"], "data.kind: expected one of disks, sprites, image_folder, video_folder", "'foo'"),
     (["schedule.kind=linear"], "schedule.kind: expected one of uniform_logsnr, cosine, linear_beta", "'linear'"),
     (["objective.weighting=snr"], "objective.weighting: expected one of elbo", "'snr'"),
     (["engine.zero_stage=3"], "engine.zero_stage: expected 0, 1 or 2", "found 3"),

@@ -24,7 +24,7 @@ def cache_dir(configured: str, source: Path) -> Path:
     """
     base = Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sami-fast"
     source = source.resolve()
-    folder = base / f"{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    folder = base / f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"  # a name has at most 255 bytes
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

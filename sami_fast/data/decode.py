@@ -4,12 +4,14 @@ DALI's decoders (`dali.py`) give the same images bit for bit, and the same frame
 """
 
 import io
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,9 +23,14 @@ IMAGE_SUFFIXES = frozenset(
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".ogv", ".wmv", ".flv", ".3gp", ".y4m"}
 )
-DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}, "BMP": {"L", "RGB"}, "PPM": {"L", "RGB"}}
+DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}  # it reads BMP and PPM too, but not every kind as it should
+PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # what may hold an orientation
+LUMA_WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}  # by ISO 23091-2
 DALI_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # on the CPU; a GPU decodes the others too
 DALI_GPU_CODECS = DALI_CODECS | {"h264", "hevc", "av1", "mpeg4"}
+
+
+Frame = TypeVar("Frame")
 
 
 class BadFile(Exception):
@@ -48,7 +55,7 @@ def pyav() -> ModuleType:
 def image_facts(data: bytes) -> tuple[int, int, str, bool]:
     """Width and height after EXIF rotation, format and mode ("JPEG RGB"), and whether DALI decodes it as we do.
 
-    Only the header is read, unless the end of the file looks cut off.
+    Only the header is read, unless the end of the file looks cut off or the format does not tell.
 
     Raises:
         BadFile: not an image that Pillow knows, or a truncated one.
@@ -61,7 +68,9 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, moving = image.format, image.mode, getattr(image, "is_animated", False)
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # rotated by a quarter turn
+            tagged = kind != "PNG" or any(tag in data for tag in PNG_TAGS)  # Pillow decodes a PNG to look for tags behind its pixels
+            orientation = image.getexif().get(0x0112, 1) if tagged else 1
+            if orientation in (5, 6, 7, 8):  # rotated by a quarter turn
                 width, height = height, width
             transparent = "transparency" in image.info
     except Exception as error:  # Pillow's plugins raise whatever a broken header leads them to
@@ -72,12 +81,20 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         "WEBP": len(data) >= 8 + int.from_bytes(data[4:8], "little"),
     }
     if not whole.get(kind, False):
-        decode_image(data)
-    return width, height, f"{kind} {mode}", mode in DALI_MODES.get(kind, ()) and not moving and not transparent
+        height, width = decode_image(data).shape[:2]
+    odd = {  # where DALI fails or gives other pixels
+        "JPEG": orientation != 1 and b"tiff:Orientation" in data,  # it reads EXIF, not XMP
+        "PNG": orientation != 1 or data[24:25] > b"\x08",  # the same, and it rounds 16 bits otherwise
+        "WEBP": data[12:16] == b"VP8X",  # metadata around the image
+    }
+    suits = mode in DALI_MODES.get(kind, ()) and not (moving or transparent or odd[kind])
+    return width, height, f"{kind} {mode}", suits
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """An image as it is meant to be seen: rotated by its EXIF, first frame, 16 bits scaled to 8, transparent pixels over black.
+
+    16 bits of grey are rounded; of 16 bits of colour Pillow keeps the upper 8, which is at most one level off.
 
     Args:
         data: The file's bytes.
@@ -145,8 +162,13 @@ class Video:
             pieces = -(-(stop - start) // longest)
             cuts = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
             for first, last in pairwise(cuts):
-                found.append((max(k for k in (start, *self.keys) if k <= first), first, last))
+                found.append((self.key_before(first), first, last))
         return found
+
+    def key_before(self, frame: int) -> int:
+        """The last key frame at or before a frame; 0 where there is none."""
+        place = bisect_right(self.keys, frame)
+        return self.keys[place - 1] if place else 0
 
 
 def video_facts(path: Path) -> Video:
@@ -154,15 +176,15 @@ def video_facts(path: Path) -> Video:
 
     Raises:
         BadFile: not a video, no video stream, no packet, or the first frame cannot be decoded.
+        OSError: the file is gone or may not be read.
     """
     av = pyav()
     if path.stat().st_size == 0:
         raise BadFile("zero bytes")
+    open(path, "rb").close()  # the system's own error for a file that may not be read
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise BadFile("no video stream")
-            stream = container.streams.video[0]
+            stream = _stream(container)
             stream.codec_context.thread_count = 1
             first = next(container.decode(stream), None)
             if first is None:
@@ -171,32 +193,81 @@ def video_facts(path: Path) -> Video:
             codec = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}.get(codec, codec)
             width, height = first.width, first.height
             fps = float(stream.average_rate or 0)
+            # MPEG program streams time only some frames; AVI times packets, which H.264 and H.265 put in another order than frames.
+            mixed_up = codec in ("h264", "hevc") and stream.codec_context.has_b_frames
+            untimed = container.format.name == "mpeg" or (container.format.name == "avi" and mixed_up)
         with av.open(str(path), metadata_errors="ignore") as container:
-            stream = container.streams.video[0]
-            times, keys, count = [], [], 0
+            stream = _stream(container)
+            times, keys = [], []
             try:
                 for packet in container.demux(stream):
-                    if not packet.size or packet.is_discard:
+                    if not packet.size or packet.is_discard or packet.is_corrupt or (codec == "vp8" and not _is_shown(packet)):
                         continue
                     times.append(packet.pts)
                     if packet.is_keyframe:
-                        keys.append((packet.pts, count))
-                    count += 1
+                        keys.append(packet.pts)
             except av.FFmpegError:
                 pass  # cut off: what came before can be used
     except BadFile:
         raise
     except (av.FFmpegError, ValueError, EOFError, OSError) as error:
         raise BadFile(_reason(error)) from None
+    if not times:
+        raise BadFile("no frame that can be decoded")
     if rotation % 180:
         width, height = height, width
-    if None in times or len(set(times)) < len(times):  # frames are counted from the start instead
-        return Video(codec, width, height, np.zeros(0, np.int64), (0,), count, fps, rotation)
+    if untimed or None in times or len(set(times)) < len(times):  # frames are counted from the start instead
+        return Video(codec, width, height, np.zeros(0, np.int64), (0,), len(times), fps, rotation)
     pts = np.sort(np.array(times, np.int64))
-    return Video(codec, width, height, pts, tuple(np.searchsorted(pts, [t for t, _ in keys]).tolist()), count, fps, rotation)
+    numbers = sorted(set(np.searchsorted(pts, keys).tolist()))
+    return Video(codec, width, height, pts, tuple(numbers), len(times), fps, rotation)
 
 
-def decode_frames(path: Path, video: Video, key: int, wanted: Sequence[int]) -> list[np.ndarray]:
+def _stream(container: Any) -> Any:
+    """The video stream that a player would show, rather than a cover picture.
+
+    Raises:
+        BadFile: there is none.
+    """
+    if not container.streams.video:
+        raise BadFile("no video stream")
+    stream = container.streams.best("video")
+    if stream is None or stream.codec_context is None:
+        raise BadFile("no video stream of a known codec")
+    return stream
+
+
+def _is_shown(packet: Any) -> bool:
+    """Whether a VP8 packet is a frame to see, not only one that others refer to: RFC 6386, section 9.1."""
+    return bool(memoryview(packet)[0] & 0x10)
+
+
+class DecodedFrame:
+    """A frame as PyAV's decoder left it; gone with the next one."""
+
+    def __init__(self, frame: Any, reformatter: Any, rotation: int) -> None:
+        self._frame, self._reformatter, self._rotation = frame, reformatter, rotation
+
+    def rgb(self) -> np.ndarray:
+        """[H, W, 3] uint8, rotated as the file asks for."""
+        rgb = self._reformatter.reformat(self._frame, format="rgb24").to_ndarray()
+        return np.rot90(rgb, self._rotation // 90) if self._rotation else rgb
+
+    def planes(self) -> tuple[list[np.ndarray], tuple[float, float], bool] | None:
+        """Luma and two planes of chroma [H, W] uint8, the shares of red and blue in the luma, and whether values use the full range.
+
+        None where the frame is rotated, or its planes are not 8 bits, or chroma is coarser in one direction than in the other.
+        """
+        frame = self._frame
+        if self._rotation or frame.format.name not in ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p"):
+            return None
+        planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width] for plane in frame.planes]
+        return planes, LUMA_WEIGHTS.get(int(frame.colorspace), LUMA_WEIGHTS[5]), "j" in frame.format.name or int(frame.color_range) == 2
+
+
+def decode_frames(
+    path: Path, video: Video, key: int, wanted: Sequence[int], fit: Callable[[DecodedFrame], Frame] = DecodedFrame.rgb
+) -> list[Frame]:
     """Frames of a video by PyAV, decoded from one key frame on.
 
     Args:
@@ -204,40 +275,70 @@ def decode_frames(path: Path, video: Video, key: int, wanted: Sequence[int]) -> 
         video: What `video_facts` said of it.
         key: A key frame at or before the first wanted one.
         wanted: Frame numbers, ascending.
+        fit: Applied to each frame as soon as it is decoded, so that only what it makes of them is held.
     Returns:
-        A list of [H, W, 3] uint8, in the order of `wanted`.
+        What `fit` made of each, in the order of `wanted`; by default the frames themselves, [H, W, 3] uint8.
     Raises:
         BadFile: a wanted frame is not there or cannot be decoded.
         OSError: the file is gone.
     """
     av = pyav()
-    found: dict[int, np.ndarray] = {}
     open(path, "rb").close()  # the system's own error for a file that vanished
-    timed = len(video.pts) > 0
-    number = {int(t): n for n, t in enumerate(video.pts)} if timed else {}
-    needed, last = set(wanted), wanted[-1]
-    convert = av.video.reformatter.VideoReformatter()  # one for all frames: making one costs more than using it
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # batches are decoded side by side instead
-            if timed and key:
-                container.seek(int(video.pts[key]), stream=stream, backward=True)
-            for count, frame in enumerate(container.decode(stream)):
-                n = number.get(frame.pts, -1) if timed else count
-                if n in needed and n not in found:
-                    rgb = convert.reformat(frame, format="rgb24").to_ndarray()
-                    found[n] = np.rot90(rgb, video.rotation // 90) if video.rotation else rgb
-                    if len(found) == len(needed):
-                        break
-                if n > last and timed:
-                    break
-    except (av.FFmpegError, ValueError, EOFError) as error:
-        if len(found) < len(needed):
-            raise BadFile(f"frame {min(needed - found.keys())}: {_reason(error)}") from None
-    if len(found) < len(needed):
-        raise BadFile(f"frame {min(needed - found.keys())} cannot be decoded")
+    found: dict[int, Frame] = {}
+    reason = ""
+    # Decoders may need more than the key frame that the container names: with gradual refresh the picture is whole only some frames later.
+    for start in dict.fromkeys((key, video.key_before(max(key - 1, 0)))):
+        found.clear()
+        try:
+            _decode(path, video, start, wanted, fit, found)
+        except (av.FFmpegError, ValueError, EOFError, BadFile) as error:
+            reason = _reason(error)
+        if wanted[0] in found:
+            break
+    missing = set(wanted) - found.keys()
+    if missing:
+        raise BadFile(f"frame {min(missing)}" + (f": {reason}" if reason else " cannot be decoded"))
     return [found[n] for n in wanted]
+
+
+def _decode(
+    path: Path, video: Video, key: int, wanted: Sequence[int], fit: Callable[[DecodedFrame], Frame], found: dict[int, Frame]
+) -> None:
+    av = pyav()
+    timed = len(video.pts) > 0
+    number = {int(t): n for n, t in enumerate(video.pts[key : wanted[-1] + 1], start=key)} if timed else {}
+    needed, end = set(wanted), int(video.pts[wanted[-1]]) if timed else 0
+    convert = av.video.reformatter.VideoReformatter()  # one for all frames: making one costs more than using it
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = _stream(container)
+        stream.codec_context.thread_count = 1  # batches are decoded side by side instead
+        frames = (frame for packet in _packets(container, stream, video, key) for frame in packet.decode())
+        for count, frame in enumerate(frames):
+            n = number.get(frame.pts, -1) if timed else count
+            if n in needed and n not in found:
+                found[n] = fit(DecodedFrame(frame, convert, video.rotation))
+                if len(found) == len(needed):
+                    break
+            if timed and frame.pts is not None and frame.pts > end:
+                break
+
+
+def _packets(container: Any, stream: Any, video: Video, key: int) -> Iterator[Any]:
+    """Packets from a key frame on, or from one before it: containers without an index, as MPEG transport streams, seek by guessing."""
+    back = 0
+    while key and len(video.pts):
+        container.seek(int(video.pts[key]), stream=stream, backward=True)
+        packets = (packet for packet in container.demux(stream))
+        first = next((packet for packet in packets if packet.is_keyframe), None)
+        if first is not None and first.pts is not None and first.pts <= video.pts[key]:
+            yield first
+            yield from packets
+            return
+        back = max(1, 2 * back)
+        key = video.keys[max(bisect_right(video.keys, key) - 1 - back, 0)]
+    if back:
+        container.seek(0, backward=True)
+    yield from container.demux(stream)
 
 
 def cut_out(path: Path, video: Video, key: int, stop: int) -> bytes:
@@ -253,10 +354,9 @@ def cut_out(path: Path, video: Video, key: int, stop: int) -> bytes:
     target = io.BytesIO()
     try:
         with av.open(str(path), metadata_errors="ignore") as container, av.open(target, "w", format="matroska") as output:
-            stream = container.streams.video[0]
+            stream = _stream(container)
             copy = output.add_stream_from_template(stream)
-            container.seek(first, stream=stream, backward=True)
-            for packet in container.demux(stream):
+            for packet in _packets(container, stream, video, key):
                 if packet.pts is None or packet.pts < first or packet.is_discard:
                     continue
                 if packet.pts > end and packet.is_keyframe:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .cache import PixelCache
 from .dali import DaliDecoder
 from .dali import available as dali_available
-from .index import Index, fingerprint, log, report_bad
+from .index import Index, fingerprint, log, plain, report_bad
 from .pixels import EightBit
 
 GIB = 1 << 30
@@ -88,7 +88,7 @@ class Decoded(EightBit):
                 return
             self.lost[name] = reason
             bad = self.index.bad | self.lost
-        log.warning("%s/%s: %s; another one takes its place", self.index.folder, name, reason)
+        log.warning("%s: %s; another one takes its place", plain(f"{self.index.folder}/{name}"), reason)
         total = len(self.index.names) + len(self.index.bad)
         if len(bad) > self.max_bad * total:
             report_bad(self.index.folder, bad, total, self.max_bad, self.what, self.index.cache)
@@ -97,7 +97,7 @@ class Decoded(EightBit):
         """[n] int64 -> [n, C, H, W] uint8."""
         wanted = index.cpu().numpy() % self.size
         found: list[Tensor | None] = [self._kept(int(self.places[n])) for n in wanted]
-        for _ in range(self.size):
+        for _ in range(self.size + 1):
             missing = [slot for slot, pixels in enumerate(found) if pixels is None]
             if not missing:
                 return torch.stack([pixels.to(self.device) for pixels in found])

@@ -12,6 +12,7 @@ from .. import ops
 from .pixels import EightBit, to_unit
 
 AHEAD = 4  # micro-batches per worker that are prepared before they are needed
+Prepared = tuple[Tensor, Tensor, Future[Tensor]]  # indices and epochs of a micro-batch, and its images
 
 
 class Dataset(Protocol):
@@ -70,7 +71,7 @@ class Feed:
         workers = getattr(dataset, "workers", 0)
         self._pool = ThreadPoolExecutor(workers, "feed") if workers else None
         self._ahead = max(AHEAD * workers, -(-getattr(dataset, "ahead", 0) // batch_size) * micro_batches)
-        self._prepared: OrderedDict[tuple[int, int], Future[Tensor]] = OrderedDict()
+        self._prepared: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
 
     def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
@@ -103,18 +104,22 @@ class Feed:
         pixels = self.dataset.pixels(index) if isinstance(self.dataset, EightBit) else self.dataset.images(index)
         return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
 
-    def _prepare(self, step: int, micro: int) -> Future[Tensor]:
-        """The future of this micro-batch; those after it are under way."""
+    def _prepare(self, step: int, micro: int) -> Prepared:
+        """This micro-batch, under way or done; those after it are under way."""
         if (step, micro) not in self._prepared:  # the first one, or a jump
-            for future in self._prepared.values():
-                future.cancel()
-            self._prepared.clear()
+            self._cancel()
         upcoming = (step, micro)
         for _ in range(self._ahead + 1):
             if upcoming not in self._prepared:
-                self._prepared[upcoming] = self._pool.submit(self._read, self.indices(*upcoming)[0])
+                index, epoch = self.indices(*upcoming)
+                self._prepared[upcoming] = index, epoch, self._pool.submit(self._read, index)
             upcoming = (upcoming[0], upcoming[1] + 1) if upcoming[1] + 1 < self.micro_batches else (upcoming[0] + 1, 0)
         return self._prepared.pop((step, micro))
+
+    def _cancel(self) -> None:
+        for _, _, future in self._prepared.values():
+            future.cancel()
+        self._prepared.clear()
 
     def micro_batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """x_0 [b, C, H, W] on the device, and the place of each image in the step's whole batch, [b] int64.
@@ -122,9 +127,18 @@ class Feed:
         Raises:
             UserError: too many images cannot be read.
         """
-        index, epoch = self.indices(step, micro)
-        asked = time.perf_counter()
-        images = self._prepare(step, micro).result() if self._pool else self._read(index)
+        if self._pool:
+            index, epoch, future = self._prepare(step, micro)
+            asked = time.perf_counter()
+            try:
+                images = future.result()
+            except BaseException:
+                self._cancel()  # the program ends, and need not read on before it does
+                raise
+        else:
+            index, epoch = self.indices(step, micro)
+            asked = time.perf_counter()
+            images = self._read(index)
         self.waited += time.perf_counter() - asked
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class ImageFolder(Decoded):
         decoder: "auto", "dali" or "torch"; see `DataConfig.decoder`.
         max_bad, cache_dir, cache_gib, workers: See `DataConfig`.
         names: The files of this dataset, already split, instead of all below the folder.
+        part: Which part these are, for the cache.
         crop: See `square`.
     Raises:
         UserError: no such folder, no images, too many unreadable ones, or DALI is asked for and not installed.
@@ -67,11 +69,13 @@ class ImageFolder(Decoded):
         cache_gib: float = 4.0,
         workers: int = 0,
         names: Sequence[str] | None = None,
+        part: str = "",
         crop: str = "center",
     ) -> None:
         index = build_index(Path(path), _facts, IMAGE_SUFFIXES, what="images", max_bad=max_bad, configured_cache=cache_dir, names=names)
         size = image_size or 64
         self.crop = crop
+        self._not_dali: set[int] = set()  # DALI failed where Pillow did not
         super().__init__(
             index,
             len(index.names),
@@ -80,7 +84,7 @@ class ImageFolder(Decoded):
             dali=dali_decoder(decoder, size),
             max_bad=max_bad,
             cache_gib=cache_gib,
-            variant=crop if names is None else f"{crop}_{split}",
+            variant=f"{crop}-{part}" if part else crop,
             what="images",
             workers=workers,
         )
@@ -89,8 +93,12 @@ class ImageFolder(Decoded):
         """Who decodes an image, and why."""
         kind, suits = self.index.facts[place][2:]
         if self.dali is None:
-            return "Pillow", "data.decoder is torch" if not suits else f"{kind} without DALI"
+            return "Pillow", "without DALI"
         return ("DALI", f"{kind} is one of its formats") if suits else ("Pillow", f"{kind} needs more than DALI's decoder does")
+
+    def sources(self, index: Tensor) -> dict[str, list[Any]]:
+        """Where images come from: "files", names relative to the folder."""
+        return {"files": [self.index.names[place] for place in self.places[index.cpu().numpy() % self.size]]}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -111,11 +119,14 @@ class ImageFolder(Decoded):
                 encoded.pop(place, None)
                 self.lose(self.index.names[place], getattr(error, "strerror", None) or str(error))
         found: dict[int, Tensor | None] = dict.fromkeys(places)
-        found |= self._by_dali({place: data for place, data in encoded.items() if self.dali is not None and self.index.facts[place][3]})
+        for_dali = {p: data for p, data in encoded.items() if self.dali and self.index.facts[p][3] and p not in self._not_dali}
+        found |= self._by_dali(for_dali)
         for place, data in encoded.items():
             if found[place] is None:
                 try:
                     found[place] = self._fit(torch.from_numpy(decode_image(data.tobytes())))
+                    if place in for_dali:  # from now on it spoils no batch
+                        self._not_dali.add(place)
                 except BadFile as error:
                     self.lose(self.index.names[place], str(error))
         return [found[place] for place in places]
@@ -126,17 +137,18 @@ class ImageFolder(Decoded):
             return {}
         boxes = [square(self.index.facts[place][1], self.index.facts[place][0], self.crop) for place in encoded]
         try:
-            return {place: self._fit(pixels) for place, pixels in zip(encoded, self.dali.images([*encoded.values()], boxes), strict=True)}
+            decoded = self.dali.images([*encoded.values()], boxes)
+            return {place: self._fit(pixels, self.dali.resize_inside) for place, pixels in zip(encoded, decoded, strict=True)}
         except RuntimeError:
             if len(encoded) == 1:
                 return {}
             return {place: pixels for one in encoded for place, pixels in self._by_dali({one: encoded[one]}).items()}
 
-    def _fit(self, pixels: Tensor) -> Tensor:
-        """[H, W, 3] uint8 -> [C, S, S] uint8, in memory of its own."""
+    def _fit(self, pixels: Tensor, resized: bool = False) -> Tensor:
+        """[H, W, 3] uint8, which the pipeline may have cropped and resized -> [C, S, S] uint8, in memory of its own."""
         channels, size, _ = self.image_shape
         pixels = pixels.permute(2, 0, 1)[None]
-        if self.dali is None or not self.dali.resize_inside or pixels.shape[2:] != (size, size):
+        if not resized:
             top, left, side = square(*pixels.shape[2:], self.crop)
             pixels = resize(pixels[:, :, top : top + side, left : left + side], size)
         return with_channels(pixels, channels)[0].clone()
@@ -156,7 +168,7 @@ class CelebA(ImageFolder):
     def __init__(self, path: str, *, split: int = 0, crop: str = "center", evaluation: str = "valid", **others: object) -> None:
         folder, names, attributes, self.factor_names = celeba_listing(Path(path), split, evaluation)
         by_name = dict(zip(names, attributes, strict=True))
-        super().__init__(str(folder), split=split, crop=crop, names=names, **others)  # type: ignore[arg-type]
+        super().__init__(str(folder), split=split, crop=crop, names=names, part=evaluation if split else "train", **others)  # type: ignore[arg-type]
         self._attributes = torch.from_numpy(np.stack([by_name[name] for name in self.index.names]).astype(np.float32))
 
     def factors(self, index: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..files import write_text_whole
 from .cache import cache_dir
 from .decode import BadFile
 
-VERSION = 1
+VERSION = 2
 LOOKERS = 4  # threads that look into files: the disk is what takes the time
 SHOWN = 20  # names of bad files that the log shows; all of them stand in a file beside the index
 
@@ -49,21 +50,25 @@ class Index:
 def _stat(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte in a listed name
         return -1, -1
     return found.st_size, found.st_mtime_ns
 
 
 def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], int]:
     """Names with these suffixes below a folder, sorted, and the number of other files. Links to folders are followed, circles are not."""
+
+    def unreadable(error: OSError) -> None:
+        log.warning("%s: skipped a folder: %s", plain(str(error.filename)), error.strerror)
+
     names, others, seen = [], 0, set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         here = os.stat(place)
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways to a folder always the same one
         prefix = os.path.relpath(place, folder)
         for name in files:
             if name.startswith("."):
@@ -98,7 +103,11 @@ def build_index(
     Raises:
         UserError: no such folder, no usable file, or more unusable files than `max_bad` allows.
     """
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:
+        raise UserError(f"data.path: cannot reach the folder {folder} ({error.strerror})") from None
+    if not there:
         raise UserError(f"data.path: no folder {folder}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"data.path: no permission to read the folder {folder}")
@@ -109,7 +118,10 @@ def build_index(
     if not listed:
         some = ", ".join(sorted(suffixes)[:6])
         raise UserError(f"data.path: no {what} in {folder}; expected files ending in {some} ..., found {others} other file(s)")
-    cache = cache_dir(configured_cache, folder)
+    try:
+        cache = cache_dir(configured_cache, folder)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot keep the index of {folder} there ({error})") from None
     file = cache / f"{what}.json"
     known = _read(file)
     found = known.copy()
@@ -117,12 +129,15 @@ def build_index(
     stale = [name for name in listed if name not in known or tuple(known[name][:2]) != stats[name]]
 
     def look(name: str) -> list[Any]:
+        path = folder / name
         try:
-            return [*stats[name], "", inspect(folder / name)]
+            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may never end
+                raise BadFile("not a regular file")
+            return [*stats[name], "", inspect(path)]
         except BadFile as error:
             return [*stats[name], str(error), None]
-        except OSError as error:
-            return [*stats[name], error.strerror or str(error), None]
+        except (OSError, ValueError) as error:  # the file may be as it was when this has passed: it is looked at again next time
+            return [-1, -1, getattr(error, "strerror", None) or str(error), None]
 
     if stale:
         if len(stale) > 10_000:
@@ -130,7 +145,7 @@ def build_index(
         with ThreadPoolExecutor(LOOKERS) as pool:
             found.update(zip(stale, pool.map(look, stale, chunksize=64), strict=True))
         entries = found if names is not None else {name: found[name] for name in listed}
-        write_text_whole(file, json.dumps({"version": VERSION, "files": entries}))
+        _write(file, json.dumps({"version": VERSION, "files": entries}))
     bad = {name: found[name][2] for name in listed if found[name][2]}
     report_bad(folder, bad, len(listed), max_bad, what, cache)
     good = [name for name in listed if not found[name][2]]
@@ -143,14 +158,28 @@ def build_index(
 def _read(file: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(file.read_text())
-        return content["files"] if content["version"] == VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        files = content["files"] if content["version"] == VERSION else {}
+        return {name: entry for name, entry in files.items() if len(entry) == 4}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}  # not there, cut off, or of another version: made anew
+
+
+def _write(file: Path, text: str) -> None:
+    """A full disk is no reason to end a run that only reads."""
+    try:
+        write_text_whole(file, text)
+    except OSError as error:
+        log.warning("%s: not written: %s", file, error.strerror)
+
+
+def plain(name: str) -> str:
+    """A file name for a message: bytes that are no text, line breaks and the like are escaped."""
+    return name if name.isprintable() else ascii(name)
 
 
 def shown(bad: dict[str, str], most: int) -> str:
     """Names and reasons for a message."""
-    first = [f"{name} ({reason})" for name, reason in list(bad.items())[:most]]
+    first = [f"{plain(name)} ({reason})" for name, reason in list(bad.items())[:most]]
     return ", ".join(first) + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
@@ -163,7 +192,7 @@ def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, wh
     if not bad:
         return
     everything = cache / f"unreadable_{what}.txt"
-    write_text_whole(everything, "".join(f"{name!a}: {reason}\n" for name, reason in bad.items()))
+    _write(everything, "".join(f"{name!a}: {plain(reason)}\n" for name, reason in bad.items()))
     if len(bad) > max_bad * total:
         raise UserError(
             f"data.path: {len(bad)} of {total} {what} in {folder} cannot be read, data.max_bad={max_bad:g} allows "

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, Video, cut_out, decode_frames, video_facts
+from .dali import DaliDecoder
+from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
 from .decoded import Decoded, dali_decoder
 from .image_folder import square
 from .index import build_index
 from .order import pooled_order
-from .pixels import resize, to_unit, with_channels
+from .pixels import core, resize, to_unit, with_channels, yuv_to_rgb
 from .storage import held_out_places
 
 WHOLE_FILE = 4 << 20  # bytes; larger files are cut into the part that is decoded
@@ -25,16 +26,17 @@ Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
 
 
 def _facts(path: Path) -> list[Any]:
-    """`Video` as plain JSON; evenly spaced times as first and step."""
+    """`Video` as plain JSON, evenly spaced times as first and step; and the size of the file."""
+    size = path.stat().st_size
     video = video_facts(path)
     pts = video.pts
     even = len(pts) > 1 and (np.diff(pts) == pts[1] - pts[0]).all()
     times = [int(pts[0]), int(pts[1] - pts[0])] if even else pts.tolist()
-    return [video.codec, video.width, video.height, bool(even), times, list(video.keys), video.frames, video.fps, video.rotation]
+    return [video.codec, video.width, video.height, bool(even), times, list(video.keys), video.frames, video.fps, video.rotation, size]
 
 
 def _video(facts: list[Any]) -> Video:
-    codec, width, height, even, times, keys, frames, fps, rotation = facts
+    codec, width, height, even, times, keys, frames, fps, rotation, _ = facts
     pts = times[0] + times[1] * np.arange(frames) if even else np.array(times, np.int64)
     return Video(codec, width, height, pts, tuple(keys), frames, fps, rotation)
 
@@ -89,7 +91,7 @@ class VideoFolder(Decoded):
             int(offsets[-1]),
             (channels or 3, size, size),
             ascending[ops.random_permutation(0, 0, ops.Stream.SHUFFLE, len(ascending)).numpy()],
-            dali=dali_decoder(decoder, size),
+            dali=self._dali(decoder, size),
             max_bad=max_bad,
             cache_gib=cache_gib,
             variant="center",
@@ -107,8 +109,14 @@ class VideoFolder(Decoded):
         self.epoch_size = len(self.places) if not stills else int(sum(min(stills, self._used(v)) for v in chosen))
         self._waiting: dict[tuple[int, tuple[int, ...]], Future[Frames]] = {}
         self._recent: OrderedDict[int, Frames] = OrderedDict()  # frames of segments that were decoded lately
-        self._broken: set[int] = set()  # segments that were lost; they are not tried again
+        self._broken: set[tuple[int, int]] = set()  # video and number of frames that were lost; they are not tried again
         self._claim = threading.Lock()
+
+    @staticmethod
+    def _dali(choice: str, size: int) -> DaliDecoder | None:
+        """On a CPU `auto` leaves DALI alone where the core converts frames: DALI writes every frame out in full resolution."""
+        dali = dali_decoder(choice, size)
+        return None if choice == "auto" and dali is not None and dali.device_id is None and core() is not None else dali
 
     def _used(self, video: int) -> int:
         """Frames of a video that the stride leaves."""
@@ -117,7 +125,7 @@ class VideoFolder(Decoded):
     @property
     def ahead(self) -> int:
         """Frames that the feed should have asked for before they are needed."""
-        return self.pool
+        return min(self.pool, self.epoch_size)
 
     def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
         """Indices of the frames that an epoch shows, in order. [epoch_size] int64."""
@@ -127,8 +135,9 @@ class VideoFolder(Decoded):
             for v, draw in zip(self.chosen, draws, strict=True):
                 used = self._used(v)
                 parts = min(self.stills, used)
+                edges = np.arange(parts + 1) * used // parts  # whole frames, so that no frame lies in two parts
                 inside = draw[:parts] if self.positions == "random" else 0.5
-                frames = np.minimum((np.arange(parts) + inside) * used / parts, used - 1).astype(np.int64)
+                frames = np.minimum(edges[:-1] + (inside * np.diff(edges)).astype(np.int64), edges[1:] - 1)
                 picked.append(self.offsets[v] + frames * self.stride)
             places = np.concatenate(picked)
         else:
@@ -143,7 +152,7 @@ class VideoFolder(Decoded):
         """Who decodes a video, and why."""
         facts = self.videos[video]
         if self.dali is None:
-            return "PyAV", "no DALI here, or data.decoder is torch"
+            return "PyAV", "the compiled core converts its frames faster than DALI on a CPU" if core() else "without DALI"
         on_gpu = self.dali.device_id is not None
         if facts.rotation:
             return "PyAV", "it is stored rotated"
@@ -152,6 +161,12 @@ class VideoFolder(Decoded):
         if facts.codec in (DALI_GPU_CODECS if on_gpu else DALI_CODECS):
             return "DALI", f"{facts.codec} is one of its codecs on the {'GPU' if on_gpu else 'CPU'}"
         return "PyAV", f"DALI does not decode {facts.codec} on the {'GPU' if on_gpu else 'CPU'}"
+
+    def sources(self, index: Tensor) -> dict[str, list[Any]]:
+        """Where frames come from: "files", names relative to the folder, and "frames", from 0."""
+        places = self.places[index.cpu().numpy() % self.size]
+        videos = np.searchsorted(self.offsets, places, side="right") - 1
+        return {"files": [self.index.names[v] for v in videos], "frames": (places - self.offsets[videos]).tolist()}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
         pieces = (np.searchsorted(self._starts, places, side="right") - 1).tolist()
@@ -163,16 +178,19 @@ class VideoFolder(Decoded):
         return [found[piece].get(number) for piece, number in zip(pieces, numbers, strict=True)]
 
     def _segment(self, piece: int, frames: list[int]) -> Frames:
-        """These frames of a segment. Without stills all used frames of it are decoded at once, since the others will be asked for soon."""
+        """These frames of a segment, without those that cannot be decoded.
+
+        Without stills all used frames of it are decoded at once, since the others will be asked for soon.
+        """
         v, key, start, stop = self._pieces[piece]
         if not self.stills:
             frames = list(range(-(-start // self.stride) * self.stride, stop, self.stride))
         with self._claim:
-            if piece in self._broken:
-                return {}
+            frames = [n for n in frames if (v, n) not in self._broken]
             recent = self._recent.get(piece, {})
             if recent.keys() >= set(frames):
-                self._recent.move_to_end(piece)
+                if recent:
+                    self._recent.move_to_end(piece)
                 return recent
             job = (piece, tuple(frames))
             mine = job not in self._waiting
@@ -180,16 +198,11 @@ class VideoFolder(Decoded):
         if not mine:  # another thread decodes it
             return future.result()
         try:
-            try:
-                decoded = self._decode_segment(v, key, frames)
-            except (OSError, BadFile) as error:
-                self.lose(self.index.names[v], getattr(error, "strerror", None) or str(error))
-                decoded = {}
-                self._broken.add(piece)
+            decoded = self._decode_what_can_be(v, key, frames)
             for number, pixels in decoded.items():
                 self._keep(int(self.offsets[v]) + number, pixels)
             with self._claim:
-                self._recent[piece] = {**recent, **decoded}
+                self._recent[piece] = {**self._recent.get(piece, {}), **decoded}
                 self._recent.move_to_end(piece)
                 held = sum(map(len, self._recent.values()))
                 while held > 2 * self.pool and len(self._recent) > 1:
@@ -203,17 +216,46 @@ class VideoFolder(Decoded):
             with self._claim:
                 self._waiting.pop(job, None)
 
+    def _decode_what_can_be(self, v: int, key: int, frames: list[int]) -> Frames:
+        """Frames that fail are remembered and not tried again.
+
+        Stills are then tried one by one: whether a frame is there must not depend on which others a rank happened to ask for with it.
+        """
+        try:
+            return self._decode_segment(v, key, frames)
+        except (OSError, BadFile) as error:
+            self.lose(self.index.names[v], getattr(error, "strerror", None) or str(error))
+        if self.stills and len(frames) > 1:
+            return {n: pixels for one in frames for n, pixels in self._decode_what_can_be(v, key, [one]).items()}
+        with self._claim:
+            self._broken.update((v, n) for n in frames)
+        return {}
+
     def _decode_segment(self, v: int, key: int, frames: list[int]) -> Frames:
         path, video = self.index.folder / self.index.names[v], self.videos[v]
+        if path.stat().st_size != self.index.facts[v][-1]:
+            raise BadFile("changed since it was looked at")
         if self.decoder_of(v)[0] == "DALI":
             whole = path.stat().st_size <= WHOLE_FILE
-            encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
             try:
+                encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
                 return dict(zip(frames, self._fit(decoded), strict=True))
-            except RuntimeError:
+            except (RuntimeError, BadFile):
                 pass  # PyAV may be more lenient, and says what is wrong
-        return dict(zip(frames, self._fit(torch.from_numpy(np.stack(decode_frames(path, video, key, frames)))), strict=True))
+        return dict(zip(frames, decode_frames(path, video, key, frames, self._small), strict=True))
+
+    def _small(self, frame: DecodedFrame) -> Tensor:
+        """[C, S, S] uint8, from the planes where that is possible: the frame is never converted in full."""
+        found = frame.planes() if core() is not None else None
+        if found is None:
+            return self._fit(torch.from_numpy(np.ascontiguousarray(frame.rgb()))[None])[0]
+        planes, weights, full_range = found
+        channels, size, _ = self.image_shape
+        step = -(-planes[0].shape[0] // planes[1].shape[0])
+        box = tuple(n // step * step for n in square(*planes[0].shape))  # on whole pixels of the chroma
+        pixels = yuv_to_rgb(*map(torch.from_numpy, planes), box, size, weights, full_range)
+        return with_channels(pixels[None], channels)[0]
 
     def _fit(self, frames: Tensor) -> Tensor:
         """[F, H, W, 3] uint8 -> [F, C, S, S] uint8, in memory of its own."""
