@@ -97,9 +97,7 @@ class SpritesConfig(Section):
         "shapes that occur",
         ("some of square, ellipse and heart, each once", lambda v: v and set(v) <= {"square", "ellipse", "heart"} and len({*v}) == len(v)),
     )
-    scale: list[float] = setting(
-        [0.5, 1.0], "range of the size; at 1 the circle around it is 0.4 image sides wide", interval(0.05, 2)
-    )
+    scale: list[float] = setting([0.5, 1.0], "range of the size; at 1 the circle around it is 0.4 image sides wide", interval(0.05, 2))
     rotation: list[float] = setting([0.0, 1.0], "range of the angle, clockwise", interval(-1, 1), "turns")
     x: list[float] = setting([0.2, 0.8], "range of the centre's x", interval(0, 1), "image sides")
     y: list[float] = setting([0.2, 0.8], "range of the centre's y", interval(0, 1), "image sides")

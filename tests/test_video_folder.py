@@ -392,10 +392,8 @@ def test_what_is_cut_out_holds_the_same_frames(tmp_path, codec, suffix):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("whole_file", [0, 4 << 20])
-def test_videos_of_several_segments(tmp_path, monkeypatch, decoder, whole_file):
-    """Each from its own key frame on; for DALI large files are cut."""
-    monkeypatch.setattr(video_folder, "WHOLE_FILE", whole_file)
+def test_videos_of_several_segments(tmp_path, monkeypatch, decoder):
+    """Each from its own key frame on; for DALI they are cut out of the file."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for codec in CODECS:
@@ -415,7 +413,7 @@ def test_videos_of_several_segments(tmp_path, monkeypatch, decoder, whole_file):
         near = {other: np.abs(frame - truth[v][other]).mean() for other in (n - 1, n, n + 1) if 0 <= other < 120}
         assert min(near, key=near.__getitem__) == n
         assert near[n] <= 1.1
-    assert bool(cuts) == (whole_file == 0 and decoder == "dali")
+    assert bool(cuts) == (decoder == "dali")
     codecs = {video.codec for video in dataset.videos}
     assert by_pyav == (
         codecs - DALI_CODECS if decoder == "dali" else codecs
@@ -481,6 +479,19 @@ def test_who_decodes_and_why_with_dali(mixed, tmp_path):
         assert dataset.decoder_of(v) == expected
     dataset.videos[0] = Video("vp9", 64, 64, np.zeros(0, np.int64), (0,), 60, 25.0, 0)
     assert dataset.decoder_of(0)[0] == "PyAV"
+
+
+@needs_dali
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU does")
+@pytest.mark.parametrize("has_core", [True, False])
+def test_auto_takes_the_faster_decoder(mixed, tmp_path, monkeypatch, has_core):
+    """On a CPU that is PyAV with the core's conversion, and DALI where there is no core."""
+    monkeypatch.setattr(video_folder, "core", lambda: object() if has_core else None)
+    dataset = opened(mixed, tmp_path, decoder="auto")
+    for v, video in enumerate(dataset.videos):
+        who, why = dataset.decoder_of(v)
+        assert who == ("DALI" if video.codec in DALI_CODECS and not has_core else "PyAV")
+        assert ("compiled core" in why) == has_core
 
 
 def test_grey(mixed, tmp_path):
@@ -830,9 +841,8 @@ HOW = ["vanished", "emptied", "shrunk", "text", "sound", "garbage"]
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(("codec", "stills", "whole_file"), [("vp9", 0, 4 << 20), ("vp9", 6, 0), ("h264", 6, 0)])
-def test_a_video_that_changes_between_index_and_read(tmp_path, codec, how, stills, whole_file, caplog, monkeypatch, capfd):
-    monkeypatch.setattr(video_folder, "WHOLE_FILE", whole_file)
+@pytest.mark.parametrize(("codec", "stills"), [("vp9", 0), ("vp9", 6), ("h264", 6)])
+def test_a_video_that_changes_between_index_and_read(tmp_path, codec, how, stills, caplog, monkeypatch, capfd):
     if codec not in CODECS:
         pytest.skip(f"this PyAV does not write {codec}")
     folder = good_folder(tmp_path / "folder", 3)

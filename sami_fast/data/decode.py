@@ -25,6 +25,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}  # it reads BMP and PPM too, but not every kind as it should
 PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # what may hold an orientation
+PLANAR = frozenset({"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"})
 LUMA_WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}  # by ISO 23091-2
 DALI_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # on the CPU; a GPU decodes the others too
 DALI_GPU_CODECS = DALI_CODECS | {"h264", "hevc", "av1", "mpeg4"}
@@ -256,10 +257,10 @@ class DecodedFrame:
     def planes(self) -> tuple[list[np.ndarray], tuple[float, float], bool] | None:
         """Luma and two planes of chroma [H, W] uint8, the shares of red and blue in the luma, and whether values use the full range.
 
-        None where the frame is rotated, or its planes are not 8 bits, or chroma is coarser in one direction than in the other.
+        None where the frame is rotated or one pixel wide, or its planes are not 8 bits, or chroma is coarser in one direction only.
         """
         frame = self._frame
-        if self._rotation or frame.format.name not in ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p"):
+        if self._rotation or min(frame.width, frame.height) < 2 or frame.format.name not in PLANAR:
             return None
         planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width] for plane in frame.planes]
         return planes, LUMA_WEIGHTS.get(int(frame.colorspace), LUMA_WEIGHTS[5]), "j" in frame.format.name or int(frame.color_range) == 2

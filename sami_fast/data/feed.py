@@ -1,5 +1,6 @@
 """Batches for one rank, as a function of the step alone: a restart, another rank count or other micro-batches change no image."""
 
+import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,17 @@ class Dataset(Protocol):
 
     def factors(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, F] float32."""
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads whose torch operators use one thread each: teams inside teams would wait for one another."""
+    ours, started = torch.get_num_threads(), threading.Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, "feed", initializer=torch.set_num_threads, initargs=(1,))
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(ours)  # what threads to come begin with
+    return pool
 
 
 class Feed:
@@ -69,7 +81,7 @@ class Feed:
         self.waited = 0.0  # seconds in which a batch was asked for and not there
         self._orders: OrderedDict[int, Tensor] = OrderedDict()
         workers = getattr(dataset, "workers", 0)
-        self._pool = ThreadPoolExecutor(workers, "feed") if workers else None
+        self._pool = _workers(workers) if workers else None
         self._ahead = max(AHEAD * workers, -(-getattr(dataset, "ahead", 0) // batch_size) * micro_batches)
         self._prepared: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
 

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -12,6 +13,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 def to_unit(pixels: Tensor) -> Tensor:
     """[...] uint8 -> [...] float32 in [-1, 1]."""
+    if pixels.device.type == "cpu":  # numpy starts no team of threads, which would stay awake and take the decoders' cores
+        unit = np.divide(pixels.numpy(), np.float32(127.5), dtype=np.float32)
+        return torch.from_numpy(np.subtract(unit, np.float32(1.0), out=unit))
     return pixels.float().div_(127.5).sub_(1.0)
 
 

@@ -21,7 +21,6 @@ from .order import pooled_order
 from .pixels import core, resize, to_unit, with_channels, yuv_to_rgb
 from .storage import held_out_places
 
-WHOLE_FILE = 4 << 20  # bytes; larger files are cut into the part that is decoded
 Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
 
 
@@ -174,11 +173,16 @@ class VideoFolder(Decoded):
         wanted: dict[int, set[int]] = {}
         for piece, number in zip(pieces, numbers, strict=True):
             wanted.setdefault(piece, set()).add(number)
-        found = {piece: self._segment(piece, sorted(frames)) for piece, frames in wanted.items()}
+        found: dict[int, Frames] = {}
+        for wait in (False, True):  # what no other thread is decoding comes first
+            for piece in wanted.keys() - found.keys():
+                frames = self._segment(piece, sorted(wanted[piece]), wait)
+                if frames is not None:
+                    found[piece] = frames
         return [found[piece].get(number) for piece, number in zip(pieces, numbers, strict=True)]
 
-    def _segment(self, piece: int, frames: list[int]) -> Frames:
-        """These frames of a segment, without those that cannot be decoded.
+    def _segment(self, piece: int, frames: list[int], wait: bool) -> Frames | None:
+        """These frames of a segment, without those that cannot be decoded; None where another thread decodes it, unless told to wait.
 
         Without stills all used frames of it are decoded at once, since the others will be asked for soon.
         """
@@ -195,8 +199,8 @@ class VideoFolder(Decoded):
             job = (piece, tuple(frames))
             mine = job not in self._waiting
             future = self._waiting.setdefault(job, Future())
-        if not mine:  # another thread decodes it
-            return future.result()
+        if not mine:
+            return future.result() if wait else None
         try:
             decoded = self._decode_what_can_be(v, key, frames)
             for number, pixels in decoded.items():
@@ -236,7 +240,7 @@ class VideoFolder(Decoded):
         if path.stat().st_size != self.index.facts[v][-1]:
             raise BadFile("changed since it was looked at")
         if self.decoder_of(v)[0] == "DALI":
-            whole = path.stat().st_size <= WHOLE_FILE
+            whole = len(self._segments[v]) == 1  # DALI looks through all that it is given
             try:
                 encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
