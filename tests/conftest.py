@@ -39,3 +39,11 @@ def _nan_in_uninitialised_memory(request):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _normal_priority():
+    """An AV1 encoder makes the thread that calls it a real-time one where it may, as root; the tests beside it would come to a halt."""
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -159,6 +159,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.timeout(300)
 def test_memory_stays_flat_over_an_epoch_of_100000_images(tmp_path):
     """A hundred thousand file names over 500 different images; a warm start takes seconds."""
     random, folder = np.random.default_rng(0), tmp_path / "images"

@@ -3,6 +3,7 @@
 import errno
 import io
 import math
+import os
 import re
 import sys
 from fractions import Fraction
@@ -446,3 +447,11 @@ def test_without_pyav(tmp_path, monkeypatch):
     for attempt in (available_codecs, lambda: write_video(tmp_path / "a.mkv", coloured(2), codec="mpeg4")):
         with pytest.raises(UserError, match=r"writing videos needs PyAV: pip install 'sami-fast\[feed\]'"):
             attempt()
+
+
+def test_writing_leaves_the_threads_priority_alone(tmp_path):
+    """SVT-AV1 makes the thread that calls it a real-time one where it may; everything else on the machine would then wait for it."""
+    before = os.sched_getscheduler(0)
+    for codec in available_codecs():
+        write_video(tmp_path / f"{codec}.mkv", np.zeros((3, 64, 64, 3), np.uint8), codec=codec)
+        assert os.sched_getscheduler(0) == before, codec

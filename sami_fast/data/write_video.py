@@ -130,6 +130,8 @@ def _encode(
 ) -> None:
     av = _pyav()
     os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 reads it: errors alone on the terminal
+    # Where it may, it also gives the thread that calls it a real-time priority, under which nothing else gets to run.
+    priority = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None
     try:
         with av.open(content, "w", format=CONTAINERS[path.suffix]) as container:
             try:
@@ -154,6 +156,9 @@ def _encode(
         height, width = frames.shape[1:3]
         asked = f"{height} x {width} frames to {path.suffix} with {encoder.options}"
         raise UserError(f"{path}: {encoder.name} cannot write {asked} ({error.strerror}); try larger frames or .mkv") from error
+    finally:
+        if priority is not None and os.sched_getscheduler(0) != priority[0]:
+            os.sched_setscheduler(0, *priority)
 
 
 def write_sprite_videos(
