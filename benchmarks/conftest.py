@@ -154,7 +154,7 @@ COLUMNS = (
     ("80 %", lambda r: f"{r['ratio_q80']:.2f}"),
     ("target", lambda r: _target(r)),
     ("rate", lambda r: f"{r['rate']:.2f} {r['rate_unit']}"),
-    ("peak MiB", lambda r: f"{r['peak_bytes'] / 2**20:.2f}"),
+    ("peak MiB", lambda r: f"{r['peak_bytes'] / 2**20:.2f}" if r["peak_bytes"] else ""),
 )
 TEXT_COLUMNS = 5  # the first ones are aligned to the left
 

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "omegaconf", "safetensors", "tensorboard")
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "omegaconf", "safetensors", "tensorboard", "pillow")
+FEED_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "h5py")  # of the extra "feed"
 
 
 def _version(package: str) -> str | None:
@@ -47,6 +48,6 @@ def describe() -> dict[str, Any]:
         "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in (*PACKAGES, *FEED_PACKAGES)},
         "ops": ops.describe(),
     }
