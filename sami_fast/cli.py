@@ -206,7 +206,7 @@ def run_data(arguments: argparse.Namespace) -> None:
             lines = value if isinstance(value, list) else [value]
             print("\n".join(f"{name if not row else '':<18} {line}" for row, line in enumerate(lines)))
     if output:
-        count = _count(dataset, arguments.count, CONTACTS) if dataset.size is None or arguments.count else min(CONTACTS, dataset.size)
+        count = _count(dataset, arguments.count, CONTACTS)
         images = dataset.images(torch.arange(count))
         _write_pictures(output, images, math.ceil(math.sqrt(count)), images=images)
         print(f"{output}: {count} images of training", file=sys.stderr if arguments.json else sys.stdout)

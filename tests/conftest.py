@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run through Triton's interpreter, which has to 
 """
 
 import os
+import threading
 
 import pytest
 import torch
@@ -47,3 +48,13 @@ def _normal_priority():
     yield
     if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.fixture
+def no_thread_is_left():
+    """Threads that a test starts end with it."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive(), thread.name

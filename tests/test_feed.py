@@ -13,6 +13,8 @@ from sami_fast.data.order import pooled_order
 from sami_fast.data.pixels import EightBit
 from sami_fast.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(60)
 
@@ -74,15 +76,6 @@ def batches(feed: Feed, steps) -> list[torch.Tensor]:
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-        assert not thread.is_alive(), thread.name
 
 
 @pytest.mark.parametrize("kind", [Numbers, Pooled])

@@ -24,6 +24,8 @@ from sami_fast.errors import UserError
 
 av = pytest.importorskip("av")
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 CPU = torch.device("cpu")
 SIDE, DARK, LIGHT = 64, 30, 220
 CODECS = available_codecs()
@@ -137,15 +139,6 @@ def mixed(tmp_path_factory):
     for clip, codec in enumerate(CODECS):
         write_video(folder / f"{clip}_{codec}{suffixes.get(codec, '.mkv')}", bars(60, clip), codec=codec, keyframe_interval=12)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left():
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-        assert not thread.is_alive(), thread.name
 
 
 # Frame for frame

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .pixels import Box
 
 MAX_BATCH = 256
-Box = tuple[int, int, int]  # top, left, side of the square that is resized, in pixels
 
 
 @cache

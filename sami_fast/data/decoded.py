@@ -13,7 +13,7 @@ from .cache import PixelCache
 from .dali import DaliDecoder
 from .dali import available as dali_available
 from .index import Index, fingerprint, log, plain, report_bad
-from .pixels import EightBit
+from .pixels import EightBit, resize, square, with_channels
 
 GIB = 1 << 30
 
@@ -76,6 +76,18 @@ class Decoded(EightBit):
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
         """Decode images by place: [C, H, W] uint8 each, None where that failed and `lose` was told."""
         raise NotImplementedError
+
+    def fit(self, frames: Tensor, crop: str = "center", *, resized: bool = False) -> Tensor:
+        """[F, H, W, 3] uint8, unless a pipeline has cropped and resized them -> [F, C, S, S] uint8, in memory of its own."""
+        channels, size, _ = self.image_shape
+        frames = frames.permute(0, 3, 1, 2)
+        if not resized:
+            frames = resize(frames, size, square(*frames.shape[2:], crop))
+        return with_channels(frames, channels).clone(memory_format=torch.contiguous_format)
+
+    def places_of(self, index: Tensor) -> np.ndarray:
+        """Places among all images or frames. [n] int64 both."""
+        return self.places[index.cpu().numpy() % self.size]
 
     def lose(self, name: str, reason: str) -> None:
         """Count a file that cannot be read.

@@ -9,28 +9,12 @@ import torch
 from torch import Tensor
 
 from .celeba import celeba_listing
-from .dali import MAX_BATCH, Box
+from .dali import MAX_BATCH
 from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
 from .decoded import Decoded, dali_decoder
 from .index import build_index
-from .pixels import resize, with_channels
+from .pixels import square
 from .storage import held_out_places
-
-CROPS = ("center", "tight", "face")
-
-
-def square(height: int, width: int, crop: str = "center") -> Box:
-    """Top, left and side of the square that is used of an image.
-
-    "center" is the central square, "tight" the central two thirds of it, "face" rows 57 to 185 and columns 25 to 153 of an aligned CelebA
-    image (Preechakul et al., CVPR 2022).
-    """
-    if crop == "face" and height >= 185 and width >= 153:
-        return 57, 25, 128
-    side = min(height, width)
-    if crop == "tight":
-        side = max(1, round(side * 2 / 3))
-    return (height - side) // 2, (width - side) // 2, side
 
 
 def _facts(path: Path) -> tuple[int, int, str, bool]:
@@ -98,7 +82,7 @@ class ImageFolder(Decoded):
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where images come from: "files", names relative to the folder."""
-        return {"files": [self.index.names[place] for place in self.places[index.cpu().numpy() % self.size]]}
+        return {"files": [self.index.names[place] for place in self.places_of(index)]}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -124,7 +108,7 @@ class ImageFolder(Decoded):
         for place, data in encoded.items():
             if found[place] is None:
                 try:
-                    found[place] = self._fit(torch.from_numpy(decode_image(data.tobytes())))
+                    found[place] = self.fit(torch.from_numpy(decode_image(data.tobytes()))[None], self.crop)[0]
                     if place in for_dali:  # from now on it spoils no batch
                         self._not_dali.add(place)
                 except BadFile as error:
@@ -138,20 +122,12 @@ class ImageFolder(Decoded):
         boxes = [square(self.index.facts[place][1], self.index.facts[place][0], self.crop) for place in encoded]
         try:
             decoded = self.dali.images([*encoded.values()], boxes)
-            return {place: self._fit(pixels, self.dali.resize_inside) for place, pixels in zip(encoded, decoded, strict=True)}
+            inside = self.dali.resize_inside
+            return {p: self.fit(pixels[None], self.crop, resized=inside)[0] for p, pixels in zip(encoded, decoded, strict=True)}
         except RuntimeError:
             if len(encoded) == 1:
                 return {}
             return {place: pixels for one in encoded for place, pixels in self._by_dali({one: encoded[one]}).items()}
-
-    def _fit(self, pixels: Tensor, resized: bool = False) -> Tensor:
-        """[H, W, 3] uint8, which the pipeline may have cropped and resized -> [C, S, S] uint8, in memory of its own."""
-        channels, size, _ = self.image_shape
-        pixels = pixels.permute(2, 0, 1)[None]
-        if not resized:
-            top, left, side = square(*pixels.shape[2:], self.crop)
-            pixels = resize(pixels[:, :, top : top + side, left : left + side], size)
-        return with_channels(pixels, channels)[0].clone()
 
 
 class CelebA(ImageFolder):
@@ -173,4 +149,4 @@ class CelebA(ImageFolder):
 
     def factors(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, 40] float32, 0 or 1."""
-        return self._attributes[self.places[index.cpu().numpy() % self.size]]
+        return self._attributes[self.places_of(index)]

@@ -15,10 +15,9 @@ from .. import ops
 from .dali import DaliDecoder
 from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
 from .decoded import Decoded, dali_decoder
-from .image_folder import square
 from .index import build_index
 from .order import pooled_order
-from .pixels import core, resize, to_unit, with_channels, yuv_to_rgb
+from .pixels import core, square, to_unit, with_channels, yuv_to_rgb
 from .storage import held_out_places
 
 Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
@@ -163,7 +162,7 @@ class VideoFolder(Decoded):
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where frames come from: "files", names relative to the folder, and "frames", from 0."""
-        places = self.places[index.cpu().numpy() % self.size]
+        places = self.places_of(index)
         videos = np.searchsorted(self.offsets, places, side="right") - 1
         return {"files": [self.index.names[v] for v in videos], "frames": (places - self.offsets[videos]).tolist()}
 
@@ -244,7 +243,7 @@ class VideoFolder(Decoded):
             try:
                 encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
-                return dict(zip(frames, self._fit(decoded), strict=True))
+                return dict(zip(frames, self.fit(decoded, resized=self.dali.resize_inside), strict=True))
             except (RuntimeError, BadFile):
                 pass  # PyAV may be more lenient, and says what is wrong
         return dict(zip(frames, decode_frames(path, video, key, frames, self._small), strict=True))
@@ -253,7 +252,7 @@ class VideoFolder(Decoded):
         """[C, S, S] uint8, from the planes where that is possible: the frame is never converted in full."""
         found = frame.planes() if core() is not None else None
         if found is None:
-            return self._fit(torch.from_numpy(np.ascontiguousarray(frame.rgb()))[None])[0]
+            return self.fit(torch.from_numpy(np.ascontiguousarray(frame.rgb()))[None])[0]
         planes, weights, full_range = found
         channels, size, _ = self.image_shape
         step = -(-planes[0].shape[0] // planes[1].shape[0])
@@ -261,31 +260,26 @@ class VideoFolder(Decoded):
         pixels = yuv_to_rgb(*map(torch.from_numpy, planes), box, size, weights, full_range)
         return with_channels(pixels[None], channels)[0]
 
-    def _fit(self, frames: Tensor) -> Tensor:
-        """[F, H, W, 3] uint8 -> [F, C, S, S] uint8, in memory of its own."""
-        channels, size, _ = self.image_shape
-        frames = frames.permute(0, 3, 1, 2)
-        if self.dali is None or not self.dali.resize_inside or frames.shape[2:] != (size, size):
-            frames = resize(frames, size)
-        return with_channels(frames, channels).clone(memory_format=torch.contiguous_format)
-
     # Clips
 
     @property
     def num_clips(self) -> int:
         """Clips that follow each other without overlap in the videos of this split; shorter videos have none."""
-        return sum(self._used(v) // self.clip_length for v in self.chosen)
+        return int(self._clips_of_each.sum())
+
+    @property
+    def _clips_of_each(self) -> np.ndarray:
+        return np.array([self._used(v) // self.clip_length for v in self.chosen])
 
     def clips(self, index: Tensor) -> Tensor:
         """Ordered frames, `stride` apart. [n] int64, below `num_clips` -> [n, T, C, H, W] float32 in [-1, 1]."""
-        per_video = np.array([self._used(v) // self.clip_length for v in self.chosen])
-        ends = per_video.cumsum()
+        ends = self._clips_of_each.cumsum()
         clips = []
         for n in index.tolist():
             if not 0 <= n < ends[-1]:
                 raise IndexError(f"clip {n} of {ends[-1]}")
             which = int(np.searchsorted(ends, n, side="right"))
-            first = (n - (ends[which] - per_video[which])) * self.clip_length
+            first = (n - (ends[which - 1] if which else 0)) * self.clip_length
             places = self.offsets[self.chosen[which]] + (first + np.arange(self.clip_length)) * self.stride
             clips.append(self.pixels(torch.from_numpy(self._index_of[places])))
         return to_unit(torch.stack(clips))
