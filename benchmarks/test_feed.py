@@ -24,7 +24,7 @@ from sami_fast.config import load_config
 from sami_fast.data import Feed, ImageFolder, VideoFolder, open_dataset
 from sami_fast.engine import set_threads
 from sami_fast.step import Draw
-from sami_fast.train import TrainingModule, build_sami
+from sami_fast.train import TrainingModule, build_model
 
 pytest.importorskip("nvidia.dali", reason="needs DALI: pip install 'sami-fast[feed]'")
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'")
@@ -256,7 +256,7 @@ def test_a_step_hardly_waits(kind, tmp_path, capsys):
         config = load_config("images", [f"data.path={folder}", f"data.cache_dir={tmp_path}", "data.cache_gib=0", "train.batch_size=32"])
     set_threads(config.engine.threads)
     dataset = open_dataset(config.data, config.seed)
-    sami = build_sami(config, dataset.image_shape)
+    sami = build_model(config, dataset.image_shape)
     module = TrainingModule(sami, config)
     feed = Feed(dataset, config.train.batch_size, 1, 0, 1, config.seed, CPU, config.data.flip)
     steps = 60 if kind == "disks" else 12

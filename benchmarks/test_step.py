@@ -21,7 +21,7 @@ from sami_fast.data import open_dataset
 from sami_fast.reference.step import step as reference_step
 from sami_fast.sami import Sami
 from sami_fast.step import Draw, Objective, training_step
-from sami_fast.train import build_sami
+from sami_fast.train import build_model
 
 CONFIGS = {
     "disks": ("disks", ["data.image_size=32", "train.batch_size=32"]),
@@ -55,7 +55,7 @@ class Step:
 
     def __init__(self, config: Config) -> None:
         dataset = open_dataset(config.data, config.seed)
-        self.sami = build_sami(config, dataset.image_shape)
+        self.sami = build_model(config, dataset.image_shape)
         # The denoiser starts as zero, where almost all of its gradients are zero too.
         with torch.no_grad():
             torch.nn.init.normal_(self.sami.denoiser.out.weight, std=0.02)

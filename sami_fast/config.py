@@ -18,7 +18,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from .errors import UserError
 from .models.layers import STYLES
 from .schedule import SCHEDULES, WEIGHTINGS
-from .score import METHODS
+from .score import METHODS as SCORE_METHODS
+
+METHODS = ("sami", "beta_vae", "diffae")
 
 Check = tuple[str, Callable[[Any], bool]]
 
@@ -178,6 +180,8 @@ class EncoderConfig(Section):
 
 @dataclass(frozen=True)
 class DenoiserConfig(Section):
+    """Also the shape of a beta-VAE's decoder, which is the denoiser's way up."""
+
     section = "denoiser"
     channels: list[int] = setting([16, 32, 32, 32], "width of each resolution, full resolution first", number(1, 8192))
     blocks: int = setting(1, "residual blocks per resolution", number(1, 16))
@@ -266,7 +270,7 @@ class EngineConfig(Section):
     zero_stage: int = setting(0, "DeepSpeed ZeRO stage", ("0, 1 or 2", lambda value: value in (0, 1, 2)))
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
-    score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*METHODS))
+    score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*SCORE_METHODS))
     store_eps: bool = setting(True, "keep the noise from noising to loss; false draws it twice: 4 bytes per noisy pixel less")
     threads: int = setting(0, "CPU threads per rank; 0 shares the cores among the ranks of the machine", number(0, 1024))
 
@@ -297,12 +301,25 @@ class ReportConfig(Section):
 
 
 @dataclass(frozen=True)
+class BetaVAEConfig(Section):
+    section = "beta_vae"
+    decoder_std: float = setting(1.0, "standard deviation of the decoder's Gaussian, on images in [-1, 1]", number(0, open_low=True))
+
+
+@dataclass(frozen=True)
+class DiffAEConfig(Section):
+    section = "diffae"
+    stochastic: bool = setting(False, "draw z from q(z|x) and charge its KL; otherwise z is the encoder's mean")
+
+
+@dataclass(frozen=True)
 class Config(Section):
     name: str = setting(
         "run", "the run's folder is <runs_dir>/<name>", ("a plain folder name", lambda v: bool(re.fullmatch(r"[\w][\w.-]*", v)))
     )
     runs_dir: str = setting("runs", "where run folders lie")
     seed: int = setting(0, "key of every random number", number(0, 2**63 - 1))
+    method: str = setting("sami", "what is trained; beta_vae and diffae are baselines of the same networks", one_of(*METHODS))
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
@@ -310,6 +327,8 @@ class Config(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kl_weight: KLWeightConfig = field(default_factory=KLWeightConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    beta_vae: BetaVAEConfig = field(default_factory=BetaVAEConfig)
+    diffae: DiffAEConfig = field(default_factory=DiffAEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -319,6 +338,8 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         train = self.train
+        if self.method != "sami" and train.mode != "joint":
+            raise UserError(f"train.mode: expected joint with method {self.method}, found {train.mode}")
         if (train.mode == "frozen") != bool(train.denoiser_from):
             raise UserError("train.denoiser_from: train.mode frozen needs it, and train.mode joint has no use for it")
         if self.data.kind not in ("disks", "sprites") and not self.data.path:
@@ -338,8 +359,10 @@ class Config(Section):
 
     @property
     def first_joint_step(self) -> int:
-        """The step from which the encoder learns."""
-        return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1) if self.train.mode == "joint" else 0
+        """The step from which the encoder learns: from the first, unless SAMI's denoiser has to learn to denoise before it."""
+        if self.method != "sami" or self.train.mode != "joint":
+            return 0
+        return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1)
 
 
 def builtin_configs() -> Path:

@@ -112,8 +112,8 @@ def _nvidia_apex_adam() -> type[torch.optim.Optimizer]:
     return FusedAdam
 
 
-def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """One optimiser with a parameter group per trained network.
+def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """One optimiser with a parameter group per trained network, under the network's name.
 
     Raises:
         UserError: the asked-for implementation cannot run here.
@@ -122,7 +122,7 @@ def build_optimizer(encoder: nn.Module, denoiser: nn.Module, config: Config, dev
     decoupled = settings.kind == "adamw"
     groups = [
         {"params": trained, "name": name}
-        for name, network in (("encoder", encoder), ("denoiser", denoiser))
+        for name, network in networks.items()
         if (trained := [p for p in network.parameters() if p.requires_grad])
     ]
     arguments: dict[str, Any] = {

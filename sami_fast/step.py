@@ -51,7 +51,7 @@ class StepTerms:
     kl: Tensor  # [B, Z] raw KL per latent dimension, no free-bits floor
 
 
-def _noised(
+def noised(
     schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective, store_eps: bool
 ) -> tuple[Tensor, Tensor | ops.Noise, Tensor, Tensor, Tensor]:
     """x_t and eps [B*K, C, H, W]; t, sigma_t and weight [B*K], the weight divided by K so that a sum over levels is their mean."""
@@ -64,7 +64,7 @@ def _noised(
     return x_t, eps, t.flatten(), sigma_t.flatten(), weight.flatten()
 
 
-def _per_image(per_sample: Tensor, levels: int) -> Tensor:
+def per_image(per_sample: Tensor, levels: int) -> Tensor:
     return per_sample.view(-1, levels).sum(1)
 
 
@@ -108,7 +108,7 @@ def training_step(
     z = ops.gaussian_reparameterize(mu_0, var_0, eps_z)
 
     # x_t = alpha_t x_0 + sigma_t eps
-    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective, store_eps)
+    x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps)
 
     # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
@@ -119,7 +119,7 @@ def training_step(
     diffusion, unguided, cotangent = ops.guided_loss(
         eps, eps_pred, grad_log_q, sigma_t, weight, objective.unconditional_weight * weight, return_cotangent=True
     )
-    diffusion, unguided = _per_image(diffusion, levels), _per_image(weight * unguided, levels)
+    diffusion, unguided = per_image(diffusion, levels), per_image(weight * unguided, levels)
 
     # KL( q(z | x_0) || N(0, I) ), each dimension's batch mean free up to the free bits
     kl = ops.gaussian_kl(mu_0, var_0)
@@ -152,8 +152,8 @@ def denoising_step(
         loss: scalar, nats per image.
         unguided: [B] the same per image, without gradient.
     """
-    x_t, eps, t, sigma_t, weight = _noised(schedule, x_0, draw, objective, store_eps)
+    x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
     per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-    unguided = _per_image(per_sample, objective.noise_levels)
+    unguided = per_image(per_sample, objective.noise_levels)
     return unguided.mean(), unguided.detach()

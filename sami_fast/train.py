@@ -25,19 +25,26 @@ from torch import Tensor, nn
 
 from sami_fast import checkpoints, ops
 from sami_fast import engine as engines
+from sami_fast.baselines import beta_vae_step, diffae_step
 from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
+from sami_fast.latent_model import LatentModel
+from sami_fast.methods import METHODS
 from sami_fast.metrics.latents import LIVE_NATS
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
-DENOISER_TERM, GUIDED_TERM, LOSS_TERM = 0, 1, 2  # places of the measured terms; the KL per dimension follows
-NUM_TERMS = 3
+# Of each method: the measured terms under their names in the log, and what each is called when it is not finite.
+TERMS = {
+    "sami": {"unguided_nats": "the denoiser's error", "diffusion_nats": "the guided error (the encoder's score)"},
+    "beta_vae": {"reconstruction_nats": "the reconstruction error"},
+    "diffae": {"diffusion_nats": "the denoiser's error"},
+}
 VALIDATION_BATCH = 64  # images at a time
 
 
@@ -45,51 +52,65 @@ class TrainingModule(nn.Module):
     """What DeepSpeed wraps: both networks and the step between them.
 
     `forward` returns the loss in nats per image *and dimension*, so that gradient norms do not grow with the image, and the
-    measured terms [3 + Z]: unguided, guided, loss, KL per latent dimension; nats per image.
+    measured numbers [1 + terms + Z]: the loss, the terms under their names in the log, the KL per latent dimension; nats per image.
     """
 
-    def __init__(self, sami: Sami, config: Config) -> None:
+    def __init__(self, model: LatentModel, config: Config) -> None:
         super().__init__()
-        self.sami = sami
+        self.model, self.config = model, config
+        self.terms = TERMS[model.method]
         self.objective = Objective(**asdict(config.objective))
         self.bf16 = config.engine.precision == "bf16"
-        self.score_method, self.store_eps = config.engine.score, config.engine.store_eps
         self.mean_over_ranks = lambda local_mean: local_mean
 
     def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
-        sami = self.sami
+        model = self.model
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
-            if joint:
-                loss, terms = training_step(
-                    sami.encoder,
-                    sami.denoiser,
-                    sami.schedule,
-                    x_0,
-                    draw,
-                    self.objective,
-                    kl_weight,
-                    score_method=self.score_method,
-                    store_eps=self.store_eps,
-                    global_mean=self.mean_over_ranks,
-                )
-                unguided, guided, kl = terms.unguided.mean(), terms.diffusion.mean(), terms.kl.mean(0)
+            if model.method == "sami":
+                loss, terms, kl = self._sami_step(x_0, draw, kl_weight, joint)
+            elif model.method == "beta_vae":
+                loss, *terms, kl = beta_vae_step(model, x_0, draw, kl_weight, self.config.beta_vae.decoder_std)
             else:
-                loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective, store_eps=self.store_eps)
-                guided = unguided = unguided.mean()
-                kl = x_0.new_zeros(sami.encoder.latent_size)
-                # Every rank reduces every gradient: give the waiting encoder zeros. Adam counts these steps, which makes the encoder's
-                # first updates up to twice as large; its own learning-rate warm-up covers them.
-                loss = loss + 0.0 * sum(p.sum() for p in sami.encoder.parameters())
-        return loss / x_0[0].numel(), torch.cat((torch.stack((unguided, guided, loss.detach())), kl)).float()
+                store_eps = self.config.engine.store_eps
+                loss, *terms, kl = diffae_step(model, x_0, draw, self.objective, kl_weight, store_eps=store_eps)
+        measured = torch.stack((loss.detach(), *(term.mean() for term in terms)))
+        return loss / x_0[0].numel(), torch.cat((measured, kl.mean(0))).float()
+
+    def _sami_step(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+        sami, store_eps = self.model, self.config.engine.store_eps
+        if joint:
+            loss, terms = training_step(
+                sami.encoder,
+                sami.denoiser,
+                sami.schedule,
+                x_0,
+                draw,
+                self.objective,
+                kl_weight,
+                score_method=self.config.engine.score,
+                store_eps=store_eps,
+                global_mean=self.mean_over_ranks,
+            )
+            return loss, [terms.unguided, terms.diffusion], terms.kl
+        loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective, store_eps=store_eps)
+        # Every rank reduces every gradient: give the waiting encoder zeros. Adam counts these steps, which makes the encoder's
+        # first updates up to twice as large; its own learning-rate warm-up covers them.
+        loss = loss + 0.0 * sum(p.sum() for p in sami.encoder.parameters())
+        return loss, [unguided, unguided], x_0.new_zeros(1, sami.latent_size)
 
 
 def architecture_of(config: Config, image_shape: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
-    """Arguments of both networks for images of this shape."""
+    """Arguments of both networks of the config's method for images of this shape."""
     image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
-    return {"encoder": image | asdict(config.encoder), "denoiser": image | asdict(config.denoiser)}
+    encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
+    if config.method != "sami":
+        partner["latent_size"] = config.encoder.latent_size
+    if config.method == "beta_vae":  # a decoder sees no noise level
+        del partner["embedding_size"]
+    return {"encoder": encoder, METHODS[config.method].partner: partner}
 
 
-def build_sami(config: Config, image_shape: tuple[int, int, int]) -> Sami:
+def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
     """Both networks with weights that depend on the seed alone, or with the given denoiser in frozen mode.
 
     Raises:
@@ -108,13 +129,14 @@ def build_sami(config: Config, image_shape: tuple[int, int, int]) -> Sami:
             there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
             raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
     torch.manual_seed(config.seed)
+    settings = asdict(config.diffae) if config.method == "diffae" else {}
     try:
-        sami = Sami.build(architecture, asdict(config.schedule))
+        model = METHODS[config.method].build(architecture, asdict(config.schedule), **settings)
     except ValueError as error:
         raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
     if given is not None:
-        sami.denoiser = given.denoiser.requires_grad_(False)
-    return sami
+        model.denoiser = given.denoiser.requires_grad_(False)
+    return model
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -153,10 +175,10 @@ class Trainer:
         self.run_folder = RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dict(config, self.world_size)  # all that can be wrong is found before the run folder is touched
-        self.sami = build_sami(config, self.dataset.image_shape).to(self.device)
-        optimizer = engines.build_optimizer(self.sami.encoder, self.sami.denoiser, config, self.device)
+        self.model = build_model(config, self.dataset.image_shape).to(self.device)
+        optimizer = engines.build_optimizer(self.model.networks, config, self.device)
         engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
-        self.module = TrainingModule(self.sami, config)
+        self.module = TrainingModule(self.model, config)
         self.engine = engines.Engine(self.module, optimizer, config)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
         self.feed = Feed(
@@ -202,7 +224,7 @@ class Trainer:
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
         manifest = checkpoints.read_manifest(checkpoint)
-        changed = _difference(manifest["architecture"], self.sami.architecture)
+        changed = _difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
         changed = _difference(manifest["settings"], _lasting_settings(self.config, self.dataset))
@@ -223,7 +245,7 @@ class Trainer:
         try:
             self._steps()
             with self.engine.averaged_weights():
-                engines.on_chief(lambda: self.sami.save_pretrained(self.folder / "model"))
+                engines.on_chief(lambda: self.model.save_pretrained(self.folder / "model"))
         finally:
             self.feed.close()
             self.run_folder.release()
@@ -267,32 +289,32 @@ class Trainer:
         values = measured.read()
         self._require_finite(step, values)
         if step >= self.config.first_joint_step:
-            self.kl_weight.observe(sum(values[NUM_TERMS:]))
+            self.kl_weight.observe(sum(self._parts(values)[2]))
         self.pending = None
 
     def _require_finite(self, step: int, values: list[float]) -> None:
-        kl = sum(values[NUM_TERMS:])
-        for term, value in (
-            ("the denoiser's error", values[DENOISER_TERM]),
-            ("the encoder's KL", kl),
-            ("the guided error (the encoder's score)", values[GUIDED_TERM]),
-            ("the loss", values[LOSS_TERM]),
-        ):
+        loss, terms, kl = self._parts(values)
+        named = [(self.module.terms[name], value) for name, value in terms.items()]
+        for what, value in (named[0], ("the encoder's KL", sum(kl)), *named[1:], ("the loss", loss)):
             if not abs(value) < float("inf"):
-                raise NonFiniteError(f"step {step}: {term} is {value}; {self._stopped}")
+                raise NonFiniteError(f"step {step}: {what} is {value}; {self._stopped}")
+
+    def _parts(self, values: list[float]) -> tuple[float, dict[str, float], list[float]]:
+        """Measured numbers as the loss, the terms by name, and the KL per latent dimension."""
+        count = len(self.module.terms)
+        return values[0], dict(zip(self.module.terms, values[1 : 1 + count], strict=True)), values[1 + count :]
 
     def _log(self, kl_weight: float, measured: engines.Measurement, rate: float, data_wait: float) -> None:
         values = measured.read()
         self._require_finite(self.step - 1, values)
-        kl_per_dim = values[NUM_TERMS:]
+        loss, terms, kl_per_dim = self._parts(values)
         kl, live = sum(kl_per_dim), sum(v > LIVE_NATS for v in kl_per_dim)
         config, joint_done = self.config, self.step - self.config.first_joint_step
         row = {
             "step": self.step,
             "images": self.step * config.train.batch_size,
-            "loss_nats": values[LOSS_TERM],
-            "diffusion_nats": values[GUIDED_TERM],
-            "unguided_nats": values[DENOISER_TERM],
+            "loss_nats": loss,
+            **terms,
             "kl_nats": kl,
             "kl_weight": kl_weight,
             "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
@@ -308,7 +330,10 @@ class Trainer:
             f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         )
         phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
-        self.say(f"step {self.step}/{config.train.steps} | loss {values[LOSS_TERM]:.2f} nats | {phase} | {pace}")
+        phase = "deterministic encoder" if self.model.deterministic else phase
+        self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {phase} | {pace}")
+        if self.model.deterministic:
+            return
         if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
             self.warned = True
             self.say(
@@ -317,7 +342,7 @@ class Trainer:
             )
 
     def _checkpoint(self) -> None:
-        bad = next((name for name, p in self.sami.named_parameters() if not p.isfinite().all()), None)
+        bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
         if bad is not None:
             raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
         with self.engine.averaged_weights():
@@ -325,7 +350,7 @@ class Trainer:
         if validation_nats is not None and not math.isfinite(validation_nats):
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
         facts = {
-            "architecture": self.sami.architecture,
+            "architecture": self.model.architecture,
             "settings": _lasting_settings(self.config, self.dataset),
             "validation_nats": validation_nats,
         }
@@ -355,7 +380,7 @@ class Trainer:
             draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
             loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, True)
             total += loss.item() * len(place)
-        return total / count * math.prod(self.sami.image_shape)
+        return total / count * math.prod(self.model.image_shape)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:

@@ -52,7 +52,7 @@ def main(folder: str) -> None:
     rank = torch.distributed.get_rank()
     if rank == 1:  # one rank alone sees bad numbers; all must stop
         with torch.no_grad():
-            poisoned.sami.denoiser.stem.weight.fill_(float("nan"))
+            poisoned.model.denoiser.stem.weight.fill_(float("nan"))
     try:
         poisoned.run()
     except NonFiniteError as error:

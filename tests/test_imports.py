@@ -22,7 +22,10 @@ ALLOWED = {
     "score": {"ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
-    "sami": {"errors", "files", "models", "ops", "schedule", "score"},
+    "latent_model": {"errors", "files", "models", "ops", "schedule", "score"},
+    "sami": {"latent_model", "models", "schedule", "score"},
+    "baselines": {"latent_model", "models", "ops", "step"},
+    "methods": {"baselines", "errors", "latent_model", "sami"},
     "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
     "data": {"config", "errors", "files", "ops"},
     "engine": {"checkpoints", "config", "errors", "files"},

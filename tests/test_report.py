@@ -201,7 +201,7 @@ def test_untrained_is_the_network_before_the_first_step(disks):
     fresh = untrained(run)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(run.config.seed)
-    first = Sami.build(run.sami.architecture, asdict(run.config.schedule))
+    first = Sami.build(run.model.architecture, asdict(run.config.schedule))
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), first.parameters(), strict=True))
 
 

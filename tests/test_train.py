@@ -23,7 +23,7 @@ from sami_fast.engine import build_optimizer
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
-from sami_fast.train import Trainer, build_sami, main, train
+from sami_fast.train import Trainer, build_model, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")
@@ -78,7 +78,7 @@ def test_saved_model_loads_and_is_the_average(finished):
     model = Sami.from_pretrained(finished)
     checkpoint = torch.load(finished / "checkpoints/step_12/mp_rank_00_model_states.pt", weights_only=False)
     for name, value in model.named_parameters():
-        assert torch.equal(value, checkpoint["averaged"][f"sami.{name}"])
+        assert torch.equal(value, checkpoint["averaged"][f"model.{name}"])
     posterior = model.encode(torch.zeros(2, 1, 8, 8))
     assert posterior.mu.shape == posterior.var.shape == (2, 4)
 
@@ -95,11 +95,11 @@ def test_retention_keeps_the_last_and_the_best(tmp_path):
 def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
     config = tiny(tmp_path, "train.steps=5")
     trainer = Trainer(config, resume=False, overwrite=False)
-    before = {name: p.detach().clone() for name, p in trainer.sami.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.config = trainer.engine.config = load_config(TINY, [f"runs_dir={tmp_path}", "train.steps=6"])
     for trainer.step in range(4):
         trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, 0.0, False))
-    moved = {name for name, p in trainer.sami.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all(name.startswith("denoiser.") for name in moved)
 
@@ -160,15 +160,15 @@ def test_apex_is_told_from_its_namesake(genuine, monkeypatch):
         optimizers.FusedAdam = FusedAdam
         monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
     config = load_config(TINY, ["optimizer.implementation=apex", "optimizer.kind=adamw"])
-    sami = build_sami(config, (1, 8, 8))
+    sami = build_model(config, (1, 8, 8))
     if genuine:
-        optimizer = build_optimizer(sami.encoder, sami.denoiser, config, torch.device("cpu"))
+        optimizer = build_optimizer(sami.networks, config, torch.device("cpu"))
         assert isinstance(optimizer, FusedAdam)
         assert optimizer.adam_w_mode
         assert [group["name"] for group in optimizer.param_groups] == ["encoder", "denoiser"]
     else:
         with pytest.raises(UserError, match="NVIDIA apex is not installed"):
-            build_optimizer(sami.encoder, sami.denoiser, config, torch.device("cpu"))
+            build_optimizer(sami.networks, config, torch.device("cpu"))
 
 
 def test_monitors_write(tmp_path):
@@ -180,7 +180,7 @@ def test_monitors_write(tmp_path):
 def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
     run = train(tiny(tmp_path, "train.mode=frozen", f"train.denoiser_from={finished}", "seed=1", "optimizer.ema_decay=0"))
     given, after = weights(finished), weights(run)
-    fresh = build_sami(tiny(tmp_path, "seed=1"), (1, 8, 8)).state_dict()
+    fresh = build_model(tiny(tmp_path, "seed=1"), (1, 8, 8)).state_dict()
     for name, value in after.items():
         if name.startswith("denoiser."):
             assert torch.equal(value, given[name]), name
@@ -454,7 +454,7 @@ def test_nan_stops_the_run_and_names_step_and_term(network, term, at_step, tmp_p
     def poisoning_update(step, losses):
         if step == at_step:
             with torch.no_grad():
-                next(getattr(trainer.sami, network).parameters()).view(-1)[0] = float("nan")
+                next(getattr(trainer.model, network).parameters()).view(-1)[0] = float("nan")
         return update(step, losses)
 
     trainer.engine.update = poisoning_update
@@ -481,7 +481,7 @@ def test_bad_numbers_after_the_last_update_stop_too(tmp_path):
         measured = update(step, losses)
         if step == 11:
             with torch.no_grad():
-                trainer.engine.averaged["sami.denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
+                trainer.engine.averaged["model.denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
         return measured
 
     trainer.engine.update = overshooting_update

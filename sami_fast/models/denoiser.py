@@ -1,4 +1,4 @@
-"""The denoiser eps_theta(x_t, t): an ordinary unconditional U-Net. It never sees z."""
+"""The denoiser eps_theta(x_t, t): an ordinary U-Net. SAMI's is unconditional and never sees z; a diffusion autoencoder's does."""
 
 import math
 
@@ -33,8 +33,9 @@ class Denoiser(nn.Module):
         groups: Groups of the norms (fewer where the width does not divide).
         style: "group_norm_silu" or "bias_free_relu".
         embedding_size: Width of the noise-level embedding, even.
+        latent_size: Z of a conditional denoiser, whose embedding of z is added to that of the noise level; 0 for an unconditional one.
     Shapes:
-        x_t [B, C, H, W], t [B] in [0, 1] -> eps_pred [B, C, H, W].
+        x_t [B, C, H, W], t [B] in [0, 1], z [B, Z] if conditional -> eps_pred [B, C, H, W].
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
     Differentiable: twice, though training needs it once.
@@ -50,6 +51,7 @@ class Denoiser(nn.Module):
         groups: int = 4,
         style: str = "group_norm_silu",
         embedding_size: int = 64,
+        latent_size: int = 0,
     ) -> None:
         super().__init__()
         if style not in STYLES:
@@ -89,9 +91,15 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.weight)
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
+        if latent_size:
+            self.embed_z = nn.Sequential(
+                nn.Linear(latent_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
+            )
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None = None) -> Tensor:
         embedding = self.embed(time_embedding(t, self.embedding_size).to(self.stem.weight.dtype))
+        if z is not None:
+            embedding = embedding + self.embed_z(z.to(embedding.dtype))
         h = self.stem(x_t)
         skips = []
         for level, shrink in zip(self.down, [*self.shrink, None], strict=True):

@@ -37,7 +37,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         UserError: not a run folder, no model in it yet, no log, data gone, or the disk refuses.
     """
     run = open_run(Path(run_folder))
-    latents = encode(run, run.sami)
+    latents = encode(run, run.model)
     factors = run.evaluation.factors(torch.arange(run.count)).double().numpy()  # [N, F]
     scores = compute_scores(run, latents, factors)
     figures = make_figures(run, latents, factors)

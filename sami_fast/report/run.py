@@ -11,9 +11,10 @@ from torch import Tensor
 from ..config import Config, load_config
 from ..data import Dataset, open_dataset
 from ..errors import UserError
-from ..sami import Sami
+from ..latent_model import LatentModel
+from ..methods import load_model
 
-ROW = {"step", "loss_nats", "diffusion_nats", "unguided_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
+ROW = {"step", "loss_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Run:
     config: Config
     environment: dict[str, Any]
     log: list[dict[str, Any]]  # rows of training, oldest first; rows of checkpoints are left out
-    sami: Sami
+    model: LatentModel
     train: Dataset
     evaluation: Dataset
 
@@ -36,11 +37,11 @@ class Run:
 
     def images(self, index: Tensor) -> Tensor:
         """Evaluation images on the model's device. [n] int64 -> [n, C, H, W] in [-1, 1]."""
-        return self.evaluation.images(index).to(self.sami.device)
+        return self.evaluation.images(index).to(self.model.device)
 
     def train_images(self, index: Tensor) -> Tensor:
         """The same of the training images."""
-        return self.train.images(index).to(self.sami.device)
+        return self.train.images(index).to(self.model.device)
 
 
 def _read(file: Path, what: str) -> str:
@@ -82,11 +83,11 @@ def open_run(folder: Path) -> Run:
     except ValueError:
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
     log = _read_log(folder / "metrics.jsonl")
-    sami = Sami.from_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
     train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
-    if evaluation.image_shape != sami.image_shape:
+    if evaluation.image_shape != model.image_shape:
         raise UserError(
-            f"{folder}: its model was trained on images of shape {list(sami.image_shape)} (C, H, W), its data are now "
+            f"{folder}: its model was trained on images of shape {list(model.image_shape)} (C, H, W), its data are now "
             f"{list(evaluation.image_shape)}"
         )
-    return Run(folder, config, environment, log, sami, train, evaluation)
+    return Run(folder, config, environment, log, model, train, evaluation)

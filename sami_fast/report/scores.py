@@ -12,7 +12,7 @@ from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.identifiability import linear_r2, mcc
 from ..metrics.latents import kl_per_dim, live_dims
 from ..metrics.mig import discretize, mig, mig_ceiling
-from ..sami import Sami
+from ..latent_model import LatentModel
 from .run import Run
 
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
@@ -30,11 +30,11 @@ class Latents:
 
 
 @torch.no_grad()
-def encode(run: Run, sami: Sami) -> Latents:
+def encode(run: Run, model: LatentModel) -> Latents:
     """Encode the evaluation images with a model of the run's architecture."""
     mu, var, z = [], [], []
     for index in torch.arange(run.count).split(batch_size(run)):
-        posterior = sami.encode(run.images(index))
+        posterior = model.encode(run.images(index))
         z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
         mu.append(posterior.mu)
         var.append(posterior.var)
@@ -48,12 +48,12 @@ def batch_size(run: Run) -> int:
     return max(1, VALUES_PER_BATCH // math.prod(run.evaluation.image_shape))
 
 
-def untrained(run: Run) -> Sami:
+def untrained(run: Run) -> LatentModel:
     """The run's networks as they were before the first step: same architecture, same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
-        fresh = Sami.build(run.sami.architecture, run.sami.schedule.settings)
-    return fresh.to(run.sami.device).eval()
+        fresh = type(run.model).build(run.model.architecture, run.model.schedule.settings, **run.model.settings)
+    return fresh.to(run.model.device).eval()
 
 
 def _by_factor(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
@@ -89,8 +89,8 @@ def bound_scores(run: Run) -> dict[str, Any]:
     common = {"seed": run.config.seed, "batch_size": batch_size(run)}
     eight_bit = all(is_eight_bit(run.images(index)) for index in torch.arange(run.count).split(batch_size(run)))
     fitted_on = DECODER_IMAGES if run.train.size is None else min(DECODER_IMAGES, run.train.size)
-    decoder_var = fit_decoder_var(run.sami, run.train_images, fitted_on, **common)
-    bound = negative_elbo(run.sami, run.images, run.count, decoder_var=decoder_var, eight_bit=eight_bit, **common)
+    decoder_var = fit_decoder_var(run.model, run.train_images, fitted_on, **common)
+    bound = negative_elbo(run.model, run.images, run.count, decoder_var=decoder_var, eight_bit=eight_bit, **common)
     elbo = float(bound.total.mean())
     return {
         "elbo_nats": elbo,

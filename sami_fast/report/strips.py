@@ -60,15 +60,15 @@ def _options(run: Run) -> sampling.SamplerOptions:
 def samples(run: Run) -> Figure:
     """Images of the data, new images guided by latents from the prior, and what the denoiser draws alone."""
     x_0 = run.images(torch.arange(min(COLUMNS, run.count)))
-    drawn = sampling.sample(run.sami, COLUMNS, seed=run.config.seed, **_options(run))
-    alone = sampling.sample(run.sami, COLUMNS, seed=run.config.seed, z=None, **_options(run))
+    drawn = sampling.sample(run.model, COLUMNS, seed=run.config.seed, **_options(run))
+    alone = sampling.sample(run.model, COLUMNS, seed=run.config.seed, z=None, **_options(run))
     return strips([Strip("data", x_0), Strip("samples", drawn), Strip("denoiser alone", alone)])
 
 
 def reconstructions(run: Run) -> Figure:
     """Images above what their mean latents and new noise make."""
     x_0 = run.images(torch.arange(min(COLUMNS, run.count)))
-    rebuilt = sampling.reconstruct(run.sami, x_0, seed=run.config.seed, **_options(run))
+    rebuilt = sampling.reconstruct(run.model, x_0, seed=run.config.seed, **_options(run))
     return strips([Strip("input", x_0), Strip("reconstruction", rebuilt)])
 
 
@@ -92,7 +92,7 @@ def traversals(run: Run, latents: Latents, factors: np.ndarray) -> Figure:
     rows = []
     for rank, axis in enumerate(latents.live[:MAX_AXES]):
         values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
-        images = sampling.traverse(run.sami, x_0, int(axis), values, seed=run.config.seed, **_options(run))
+        images = sampling.traverse(run.model, x_0, int(axis), values, seed=run.config.seed, **_options(run))
         label = f"z{axis} · {latents.kl[axis]:.1f} nats"
         if names:
             correlation = correlation_matrix(latents.z[:, [axis]], factors)[:, 0]  # [F]

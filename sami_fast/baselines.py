@@ -1,0 +1,120 @@
+"""What SAMI is compared with: a beta-VAE and a diffusion autoencoder, of the same networks, noise, data and budget.
+
+Their losses are in nats per image, as the step's (step.py), and take the same arguments.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .latent_model import LatentModel
+from .models import Decoder, Denoiser
+from .step import Draw, Objective, noised, per_image
+
+
+class BetaVAE(LatentModel):
+    """A variational autoencoder whose decoder is a Gaussian around its output.
+
+        loss = ||x_0 - decoder(z)||^2 / (2 s^2) + beta KL( q(z|x_0) || N(0, I) ),   z ~ q(z|x_0)
+
+    With the constant d ln(s sqrt(2 pi)) added and beta = 1 this is the negative ELBO of a decoder of standard deviation s.
+
+    Source: Higgins et al., "beta-VAE", ICLR 2017; Kingma & Welling, arXiv:1312.6114.
+    """
+
+    method: ClassVar[str] = "beta_vae"
+    partner: ClassVar[str] = "decoder"
+    build_partner = Decoder
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean image of latents. [B, Z] -> [B, C, H, W]."""
+        return self.decoder(z)
+
+
+class DiffAE(LatentModel):
+    """A diffusion autoencoder: a denoiser that is told z, trained with the encoder by the denoising loss alone.
+
+        loss = weight ||eps - eps_theta(x_t, t, z)||^2 [+ beta KL( q(z|x_0) || N(0, I) )]
+
+    Args:
+        stochastic: z ~ q(z|x_0) and its KL is charged; otherwise z is the encoder's mean, as in the source.
+    Source: Preechakul et al., arXiv:2111.15640, with z added to the embedding of the noise level; stochastic: InfoDiffusion,
+    Wang et al., arXiv:2306.08757, without its mutual-information term.
+    """
+
+    method: ClassVar[str] = "diffae"
+    partner: ClassVar[str] = "denoiser"
+    build_partner = Denoiser
+
+    def __init__(self, *arguments: Any, stochastic: bool = False, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.deterministic = not stochastic
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"stochastic": not self.deterministic}
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
+        """eps_theta(x_t, t, z). There is no guidance to scale and nothing to clip; both are there for `Sami.predict_eps`.
+
+        Raises:
+            ValueError: no z, or a scale other than 1: this denoiser knows nothing else.
+        """
+        if z is None or scale != 1.0:
+            raise ValueError("z: expected latents and a guidance scale of 1; a diffusion autoencoder draws nothing without them")
+        return self.denoiser(x_t, t, z)
+
+
+def _latents(model: LatentModel, x_0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """z and the KL of each dimension, both [B, Z]; of a deterministic encoder its mean and 0."""
+    mu, var = model.encoder(x_0)
+    if model.deterministic:
+        return mu, 0.0 * var  # an unused head still needs a gradient
+    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
+    return ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
+
+
+def beta_vae_step(model: BetaVAE, x_0: Tensor, draw: Draw, kl_weight: float, decoder_std: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of one batch.
+
+    Args:
+        model: The networks.
+        x_0: Images in [-1, 1]. [B, C, H, W].
+        draw: Which random numbers to use.
+        kl_weight: beta.
+        decoder_std: s, in the units of x_0.
+    Returns:
+        loss: scalar, nats per image but for the constant of the decoder's density.
+        reconstruction: the same without the KL, without gradient. [B].
+        kl: without gradient. [B, Z].
+    """
+    z, kl = _latents(model, x_0, draw)
+    residual = (x_0 - model.decode(z).to(x_0.dtype)).flatten(1)
+    reconstruction = residual.square().sum(1) / (2 * decoder_std**2)
+    loss = reconstruction.mean() + kl_weight * kl.mean(0).sum()
+    return loss, reconstruction.detach(), kl.detach()
+
+
+def diffae_step(
+    model: DiffAE, x_0: Tensor, draw: Draw, objective: Objective, kl_weight: float, *, store_eps: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of one batch.
+
+    Args:
+        model: The networks.
+        x_0: Images in [-1, 1]. [B, C, H, W].
+        draw, objective, kl_weight, store_eps: As in `step.training_step`; guidance, free bits and u have no meaning here.
+    Returns:
+        loss: scalar, nats per image.
+        diffusion: the denoising term, without gradient. [B].
+        kl: without gradient. [B, Z].
+    """
+    z, kl = _latents(model, x_0, draw)
+    x_t, eps, t, sigma_t, weight = noised(model.schedule, x_0, draw, objective, store_eps)
+    eps_pred = model.denoiser(x_t, t, z.repeat_interleave(objective.noise_levels, 0)).to(x_t.dtype)
+    diffusion, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
+    diffusion = per_image(diffusion, objective.noise_levels)
+    loss = diffusion.mean() + kl_weight * kl.mean(0).sum()
+    return loss, diffusion.detach(), kl.detach()

@@ -1,0 +1,211 @@
+"""What every trained model of this package is: an encoder q(z|x) beside another network, saved and loaded as one.
+
+Sami (sami.py) has a denoiser and no decoder; the baselines it is compared with (baselines.py) are built and saved in the same way.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from . import ops, score
+from .errors import UserError
+from .files import write_text_whole, write_whole
+from .models import Encoder
+from .schedule import SCHEDULES, Schedule
+
+FORMAT = "sami-fast/1"
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z|x) of a batch: diagonal Gaussians."""
+
+    mu: Tensor  # [B, Z]
+    var: Tensor  # [B, Z]
+
+    def sample(self, eps_z: Tensor) -> Tensor:
+        """z = mu + sqrt(var) eps_z. [B, Z]"""
+        return ops.gaussian_reparameterize(self.mu, self.var, eps_z)
+
+    def draw(self, index: Tensor, seed: int) -> Tensor:
+        """z ~ q(z|x) with evaluation's own noise: the same for the same seed and image, whatever the batch.
+
+        Args:
+            index: Which images these are. [B] int64 >= 0, on the device of mu.
+            seed: Key of the noise.
+        Returns:
+            [B, Z].
+        """
+        eps_z = ops.random_normal(seed, ops.EVALUATION_STEP, ops.Stream.EPS_Z, index, self.mu.shape[1])
+        return self.sample(eps_z.to(self.mu))
+
+    @property
+    def kl(self) -> Tensor:
+        """KL from the prior per dimension, nats. [B, Z]"""
+        return ops.gaussian_kl(self.mu, self.var)
+
+
+class LatentModel(nn.Module):
+    """An encoder, the network beside it, and the noise levels at which the data are seen.
+
+    Args:
+        encoder: x -> (mu, var), [B, C, H, W] -> two of [B, Z].
+        partner: The other network; the subclass says which.
+        schedule: Noise levels.
+        architecture: How to rebuild networks of this package, {network: its arguments}; `save_pretrained` needs it.
+        image_shape, latent_size: (C, H, W) and Z, for encoders that do not say so themselves.
+    """
+
+    method: ClassVar[str]  # its name in configs and saved files
+    partner: ClassVar[str]  # attribute of the network beside the encoder
+    build_partner: ClassVar[Callable[..., nn.Module]]
+    deterministic = False  # whether the latent is the encoder's mean, and its variance means nothing
+
+    def __init__(
+        self,
+        encoder: score.Encoder,
+        partner: Callable[..., Tensor],
+        schedule: Schedule,
+        architecture: dict[str, dict[str, Any]] | None = None,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        latent_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.schedule, self.architecture = encoder, schedule, architecture
+        setattr(self, self.partner, partner)
+        self._image_shape, self._latent_size = image_shape, latent_size
+
+    @classmethod
+    def build(cls, architecture: dict[str, dict[str, Any]], schedule: dict[str, Any], **settings: Any) -> Self:
+        """Networks of this package with fresh weights.
+
+        Args:
+            architecture: {"encoder": Encoder's arguments, partner: that network's arguments}.
+            schedule: {"kind": ..., "logsnr_min": ..., "logsnr_max": ...}.
+            settings: What else the method takes.
+        """
+        encoder, partner = Encoder(**architecture["encoder"]), cls.build_partner(**architecture[cls.partner])
+        levels = SCHEDULES[schedule["kind"]](schedule["logsnr_min"], schedule["logsnr_max"])
+        return cls(encoder, partner, levels, architecture, **settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `build` needs beside the networks' arguments and the schedule."""
+        return {}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Encoder and partner by name."""
+        return {"encoder": self.encoder, self.partner: getattr(self, self.partner)}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self._image_shape or self.encoder.image_shape
+
+    @property
+    def latent_size(self) -> int:
+        """Z."""
+        return self._latent_size or self.encoder.latent_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU when there are none."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q(z|x) of images, clean or noisy. [B, C, H, W] in [-1, 1] -> mu, var [B, Z]; var is 0 where the model is deterministic."""
+        mu, var = self.encoder(x)
+        return Posterior(mu, torch.zeros_like(mu) if self.deterministic else var)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write model.safetensors and config.json, the layout of the Hugging Face hub.
+
+        Raises:
+            ValueError: the networks are not this package's own (`architecture` is None).
+        """
+        if self.architecture is None:
+            raise ValueError("architecture: expected the arguments of this package's networks; save networks of your own with safetensors")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "method": self.method,
+            **self.architecture,
+            "schedule": self.schedule.settings,
+            "settings": self.settings,
+        }
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_whole(folder / "model.safetensors", lambda stream: stream.write(save(weights, metadata={"format": "pt"})))
+        write_text_whole(folder / "config.json", json.dumps(config, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+        """Load what `save_pretrained` wrote. No pickle is read.
+
+        Args:
+            folder_or_id: A folder with config.json and model.safetensors, a run folder (its model/ is used), or, when online and
+                huggingface_hub is installed, a hub id.
+            device: Where the weights go.
+        Raises:
+            UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture.
+        """
+        folder, config = read_saved(folder_or_id)
+        try:
+            if (method := config.get("method", "sami")) != cls.method:
+                raise UserError(f"{folder_or_id}: expected a model of method {cls.method}, found {method}")
+            architecture = {key: config[key] for key in ("encoder", cls.partner)}
+            model = cls.build(architecture, config["schedule"], **config.get("settings", {}))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder}/model.safetensors: damaged or not a safetensors file ({error})") from None
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder}/model.safetensors: weights of another architecture than config.json describes ({reason})") from None
+        return model.to(device).eval()
+
+
+def read_saved(folder_or_id: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Where a saved model lies and its config.json; arguments and errors as in `LatentModel.from_pretrained`."""
+    folder = Path(folder_or_id)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    elif (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
+    if not folder.exists() and str(folder_or_id).count("/") == 1:
+        folder = _download(str(folder_or_id))
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder_or_id}: no {name} there; expected a run folder or a saved model")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config.get("format") != FORMAT:
+            raise UserError(f"{folder}/config.json: expected format {FORMAT}, found {config.get('format')!r}")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
+    return folder, config
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{hub_id}: no such folder; loading a hub id needs `pip install huggingface_hub`") from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # offline, unknown id, no permission: many kinds, one meaning
+        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({str(error).splitlines()[0]})") from None

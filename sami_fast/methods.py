@@ -1,0 +1,21 @@
+"""The methods that can be trained, by name, and any of their saved models."""
+
+import os
+
+import torch
+
+from .baselines import BetaVAE, DiffAE
+from .errors import UserError
+from .latent_model import LatentModel, read_saved
+from .sami import Sami
+
+METHODS: dict[str, type[LatentModel]] = {cls.method: cls for cls in (Sami, BetaVAE, DiffAE)}
+
+
+def load_model(folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu") -> LatentModel:
+    """A trained model of whichever method; arguments and errors as in `LatentModel.from_pretrained`."""
+    _, config = read_saved(folder_or_id)
+    method = config.get("method", "sami")
+    if method not in METHODS:
+        raise UserError(f"{folder_or_id}: expected a model of method {', '.join(METHODS)}, found {method!r}")
+    return METHODS[method].from_pretrained(folder_or_id, device)

@@ -1,0 +1,55 @@
+"""A decoder z -> image: the way up of the denoiser's U-Net, for the baseline that needs one. SAMI has none."""
+
+from torch import Tensor, nn
+
+from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_attention, check_image_size, conv, norm_act
+
+
+class Decoder(nn.Module):
+    """Latents to images.
+
+    Args:
+        image_channels: C of the images.
+        image_size: H = W, divisible by 2^(len(channels) - 1).
+        latent_size: Z.
+        channels, blocks, attention, groups, style: As of the denoiser whose middle and way up this is.
+    Shapes:
+        z [B, Z] -> image [B, C, H, W], meant for [-1, 1] but without a bound.
+    Raises:
+        ValueError: as the denoiser.
+    Differentiable: twice.
+    """
+
+    def __init__(
+        self,
+        image_channels: int,
+        image_size: int,
+        latent_size: int,
+        channels: list[int],
+        blocks: int = 1,
+        attention: list[int] | None = None,
+        groups: int = 4,
+        style: str = "group_norm_silu",
+    ) -> None:
+        super().__init__()
+        if style not in STYLES:
+            raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
+        check_image_size(image_size, len(channels) - 1, "decoder")
+        attention = attention or []
+        sides = [image_size >> level for level in range(len(channels))]
+        check_attention(attention, sides, "decoder")
+        width, side = channels[-1], sides[-1]
+        self.stem = nn.Linear(latent_size, width * side * side)
+        self.start = (width, side, side)
+        layers: list[nn.Module] = [ResBlock(width, width, groups, style)]
+        for level_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
+            layers.append(Upsample(width, level_width, style))
+            for _ in range(blocks):
+                layers.append(ResBlock(level_width, level_width, groups, style))
+                if side in attention:
+                    layers.append(AttentionBlock(level_width, groups, style))
+            width = level_width
+        self.body = nn.Sequential(*layers, norm_act(width, groups, style), conv(width, image_channels, 3, style))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.body(self.stem(z).unflatten(1, self.start))
