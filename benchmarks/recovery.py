@@ -97,13 +97,13 @@ def main() -> None:
             table(results),
         ]
     )
-    write_generated(output, arguments.config, generated)
+    write_generated(output, f"recovery {arguments.config}", generated)
     print(generated)
 
 
-def write_generated(path: Path, config: str, generated: str) -> None:
-    """Replace what stands between the markers of this config, or append it."""
-    start, end = f"<!-- recovery {config} -->", f"<!-- end of recovery {config} -->"
+def write_generated(path: Path, name: str, generated: str) -> None:
+    """Replace what stands between the markers of this name, or append it."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     text = path.read_text() if path.exists() else "# Results\n"
     block = f"{start}\n{generated}\n{end}"
     if start in text:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Cars3D(FactorImages):
     """
 
     names = ("elevation", "azimuth", "identity")
+    periods: ClassVar[dict[str, float]] = {"azimuth": 24.0}
 
     def __init__(
         self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""

@@ -23,6 +23,11 @@ class Dataset(Protocol):
     - `order(epoch, seed, batch_size)`: indices in the order an epoch shows them, `epoch_size` of them, and `ahead`, the images that
       should be asked for before they are needed;
     - `fingerprint`: what a resumed run must find unchanged.
+
+    Any may have
+
+    - `periods`: {factor: period} of factors that come round again, in the unit of `factors`;
+    - `clips(index)`: [n] int64 -> [n, T, C, H, W], ordered frames, T being `clip_length`; `num_clips` where they are limited.
     """
 
     image_shape: tuple[int, int, int]  # C, H, W

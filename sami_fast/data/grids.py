@@ -5,6 +5,7 @@ Sources: Matthey et al., "dSprites", 2017; Burgess & Kim, "3D Shapes", 2018; Gon
 
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -116,6 +117,7 @@ class DSprites(FactorImages):
     """
 
     names = ("colour", "shape", "scale", "orientation", "x", "y")
+    periods: ClassVar[dict[str, float]] = {"orientation": 39.0}  # the last of the 40 is the first again
     stem = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64"
     files = (f"{stem}.npz", f"{stem}.hdf5", f"{stem}.h5")
 
@@ -156,6 +158,7 @@ class Shapes3D(FactorImages):
     """
 
     names = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
+    periods: ClassVar[dict[str, float]] = {"floor_hue": 10.0, "wall_hue": 10.0, "object_hue": 10.0}
     files = ("3dshapes.h5",)
 
     def __init__(

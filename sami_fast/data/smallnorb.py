@@ -3,7 +3,7 @@
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class SmallNORB(FactorImages):
     """
 
     names = ("category", "elevation", "azimuth", "lighting")
+    periods: ClassVar[dict[str, float]] = {"azimuth": 18.0}
 
     def __init__(
         self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""

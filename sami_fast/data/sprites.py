@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class Sprites:
     """
 
     factor_order = ("shape", "scale", "rotation", "x", "y")
+    periods: ClassVar[dict[str, float]] = {"rotation": 1.0}  # factors that come round again
 
     def __init__(
         self,

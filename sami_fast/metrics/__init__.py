@@ -1,4 +1,13 @@
-"""What latents mean, in numbers. One metric per file; plain numpy arrays in, plain numbers out, except `bound`, which runs the networks.
+"""What latents mean, in numbers. One metric per file; plain numpy arrays in, plain numbers out, but for `bound` and `scale_profile`, which
+run the networks.
 
-Factor metrics are blind to the scale of a code: give them *sampled* codes z ~ q(z|x), or live dimensions only.
+    factors with classes     mig, dci, sap, interventions (FactorVAE and BetaVAE scores), modularity (and explicitness), irs
+    factors with values      identifiability (linear and nonlinear R2, MCC), sap
+    binary attributes        attributes (AUROC, TAD, latent quality)
+    codes alone              latents (rates), total_correlation
+    clips                    straightness
+
+Codes are [N, D], factors [N, K], one row per image. Factor metrics are blind to the scale of a code: give them *sampled* codes
+z ~ q(z|x), or live dimensions only. Those that learn take separate test rows; disentanglement_lib, whose defaults these are, draws
+10 000 and 5 000 images with replacement. Scores of other definitions, sample sizes or factors are not comparable.
 """

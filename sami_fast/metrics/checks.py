@@ -29,3 +29,45 @@ def as_tables(**named: np.ndarray) -> list[np.ndarray]:
         if len(table) != len(tables[0]):
             raise ValueError(f"{name}: expected {len(tables[0])} rows, as {first} has, found {len(table)}")
     return tables
+
+
+def as_codes_and_classes(
+    codes: np.ndarray, factor_classes: np.ndarray, *, columns: int = 1, prefix: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes as float64 [N, D] and the classes of their factors as int64 [N, K].
+
+    Args:
+        codes, factor_classes: One row per image.
+        columns: The least number of factors.
+        prefix: "test_" where the arguments are called test_codes and test_classes.
+    Raises:
+        ValueError: as `as_tables`; or a class is no whole number, a factor has a single value, or there are too few factors.
+    """
+    name = f"{prefix}classes" if prefix else "factor_classes"
+    codes, classes = as_tables(**{f"{prefix}codes": codes, name: factor_classes})
+    if (classes != np.round(classes)).any():
+        raise ValueError(f"{name}: expected whole numbers; bin continuous factors with discretize first")
+    if (constant := np.flatnonzero(np.ptp(classes, axis=0) == 0)).size:
+        raise ValueError(f"{name}: expected at least two values in every column, found one in column {constant[0]}; drop it")
+    if classes.shape[1] < columns:
+        raise ValueError(f"{name}: expected at least {columns} columns, one per factor, found {classes.shape[1]}")
+    return codes, classes.astype(np.int64)
+
+
+def as_split(
+    codes: np.ndarray, factor_classes: np.ndarray, test_codes: np.ndarray, test_classes: np.ndarray, *, columns: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The four arguments of a metric that learns on some rows and is scored on others, each pair as by `as_codes_and_classes`.
+
+    Raises:
+        ValueError: as `as_codes_and_classes`; or the two pairs differ in their columns.
+    """
+    codes, factor_classes = as_codes_and_classes(codes, factor_classes, columns=columns)
+    test_codes, test_classes = as_codes_and_classes(test_codes, test_classes, prefix="test_")
+    for name, test, train_name, train in (
+        ("test_codes", test_codes, "codes", codes),
+        ("test_classes", test_classes, "factor_classes", factor_classes),
+    ):
+        if test.shape[1] != train.shape[1]:
+            raise ValueError(f"{name}: expected {train.shape[1]} columns, as {train_name} has, found {test.shape[1]}")
+    return codes, factor_classes, test_codes, test_classes

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import mutual_info_score
 
-from .checks import as_table, as_tables
+from .checks import as_codes_and_classes, as_table
 
 
 def discretize(values: np.ndarray, bins: int = 20) -> np.ndarray:
@@ -53,13 +53,8 @@ def mig(codes: np.ndarray, factor_classes: np.ndarray, bins: int = 20) -> tuple[
     Raises:
         ValueError: lengths differ, wrong rank, values that are not finite, or a factor with a single value (its entropy is 0: drop it).
     """
-    codes, factor_classes = as_tables(codes=codes, factor_classes=factor_classes)
-    if (factor_classes != np.round(factor_classes)).any():
-        raise ValueError("factor_classes: expected whole numbers; bin continuous factors with discretize first")
-    factor_classes = factor_classes.astype(np.int64)
+    codes, factor_classes = as_codes_and_classes(codes, factor_classes)
     entropy = np.array([mutual_info_score(factor, factor) for factor in factor_classes.T])
-    if (constant := np.flatnonzero(np.ptp(factor_classes, axis=0) == 0)).size:
-        raise ValueError(f"factor_classes: expected at least two values in every column, found one in column {constant[0]}; drop it")
     information = np.sort(mutual_information(discretize(codes, bins), factor_classes), axis=1)[:, ::-1]
     runner_up = information[:, 1] if information.shape[1] > 1 else 0.0
     gaps = (information[:, 0] - runner_up) / entropy
