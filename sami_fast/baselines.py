@@ -27,6 +27,7 @@ class BetaVAE(LatentModel):
     method: ClassVar[str] = "beta_vae"
     partner: ClassVar[str] = "decoder"
     build_partner = Decoder
+    decodes = True
 
     def decode(self, z: Tensor) -> Tensor:
         """The mean image of latents. [B, Z] -> [B, C, H, W]."""

@@ -68,6 +68,8 @@ class LatentModel(nn.Module):
     partner: ClassVar[str]  # attribute of the network beside the encoder
     build_partner: ClassVar[Callable[..., nn.Module]]
     deterministic = False  # whether the latent is the encoder's mean, and its variance means nothing
+    decodes = False  # whether an image comes from `decode` instead of from a reverse process
+    guided_eta = 0.0  # fresh noise of a reverse process that knows z, unless asked for otherwise
 
     def __init__(
         self,

@@ -28,6 +28,9 @@ class Sami(LatentModel):
     method: ClassVar[str] = "sami"
     partner: ClassVar[str] = "denoiser"
     build_partner = Denoiser
+    # Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later
+    # levels correct: 15 to 23 % of them miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
+    guided_eta = 2.0
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """Guided noise estimate eps_theta(x_t, t) - scale sigma_t grad log q(z|x_t).

@@ -403,6 +403,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, dotted keys: train.steps=50")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run folder")
+    parser.add_argument("--no-report", action="store_true", help="end with the model; `sami-fast report` writes the report later")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the DeepSpeed settings, and stop")
     parser.add_argument("--settings", action="store_true", help="print every setting with its meaning, unit and default, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
@@ -432,7 +433,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0
         engines.leave_distributed()
-        if chief:
+        if chief and arguments.no_report:
+            print(folder, flush=True)
+        elif chief:
             from sami_fast.report import write_report
 
             print("writing the report", flush=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,13 +13,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sami_fast.cli import _parser, main
+from sami_fast import sampling
+from sami_fast.axes_file import Axes
+from sami_fast.baselines import BetaVAE, DiffAE
+from sami_fast.cli import main, parser
+from sami_fast.cli.options import SOLVERS, STARTS, sampler_arguments
 from sami_fast.config import load_config, to_yaml
+from sami_fast.methods import load_model
 from sami_fast.sami import Sami
-from sami_fast.sampling import ddim, encode
+from sami_fast.sampling import Solver, Start, encode, reverse_process
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "3"]
+DIRECTIONS = np.array([[1.0, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+AXES = Axes(("size", "tilt"), DIRECTIONS, np.linalg.pinv(DIRECTIONS).T, np.array([0.1, 0.0, 0.0, 0.0]))
 
 
 def build(latent_size: int = 4, live: int = 2) -> Sami:
@@ -66,6 +74,14 @@ def inputs(tmp_path_factory) -> Path:
     (folder / "unfinished" / "config.yaml").write_text("name: unfinished\n")
     dead = build(live=0)
     dead.save_pretrained(folder / "dead")
+    image = {"image_channels": 1, "image_size": 8}
+    networks = {"encoder": image | {"latent_size": 4, "channels": [8, 8]}, "decoder": image | {"latent_size": 4, "channels": [8, 8]}}
+    networks["denoiser"] = image | {"latent_size": 4, "channels": [4, 8], "embedding_size": 8}
+    for kind in (BetaVAE, DiffAE):
+        architecture = {name: networks[name] for name in ("encoder", kind.partner)}
+        kind.build(architecture, {"kind": "cosine", "logsnr_min": -7.0, "logsnr_max": 5.0}).save_pretrained(folder / kind.method)
+    AXES.save(folder / "axes.npz")
+    Axes.of_latents(3).save(folder / "three.npz")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "config.json").write_bytes((folder / "dead" / "config.json").read_bytes())
     (folder / "damaged" / "model.safetensors").write_bytes(b"\x00" * 100)
@@ -145,6 +161,82 @@ def test_traverse_named_axes(run, tmp_path):
     assert Image.open(tmp_path / "t.png").size == (9 * 66 - 2, 3 * 66 - 2)
 
 
+def test_encode_along_axes(run, inputs, tmp_path):
+    arguments = ["encode", str(run), "--axes", str(inputs / "axes.npz"), "--output", str(tmp_path / "z.npz")]
+    assert main(arguments) == 0
+    written = np.load(tmp_path / "z.npz")
+    assert written["axis_names"].tolist() == ["size", "tilt"]
+    np.testing.assert_allclose(written["axes"], (written["mu"] - AXES.center) @ AXES.readouts.T, atol=1e-6)
+
+
+def test_traverse_saved_axes(run, inputs, tmp_path, capsys):
+    arguments = ["traverse", str(run), "--axes", str(inputs / "axes.npz"), "--values", "3", *QUICK, "--output", str(tmp_path / "t.npz")]
+    assert main(arguments) == 0
+    written = np.load(tmp_path / "t.npz")
+    assert written["axes"].tolist() == [0, 1]
+    assert written["images"].shape == (2, 3, 1, 8, 8)
+    assert "row 1: axis 1 (tilt), from" in capsys.readouterr().out
+    shared = ["--axes", str(inputs / "axes.npz"), "--count", "1000"]  # as many as the traversal takes its range from
+    assert main(["encode", str(run), *shared, "--output", str(tmp_path / "z.npz")]) == 0
+    low, high = np.quantile(np.load(tmp_path / "z.npz")["axes"], [0.01, 0.99], axis=0)
+    np.testing.assert_allclose(written["values"][:, [0, -1]], np.stack((low, high), 1), rtol=1e-4)
+
+
+def test_solvers_and_starts(run, tmp_path):
+    def reconstructed(*options: str) -> np.ndarray:
+        output = ["--output", str(tmp_path / "r.npz"), "--overwrite"]
+        assert main(["reconstruct", str(run), "--count", "3", "--steps", "20", *options, *output]) == 0
+        return np.load(tmp_path / "r.npz")["reconstructions"]
+
+    default = reconstructed()
+    assert np.array_equal(default, reconstructed("--solver", "ddim", "--x-T", "random", "--eta", "2"))
+    assert np.array_equal(reconstructed("--solver", "ancestral"), reconstructed("--eta", "1"))
+    assert not np.allclose(reconstructed("--solver", "dpm2m"), default, atol=0.01)
+    inverted = reconstructed("--x-T", "inverted", "--seed", "1")
+    assert np.array_equal(inverted, reconstructed("--x-T", "inverted", "--eta", "0", "--seed", "2"))
+    assert not np.allclose(inverted, default, atol=0.01)
+
+
+def test_interpolate(run, inputs, tmp_path, capsys):
+    arguments = ["interpolate", str(run), "--image", "1", "4", "--count", "3", "--data", str(inputs / "good.npy"), *QUICK]
+    assert main([*arguments, "--output", str(tmp_path / "i.npz"), "--batch-size", "2"]) == 0
+    assert "image 1, 3 pictures on the way, image 4" in capsys.readouterr().out
+    written = np.load(tmp_path / "i.npz")
+    assert written["images"].shape == (3, 1, 8, 8)
+    assert np.allclose(written["ends"][:, 0], np.load(inputs / "good.npy")[[1, 4]] / 127.5 - 1, atol=1e-6)
+    assert main([*arguments, "--x-T", "random", "--output", str(tmp_path / "i.png")]) == 0
+    assert Image.open(tmp_path / "i.png").size == (5 * 66 - 2, 64)
+
+
+def test_edit(run, inputs, tmp_path, capsys):
+    arguments = ["edit", str(run), "--axis", "1", "--amount", "-0.5", "0", "2", "--image", "3", "0", *QUICK]
+    assert main([*arguments, "--output", str(tmp_path / "e.npz")]) == 0
+    assert "2 image(s), each followed by its edits along axis 1: -0.5, +0, +2" in capsys.readouterr().out
+    written = np.load(tmp_path / "e.npz")
+    assert written["edits"].shape == (2, 3, 1, 8, 8)
+    assert written["amounts"].tolist() == [-0.5, 0.0, 2.0]
+    assert main(["reconstruct", str(run), "--x-T", "inverted", *QUICK, "--output", str(tmp_path / "r.npz")]) == 0
+    assert np.allclose(written["edits"][:, 1], np.load(tmp_path / "r.npz")["reconstructions"][[3, 0]], atol=1e-4)
+    assert main([*arguments, "--axes", str(inputs / "axes.npz"), "--output", str(tmp_path / "e.png")]) == 0
+    assert Image.open(tmp_path / "e.png").size == (4 * 66 - 2, 2 * 66 - 2)
+    assert "along axis 1 (tilt)" in capsys.readouterr().out
+
+
+def test_models_of_other_methods(inputs, tmp_path):
+    data = ["--data", str(inputs / "good.npy")]
+    for method in ("beta_vae", "diffae"):
+        assert main(["encode", str(inputs / method), *data, "--output", str(tmp_path / f"{method}.npz")]) == 0
+    assert main(["reconstruct", str(inputs / "diffae"), *data, *QUICK, "--x-T", "inverted", "--output", str(tmp_path / "r.npz")]) == 0
+    assert main(["traverse", str(inputs / "diffae"), *data, *QUICK, "--output", str(tmp_path / "t.npz")]) == 0
+    assert np.load(tmp_path / "t.npz")["axes"].tolist() == [0, 1, 2, 3]  # no KL says which of them are live
+    assert main(["reconstruct", str(inputs / "beta_vae"), *data, "--output", str(tmp_path / "v.npz")]) == 0
+    model = load_model(inputs / "beta_vae")
+    x_0 = torch.from_numpy(np.load(tmp_path / "v.npz")["images"])
+    with torch.no_grad():
+        decoded = model.decode(model.encode(x_0).mu).clamp(-1, 1)
+    assert np.allclose(np.load(tmp_path / "v.npz")["reconstructions"], decoded, atol=1e-5)
+
+
 def test_env(capsys):
     assert main(["env"]) == 0
     text = capsys.readouterr().out
@@ -189,14 +281,19 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch, capsys, 
 
 
 def test_help_and_defaults_agree_with_the_sampler():
-    arguments = _parser().parse_args(["sample", "run", "--output", "x.png"])
-    defaults = {name: parameter.default for name, parameter in inspect.signature(ddim).parameters.items()}
-    assert (arguments.steps, arguments.guidance_scale, arguments.guidance_clip, arguments.eta, arguments.batch_size) == tuple(
-        defaults[name] for name in ("num_steps", "guidance_scale", "guidance_clip", "eta", "batch_size")
-    )
+    arguments = parser().parse_args(["sample", "run", "--output", "x.png"])
+    assert (get_args(Solver), get_args(Start)) == (SOLVERS, STARTS)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(reverse_process).parameters.items()}
+    options = sampler_arguments(arguments)
+    assert len(options) == 6
+    assert options == {name: defaults[name] for name in options}
+    for command, start in (("reconstruct", "random"), ("interpolate --image 0 1", "inverted"), ("edit --axis 0 --amount 1", "inverted")):
+        name, *others = command.split()
+        assert sampler_arguments(parser().parse_args([name, "run", "--output", "x.png", *others]))["x_T"] == start
+        assert inspect.signature(getattr(sampling, name)).parameters["x_T"].default == start
 
 
-@pytest.mark.parametrize("command", ["env", "encode", "sample", "reconstruct", "traverse", "report"])
+@pytest.mark.parametrize("command", ["env", "data", "encode", "sample", "reconstruct", "traverse", "interpolate", "edit", "report"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -229,6 +326,43 @@ BAD_INPUT = {
     "no such axis": ("traverse {run} --axis 1 4 --output {out}/x.png", "--axis: expected 0 to 3, found 4"),
     "no such image": ("traverse {run} --data {inputs}/good.npy --image 5 --output {out}/x.png", "--image: expected 0 to 4, found 5"),
     "no live axis": ("traverse {inputs}/dead --data {inputs}/good.npy --output {out}/x.png", "--axis: no latent dimension is live"),
+    "no saved axis": ("traverse {run} --axes {inputs}/axes.npz --axis 2 --output {out}/x.png", "--axis: expected 0 to 1, found 2"),
+    "no axes file": ("encode {run} --axes {inputs}/no.npz --output {out}/x.npz", "no.npz: no such file of axes"),
+    "not axes": ("encode {run} --axes {inputs}/two.npz --output {out}/x.npz", "two.npz: no entry 'center'"),
+    "axes of another size": (
+        "encode {run} --axes {inputs}/three.npz --output {out}/x.npz",
+        "--axes: expected axes of 4 latent dimensions for this model, found 3",
+    ),
+    "edit of no axis": ("edit {run} --axis 4 --amount 1 --output {out}/x.png", "--axis: expected 0 to 3, found 4"),
+    "edit of no image": (
+        "edit {run} --data {inputs}/good.npy --axis 0 --amount 1 --image 0 9 --output {out}/x.png",
+        "--image: expected 0 to 4",
+    ),
+    "between no image": (
+        "interpolate {run} --data {inputs}/good.npy --image 5 0 --output {out}/x.png",
+        "--image: expected 0 to 4, found 5",
+    ),
+    "noise against inversion": (
+        "reconstruct {run} --x-T inverted --eta 1 --output {out}/x.png",
+        "--eta: expected 0 or none with --x-T inverted, found 1",
+    ),
+    "noise against solver": (
+        "sample {run} --solver ancestral --eta 0.5 --output {out}/x.png",
+        "--eta: expected 1 or none with --solver ancestral, found 0.5",
+    ),
+    "noise in dpm2m": (
+        "sample {run} --solver dpm2m --eta 1 --output {out}/x.png",
+        "--eta: expected 0 or none with --solver dpm2m, found 1",
+    ),
+    "ancestral inversion": (
+        "edit {run} --axis 0 --amount 1 --solver ancestral --output {out}/x.png",
+        "--solver: expected ddim or dpm2m with --x-T inverted, found ancestral",
+    ),
+    "nothing to invert": (
+        "reconstruct {inputs}/beta_vae --data {inputs}/good.npy --x-T inverted --output {out}/x.png",
+        "a model of method beta_vae decodes and has no noise to invert; use --x-T random",
+    ),
+    "diffae alone": ("sample {inputs}/diffae --source none --output {out}/x.png", "a model of method diffae draws only from latents"),
     "unknown device": ("sample {run} --device abacus --output {out}/x.png", "--device: abacus cannot be used here"),
 }
 
@@ -258,6 +392,12 @@ def test_bad_input_gets_one_sentence(case, run, inputs, tmp_path, capsys):
         ["sample", "run", "--output", "x.png", "--source", "posteriors"],
         ["traverse", "run", "--output", "x.png", "--axis", "-1"],
         ["traverse", "run", "--output", "x.png", "--axis", "x"],
+        ["sample", "run", "--output", "x.png", "--solver", "heun"],
+        ["sample", "run", "--output", "x.png", "--x-T", "inverted"],
+        ["edit", "run", "--output", "x.png", "--axis", "0"],
+        ["edit", "run", "--output", "x.png", "--axis", "0", "--amount", "nan"],
+        ["interpolate", "run", "--output", "x.png", "--image", "1"],
+        ["interpolate", "run", "--output", "x.png", "--image", "0", "1", "--count", "1"],
     ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )

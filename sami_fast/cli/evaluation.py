@@ -1,0 +1,167 @@
+"""Commands that say what the latents of trained runs mean: evaluate, axes, report."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .files import output_file, write_bytes
+from .options import AddCommand, at_least
+
+if TYPE_CHECKING:
+    from ..discovery import Discovered
+    from ..evaluation import Run
+
+METHODS = ("scale", "pca", "gradient", "level")
+DISCOVERY_IMAGES = 256
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    output = output_file(arguments, (".md", ".json")) if arguments.output else None
+    from tqdm import tqdm
+
+    from ..evaluation import evaluate, tables
+
+    evaluated, seen = [], set()
+    with tqdm(total=len(arguments.run) * 6, desc="evaluating", unit="stage", leave=False) as bar:
+        for folder in arguments.run:
+            bar.set_postfix_str(Path(folder).name)
+            config_file = Path(folder) / "config.yaml"
+            images = _images_of(config_file)
+
+            def say(stage: str, folder: str = folder) -> None:
+                bar.set_description(f"{Path(folder).name}: {stage}")
+                bar.update()
+
+            # Runs on the same images share what does not depend on them.
+            evaluated.append(
+                evaluate(
+                    folder,
+                    images=arguments.images,
+                    jobs=arguments.jobs,
+                    baselines=arguments.baselines and images not in seen,
+                    say=say,
+                )
+            )
+            seen.add(images)
+    text = tables(evaluated)
+    print(text)
+    if output:
+        rows = [
+            {"run": run.folder, "config": asdict(run.config), **run.scores, "baselines": run.baselines, "straightness": run.straightness}
+            for run in evaluated
+        ]
+        write_bytes(output, (json.dumps(rows, indent=2) if output.suffix == ".json" else text + "\n").encode())
+
+
+def _images_of(config_file: Path) -> str:
+    """Two runs with the same answer are evaluated on the same images, and their encoders began with the same weights."""
+    if not config_file.is_file():
+        return str(config_file)
+    from ..config import load_config
+
+    config = load_config(str(config_file))
+    return json.dumps([asdict(config.data), asdict(config.encoder), config.seed], default=str)
+
+
+def run_axes(arguments: argparse.Namespace) -> None:
+    output = output_file(arguments, (".npz",))
+    picture = output.with_suffix(".png")
+    if picture.exists() and not arguments.overwrite:
+        raise UserError(f"--output: {picture}, where the pictures go, exists; choose another name or add --overwrite")
+    from tqdm import tqdm
+
+    from ..discovery import NUM_LEVELS, discover
+    from ..evaluation import open_run
+    from ..report.strips import axis_strips, png
+
+    run = open_run(Path(arguments.run))
+    if run.model.method != "sami":
+        raise UserError(f"{arguments.run}: expected a SAMI run, whose denoiser can be asked, found one of method {run.model.method}")
+    count = min(arguments.images, run.count)
+    with tqdm(total=count * NUM_LEVELS, desc="draws", unit="image", leave=False) as bar:
+        try:
+            found = discover(
+                run.model, run.images, count, draws=arguments.draws, seed=arguments.seed, batch_size=run.batch_size, progress=bar.update
+            )
+        except ValueError as error:
+            raise UserError(f"{arguments.run}: {error}") from None
+    for axes in found:
+        print("\n".join(_lines(axes, run)))
+    chosen = _chosen(found, arguments.method, arguments.logsnr)
+    chosen.axes.save(output)
+    write_bytes(picture, png(axis_strips(run, chosen)))
+    print(f"{output}, {picture}: {len(chosen.names)} axes by {chosen.method}, for --axes of encode, traverse and edit")
+
+
+def _chosen(found: "list[Discovered]", method: str, logsnr: float | None) -> "Discovered":
+    """The axes of one method; of one level, those of the level nearest to `logsnr`."""
+    same = [axes for axes in found if axes.method == method]
+    middle = same[len(same) // 2].logsnr[0] if logsnr is None else logsnr
+    return min(same, key=lambda axes: abs(axes.logsnr[0] - middle)) if method == "level" else same[0]
+
+
+def _lines(axes: "Discovered", run: "Run") -> list[str]:
+    """A line per axis: its score, what is undecided along it at each level and, where factors are known, the one it follows."""
+    lines = [f"{axes.method}: score is the {axes.score_name}"]
+    for place, name in enumerate(axes.names):
+        shares = " ".join(f"{share:.2f}" for share in axes.profile[:, place])
+        lines.append(f"  {name:<12} {axes.score[place]:8.3f}   undecided {shares}")
+    return lines
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    from ..report import write_report
+
+    print(write_report(Path(arguments.run)))
+
+
+def add_commands(command: AddCommand) -> None:
+    evaluate = command(
+        "evaluate",
+        run_evaluate,
+        "score runs side by side: factors recovered, rates, bound, noise levels, straightness of clips; seeds of one method are averaged",
+        "evaluate runs/disks_seed0 runs/disks_seed1 runs/vae_seed0 runs/vae_seed1 --output table.md",
+    )
+    evaluate.add_argument("run", nargs="+", help="run folders")
+    evaluate.add_argument("--images", type=at_least(16), metavar="N", help="evaluation images; as each run's report when left out")
+    evaluate.add_argument("--output", metavar="FILE", help="also write the tables (.md) or every number (.json)")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace the output file")
+    evaluate.add_argument(
+        "--jobs",
+        type=at_least(1, 1024),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes for the metrics that grow trees (%(default)s)",
+    )
+    evaluate.add_argument("--no-baselines", dest="baselines", action="store_false", help="leave out the untrained encoder, PCA and pixels")
+
+    axes = command(
+        "axes",
+        run_axes,
+        "find axes of the latent space without labels, coarse to fine, and write them with a strip of pictures each",
+        "axes runs/disks --output axes.npz",
+    )
+    axes.add_argument("run", help="a run folder of SAMI")
+    axes.add_argument("--output", required=True, metavar="FILE", help=".npz for --axes of other commands; its pictures go beside it")
+    axes.add_argument("--overwrite", action="store_true", help="replace the files")
+    axes.add_argument(
+        "--method",
+        choices=METHODS,
+        default="scale",
+        help="which axes to write: scale looks at all noise levels together, level at one (%(default)s); all are printed",
+    )
+    axes.add_argument(
+        "--logsnr", type=float, metavar="L", help="noise level for level, ln(alpha^2 / sigma^2); the middle one when left out"
+    )
+    axes.add_argument("--images", type=at_least(16), default=DISCOVERY_IMAGES, metavar="N", help="images to draw from (%(default)s)")
+    axes.add_argument(
+        "--draws", type=at_least(2, 1000), default=3, metavar="N", help="draws of p(x_0|x_t) per image and level (%(default)s)"
+    )
+    axes.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
+
+    report = command("report", run_report, "score a finished run and write its report/ folder", "report runs/disks")
+    report.add_argument("run", help="a run folder")

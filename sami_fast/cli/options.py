@@ -1,0 +1,132 @@
+"""Kinds of arguments, and the options that several commands share."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..errors import UserError
+
+# These stand in sampling.py too, which would load torch for every --help.
+SOLVERS = ("ddim", "ancestral", "dpm2m")
+STARTS = ("random", "inverted")
+
+
+class AddCommand(Protocol):
+    """Adds a command with the options of its parents."""
+
+    def __call__(
+        self, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser: ...
+
+
+def at_least(low: int, high: int = 10**7) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or len(text) > 20 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, found {text!r}")
+        return int(text)
+
+    return whole_number
+
+
+def number(text: str, low: float = -1e6) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number from {low:g} to 1e6, found {text!r}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    return number(text, 0.0)
+
+
+def limit(text: str) -> float | None:
+    return None if text == "off" else non_negative(text)
+
+
+def model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("run", help="a run folder, or a saved model (config.json, model.safetensors)")
+    options.add_argument("--output", required=True, metavar="FILE", help="file to write; refused if it exists")
+    options.add_argument("--overwrite", action="store_true", help="replace the output file")
+    options.add_argument(
+        "--batch-size", type=at_least(1), default=64, metavar="N", help="images at a time (%(default)s); bounds the memory"
+    )
+    options.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
+    return options
+
+
+def data_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--data", metavar="FILE", help=".npy or .npz of images, or a folder; the run's own evaluation images when left out"
+    )
+    options.add_argument("--array-key", default="", metavar="NAME", help="entry of an .npz; the only one, or 'images', when left out")
+    return options
+
+
+def axes_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--axes", metavar="FILE", help="named directions of latent space (.npz); the latent dimensions when left out")
+    return options
+
+
+def start_options(default: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--x-T",
+        choices=STARTS,
+        default=default,
+        help="starting noise: drawn with --seed, or what the denoiser alone makes the image from, which implies --eta 0 (%(default)s)",
+    )
+    return options
+
+
+def sampler_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
+    options.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="ddim",
+        help="ddim with fresh noise by --eta, ancestral: the same at --eta 1, dpm2m: second order, no fresh noise (%(default)s)",
+    )
+    options.add_argument("--steps", type=at_least(1), default=50, metavar="N", help="denoising steps (%(default)s)")
+    options.add_argument("--guidance-scale", type=non_negative, default=1.0, metavar="S", help="1 is Bayes' rule, 0 is off (%(default)s)")
+    options.add_argument(
+        "--guidance-clip",
+        type=limit,
+        default=4.0,
+        metavar="C",
+        help="standard deviations beyond which a latent is not pulled harder, or off (%(default)s)",
+    )
+    options.add_argument(
+        "--eta",
+        type=non_negative,
+        metavar="E",
+        help="fresh noise of --solver ddim: 0 is DDIM, 1 ancestral sampling; 2 with latents and 1 without, if left out",
+    )
+    return options
+
+
+def sampler_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`SamplerOptions` of the command line, checked before any work is done; x_T too where the command has it."""
+    from ..sampling import resolve_eta
+
+    start = {"x_T": arguments.x_T} if "x_T" in arguments else {}
+    try:
+        resolve_eta(arguments.solver, arguments.eta, **start)
+    except ValueError as error:  # speaks of arguments; the user gave options
+        name, _, rest = str(error).partition(": ")
+        raise UserError(f"--{name}: {rest.replace('x_T ', '--x-T ').replace('solver ', '--solver ')}") from None
+    return start | {
+        "solver": arguments.solver,
+        "num_steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "guidance_clip": arguments.guidance_clip,
+        "eta": arguments.eta,
+        "batch_size": arguments.batch_size,
+    }
