@@ -31,7 +31,7 @@ METHODS = {
 # Name of the data: config and what differs from it.
 DATA = {
     "disks": ("disks", []),
-    "sprites": ("sprites", ["train.steps=1500"]),
+    "sprites": ("sprites", ["train.steps=2500"]),
     # Every other second of three videos for training, the others for evaluation; 11 frames a clip as Henaff et al. (2019) took.
     "clips": ("video", ["train.steps=1000", "data.image_size=32", "data.holdout=0.5", "data.video.clip_length=11"]),
 }

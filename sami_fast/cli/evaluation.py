@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..discovery import Discovered
     from ..evaluation import Run
 
-METHODS = ("scale", "pca", "gradient", "level")
+METHODS = ("scale", "pca", "gradient", "ica", "level")
 DISCOVERY_IMAGES = 256
 
 
@@ -85,7 +85,14 @@ def run_axes(arguments: argparse.Namespace) -> None:
     with tqdm(total=count * NUM_LEVELS, desc="draws", unit="image", leave=False) as bar:
         try:
             found = discover(
-                run.model, run.images, count, draws=arguments.draws, seed=arguments.seed, batch_size=run.batch_size, progress=bar.update
+                run.model,
+                run.images,
+                count,
+                encoded=run.count,
+                draws=arguments.draws,
+                seed=arguments.seed,
+                batch_size=run.batch_size,
+                progress=bar.update,
             )
         except ValueError as error:
             raise UserError(f"{arguments.run}: {error}") from None

@@ -1,6 +1,7 @@
 """A finished run, read from its folder."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import UserError
 from ..latent_model import LatentModel
 from ..methods import load_model
 
+VALUES_PER_BATCH = 1 << 18  # pixels of one batch of encodings
 ROW = {"step", "loss_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
 
 
@@ -29,11 +31,16 @@ class Run:
     train: Dataset
     evaluation: Dataset
 
+    count: int  # evaluation images that scores are computed from
+
     @property
-    def count(self) -> int:
-        """Images that scores are computed from: as many as asked for, or as there are."""
-        asked = self.config.report.images
-        return asked if self.evaluation.size is None else min(asked, self.evaluation.size)
+    def batch_size(self) -> int:
+        """Images that are encoded together."""
+        return max(1, VALUES_PER_BATCH // math.prod(self.evaluation.image_shape))
+
+    def index(self) -> tuple[Tensor, ...]:
+        """The evaluation images in batches. [n] int64 each."""
+        return torch.arange(self.count).split(self.batch_size)
 
     def images(self, index: Tensor) -> Tensor:
         """Evaluation images on the model's device. [n] int64 -> [n, C, H, W] in [-1, 1]."""
@@ -67,9 +74,12 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, images: int | None = None) -> Run:
     """Read a run folder.
 
+    Args:
+        folder: As training leaves it.
+        images: Evaluation images to compute scores from, at most as many as there are; as the config says when None.
     Raises:
         UserError: not a run folder, a run without a model yet, no log, or files that do not fit together.
     """
@@ -90,4 +100,6 @@ def open_run(folder: Path) -> Run:
             f"{folder}: its model was trained on images of shape {list(model.image_shape)} (C, H, W), its data are now "
             f"{list(evaluation.image_shape)}"
         )
-    return Run(folder, config, environment, log, model, train, evaluation)
+    count = images or config.report.images
+    count = count if evaluation.size is None else min(count, evaluation.size)
+    return Run(folder, config, environment, log, model, train, evaluation, count)

@@ -12,10 +12,12 @@ Gaussian around the model's own guess,
 
     p(x_0 | x_{t=0}, z) = N(x_hat, decoder_var I),   x_hat = (x_{t=0} - sigma_0 eps_hat) / alpha_0
 
-with one number, decoder_var, fitted on training images. For 8-bit images the probability of each pixel's bin under that Gaussian is
-taken: the bound is on a probability, and bits per dimension compare with the literature. For continuous images it is a *density* in
-the units of x: it may be negative, and for noiseless synthetic images, which fill no volume, it falls without limit as logsnr_max
-rises. Compare such numbers only between models with one logsnr range.
+with one number, decoder_var, fitted on training images. Of a model that decodes, x_hat is what it decodes from z, and the bound is the
+reconstruction and the KL; a stochastic diffusion autoencoder has SAMI's terms with its own eps_hat.
+
+For 8-bit images the probability of each pixel's bin under that Gaussian is taken: the bound is on a probability, and bits per dimension
+compare with the literature. For continuous images it is a *density* in the units of x: it may be negative, and for noiseless synthetic
+images, which fill no volume, it falls without limit as logsnr_max rises. Compare such numbers only between models with one logsnr range.
 """
 
 import math
@@ -26,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops, score
-from ..sami import Sami
+from .. import ops
+from ..latent_model import LatentModel
 from ..schedule import alpha_sigma
 
 RECONSTRUCTION_STEP = ops.EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's
@@ -43,7 +45,7 @@ class Bound:
     kl: np.ndarray
     prior: np.ndarray
     reconstruction: np.ndarray
-    unguided: np.ndarray  # the diffusion term without guidance: a measurement, not a part
+    unguided: np.ndarray | None  # the diffusion term without guidance: a measurement, not a part; None where nothing can be left out
 
     @property
     def total(self) -> np.ndarray:
@@ -64,8 +66,7 @@ def is_eight_bit(x_0: Tensor) -> bool:
 
 def gaussian_nats(x_0: Tensor, mean: Tensor, var: float) -> Tensor:
     """-ln N(x_0; mean, var I), a density. [B, C, H, W] twice -> [B]."""
-    squares = (x_0 - mean).double().square().flatten(1).sum(1)
-    return 0.5 * (squares / var + x_0[0].numel() * math.log(2 * math.pi * var))
+    return 0.5 * (_square(x_0 - mean) / var + x_0[0].numel() * math.log(2 * math.pi * var))
 
 
 def eight_bit_nats(x_0: Tensor, mean: Tensor, var: float) -> Tensor:
@@ -84,21 +85,23 @@ def eight_bit_nats(x_0: Tensor, mean: Tensor, var: float) -> Tensor:
     return -(log_near + torch.log1p(-torch.exp(log_far - log_near))).flatten(1).sum(1)
 
 
-def _guess(sami: Sami, x_0: Tensor, z: Tensor, index: Tensor, seed: int) -> Tensor:
-    """x_hat, the model's guess of x_0 from its cleanest noisy copy. [B, C, H, W]"""
+def _guess(model: LatentModel, x_0: Tensor, z: Tensor, index: Tensor, seed: int) -> Tensor:
+    """x_hat, the model's guess of x_0 from its cleanest noisy copy, or from z alone. [B, C, H, W]"""
+    if model.decodes:
+        return model.decode(z)
     t = torch.zeros(len(x_0), dtype=x_0.dtype, device=x_0.device)
-    alpha_0, sigma_0 = alpha_sigma(sami.schedule.logsnr(t))
+    alpha_0, sigma_0 = alpha_sigma(model.schedule.logsnr(t))
     x_t, _ = ops.noise_sample(x_0, alpha_0[:, None], sigma_0[:, None], index, seed=seed, step=RECONSTRUCTION_STEP)
-    eps_hat = sami.predict_eps(x_t, t, z)
+    eps_hat = model.predict_eps(x_t, t, z)
     return (x_t - sigma_0.view(-1, 1, 1, 1) * eps_hat) / alpha_0.view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
-def fit_decoder_var(sami: Sami, images: Images, count: int, *, seed: int, batch_size: int = 256) -> float:
+def fit_decoder_var(model: LatentModel, images: Images, count: int, *, seed: int, batch_size: int = 256) -> float:
     """The decoder's variance: mean squared error per dimension of x_hat over `count` images that the model was trained on.
 
     Args:
-        sami, images, count, seed, batch_size: As in `negative_elbo`.
+        model, images, count, seed, batch_size: As in `negative_elbo`.
     Returns:
         Variance in the units of x squared, at least 1e-12.
     """
@@ -106,19 +109,19 @@ def fit_decoder_var(sami: Sami, images: Images, count: int, *, seed: int, batch_
     for index in torch.arange(count).split(batch_size):
         x_0 = images(index)
         index = index.to(x_0.device)
-        z = sami.encode(x_0).draw(index, seed)
-        total += (x_0 - _guess(sami, x_0, z, index, seed)).double().square().flatten(1).mean(1).sum().item()
+        z = model.encode(x_0).draw(index, seed)
+        total += (x_0 - _guess(model, x_0, z, index, seed)).double().square().flatten(1).mean(1).sum().item()
     return max(1e-12, total / count)
 
 
 @torch.no_grad()
 def negative_elbo(
-    sami: Sami, images: Images, count: int, *, seed: int, decoder_var: float, eight_bit: bool, batch_size: int = 256
+    model: LatentModel, images: Images, count: int, *, seed: int, decoder_var: float, eight_bit: bool, batch_size: int = 256
 ) -> Bound:
     """The bound on each of the first `count` images; its formula stands at the top of this file.
 
     Args:
-        sami: Any encoder and denoiser.
+        model: Any encoder and denoiser, or what decodes; not a deterministic encoder, which has no density.
         images: Images by index, in [-1, 1].
         count: N.
         seed: Key of the noise; nothing else is random.
@@ -126,7 +129,7 @@ def negative_elbo(
         eight_bit: The images hold 256 levels: bound their probability instead of a density.
         batch_size: Images at a time, for memory.
     """
-    schedule, decoder_nats = sami.schedule, eight_bit_nats if eight_bit else gaussian_nats
+    schedule, decoder_nats = model.schedule, eight_bit_nats if eight_bit else gaussian_nats
     everything = torch.arange(count)
     span = schedule.logsnr_max - schedule.logsnr_min
     # Stratified uniforms, taken over logsnr: the integrand is bounded there, whatever the schedule.
@@ -135,19 +138,26 @@ def negative_elbo(
     for index in everything.split(batch_size):
         x_0 = images(index)
         index, logsnr = index.to(x_0.device), level[index].to(x_0)
-        posterior = sami.encode(x_0)
+        posterior = model.encode(x_0)
         z = posterior.draw(index, seed)
 
-        alpha_t, sigma_t = alpha_sigma(logsnr)
-        x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=ops.EVALUATION_STEP)
-        eps_pred = sami.denoiser(x_t, schedule.t(logsnr).flatten()).to(x_t.dtype)
-        weight = torch.full_like(sigma_t[:, 0], 0.5 * span)
-        diffusion, unguided = ops.guided_loss(
-            eps, eps_pred, score.reverse(sami.encoder, x_t, z), sigma_t.flatten(), weight, torch.zeros_like(weight)
-        )
+        reconstruction = decoder_nats(x_0, _guess(model, x_0, z, index, seed), decoder_var)
+        nothing = torch.zeros_like(reconstruction)
+        diffusion, unguided, prior = nothing, None, nothing
+        if not model.decodes:
+            alpha_t, sigma_t = alpha_sigma(logsnr)
+            x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=ops.EVALUATION_STEP)
+            t = schedule.t(logsnr).flatten()
+            diffusion = 0.5 * span * _square(eps - model.predict_eps(x_t, t, z))
+            if model.method == "sami":
+                unguided = 0.5 * span * _square(eps - model.predict_eps(x_t, t))
+            alpha_1, sigma_1 = alpha_sigma(torch.tensor(schedule.logsnr_min, dtype=torch.float64))
+            prior = 0.5 * (alpha_1**2 * x_0.double().square() + sigma_1**2 - 1.0 - 2.0 * sigma_1.log()).flatten(1).sum(1)
+        parts.append((diffusion, posterior.kl.sum(1), prior, reconstruction, unguided))
+    columns = zip(*parts, strict=True)
+    return Bound(*(None if column[0] is None else torch.cat(column).double().cpu().numpy() for column in columns))
 
-        alpha_1, sigma_1 = alpha_sigma(torch.tensor(schedule.logsnr_min, dtype=torch.float64))
-        prior = 0.5 * (alpha_1**2 * x_0.double().square() + sigma_1**2 - 1.0 - 2.0 * sigma_1.log()).flatten(1).sum(1)
-        reconstruction = decoder_nats(x_0, _guess(sami, x_0, z, index, seed), decoder_var)
-        parts.append([v.double().cpu() for v in (diffusion, posterior.kl.sum(1), prior, reconstruction, weight * unguided)])
-    return Bound(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+def _square(error: Tensor) -> Tensor:
+    """Squared norm of each image. [B, C, H, W] -> [B] float64."""
+    return error.double().square().flatten(1).sum(1)

@@ -1,0 +1,129 @@
+"""How well codes recover known factors: every factor metric, on one set of codes, under one protocol."""
+
+from typing import Any
+
+import numpy as np
+
+from ..metrics.attributes import latent_quality, tad
+from ..metrics.dci import dci
+from ..metrics.identifiability import linear_r2, mcc, nonlinear_r2
+from ..metrics.interventions import beta_vae_score, factor_vae_score
+from ..metrics.irs import irs
+from ..metrics.mig import discretize, mig, mig_ceiling
+from ..metrics.modularity import explicitness, modularity
+from ..metrics.sap import sap
+from ..metrics.total_correlation import gaussian_total_correlation, mean_pairwise_mi
+
+TRAIN_SHARE = 2 / 3  # of the images, for metrics that learn on some and are scored on others: 10 000 of 15 000
+CLASSES = 256  # a factor with at most as many whole-numbered values is taken as classes, any other is binned
+CLASSIFIER_BINS = 10  # of a continuous factor, for classifiers, whose time grows with the classes; 20 elsewhere
+DCI_VALUES, DCI_LEAST = 24_000, 1000  # code values that trees are grown on: more codes mean fewer images, but not fewer than these
+SMALLEST_SPLIT = 200  # images below which nothing is learnt from them
+
+
+def factor_classes(factors: np.ndarray, bins: int = 20) -> np.ndarray:
+    """Classes for the metrics that count: whole-numbered factors as they are, others in equal-width bins. [N, K] -> [N, K] ints."""
+    whole = [(column == column.round()).all() and len(np.unique(column)) <= CLASSES for column in factors.T]
+    return np.where(whole, factors, discretize(factors, bins)).astype(np.int64)
+
+
+def _r2(measure: Any, codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
+    """R2 by factor; of one that comes round again, the mean of its sine's and its cosine's."""
+    columns, owners = [], []
+    for name, values in zip(names, factors.T, strict=True):
+        angle = 2 * np.pi * values / periods[name] if name in periods else None
+        targets = [values] if angle is None else [np.sin(angle), np.cos(angle)]
+        columns += targets
+        owners += [name] * len(targets)
+    scores = measure(codes, np.column_stack(columns))
+    return {name: float(np.mean([score for score, owner in zip(scores, owners, strict=True) if owner == name])) for name in names}
+
+
+def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, Any]:
+    """The quick ones: linear R2, MCC, MIG, SAP, modularity and what depends on no classifier.
+
+    Args:
+        codes: [N, D].
+        factors: [N, K], each varying.
+        names: Of the factors.
+        periods: Of those that come round again.
+    """
+    classes = factor_classes(factors)
+    scores: dict[str, Any] = {"linear_r2": _r2(linear_r2, codes, factors, names, periods)}
+    scores["mcc"], per_factor = mcc(codes, factors)
+    scores["mcc_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
+    scores["mcc_pearson"] = mcc(codes, factors, "pearson")[0]
+    scores["mig"], per_factor = mig(codes, classes)
+    scores["mig_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
+    scores["sap"] = sap(codes, factors)[0]
+    if len(names) > 1:
+        scores["modularity"] = modularity(codes, classes)[0]
+    return scores
+
+
+def learned_scores(
+    codes: np.ndarray,
+    live: np.ndarray,
+    factors: np.ndarray,
+    names: tuple[str, ...],
+    periods: dict[str, float],
+    *,
+    seed: int,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """The slower ones, which draw interventions or learn on the first two thirds of the images and are scored on the rest.
+
+    Args:
+        codes: [N, D].
+        live: Codes that trees are grown on, for time: the dead ones hold nothing. [L] indices.
+        factors, names, periods: As in `recovery_scores`.
+        seed: Of all draws.
+        jobs: Processes for the trees.
+    Returns:
+        None where a metric is not defined, for lack of codes, factors or images.
+    """
+    classes, coarse, train = factor_classes(factors), factor_classes(factors, CLASSIFIER_BINS), int(len(codes) * TRAIN_SHARE)
+    several = len(names) > 1
+    enough = train >= SMALLEST_SPLIT and all(len(np.unique(part)) > 1 for half in (coarse[:train], coarse[train:]) for part in half.T)
+    scores: dict[str, Any] = dict.fromkeys(
+        ("nonlinear_r2", "explicitness", "factor_vae", "beta_vae", "irs", "dci_d", "dci_c", "dci_i", "dci_images")
+    )
+    if enough:
+        scores["nonlinear_r2"] = _r2(lambda c, f: nonlinear_r2(c, f, seed=seed), codes, factors, names, periods)
+        scores["explicitness"] = explicitness(codes[:train], coarse[:train], codes[train:], coarse[train:])[0]
+    scores["irs"] = irs(codes, classes)[0]
+    if several:
+        scores["factor_vae"], scores["factor_vae_pruned_dims"] = factor_vae_score(codes, classes, seed=seed)
+        scores["beta_vae"] = beta_vae_score(codes, classes, seed=seed)
+    if several and enough and len(live) > 1:
+        used, test = codes[:, live], slice(train, None)
+        grown = min(train, max(DCI_LEAST, DCI_VALUES // len(live)))
+        result = dci(used[:grown], coarse[:grown], used[test], coarse[test], seed=seed, jobs=jobs)
+        scores |= {"dci_d": result.disentanglement, "dci_c": result.completeness, "dci_i": result.informativeness, "dci_images": grown}
+    return scores
+
+
+def attribute_scores(codes: np.ndarray, attributes: np.ndarray, *, seed: int) -> dict[str, Any]:
+    """TAD under both published protocols and the mean AUROC of linear probes, of binary attributes.
+
+    Args:
+        codes: [N, D].
+        attributes: [N, M] of 0 and 1.
+        seed: Of the folds.
+    """
+    scores: dict[str, Any] = {}
+    for protocol in ("nashae", "infodiffusion"):
+        result = tad(codes, attributes, protocol=protocol)
+        scores |= {f"tad_{protocol}": result.score, f"attributes_captured_{protocol}": result.count}
+    scores["latent_quality"] = latent_quality(codes, attributes, seed=seed)[0]
+    return scores
+
+
+def dependence_scores(codes: np.ndarray) -> dict[str, float]:
+    """What the codes share among each other, without factors. [N, D], D >= 2, none constant."""
+    return {"total_correlation": gaussian_total_correlation(codes), "mean_pairwise_mi": mean_pairwise_mi(codes)}
+
+
+def ceiling(factors: np.ndarray) -> float:
+    """The MIG of the factors themselves."""
+    return mig_ceiling(factors, factor_classes(factors))

@@ -1,0 +1,169 @@
+"""Scores of several runs side by side: a column per method, a row per number, mean and standard deviation over seeds."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from ..config import Config
+
+Scores = dict[str, Any]
+NOT_THE_METHOD = ("seed", "name", "runs_dir", "log", "checkpoint", "report", "engine")  # settings in which runs of one column may differ
+BASELINES = {"untrained": "untrained encoder", "pca": "PCA", "pixels": "pixels"}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run's settings and scores."""
+
+    folder: str
+    config: Config
+    scores: Scores  # of the run
+    baselines: dict[str, Scores]  # by name; empty where another run on the same images has them
+    straightness: dict[str, Scores]  # by representation; empty without clips
+
+
+def _average(values: dict[str, float] | None) -> float | None:
+    return mean(values.values()) if values else None
+
+
+def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
+    """Label, how to read the number, and digits. Factors are those of these scores."""
+    factors = list(scores.get("linear_r2", {}))
+
+    def of(key: str) -> Callable[[Scores], Any]:
+        return lambda s: s.get(key)
+
+    def of_factor(key: str, factor: str) -> Callable[[Scores], Any]:
+        return lambda s: s[key][factor] if s.get(key) else None
+
+    return [
+        ("linear R2, mean over factors", lambda s: _average(s.get("linear_r2")), 3),
+        *((f"linear R2 {factor}", of_factor("linear_r2", factor), 3) for factor in factors),
+        ("linear R2 from means, mean over factors", lambda s: _average(s.get("linear_r2_mu")), 3),
+        ("nonlinear R2, mean over factors", lambda s: _average(s.get("nonlinear_r2")), 3),
+        ("MCC, rank correlation", of("mcc"), 3),
+        *((f"MCC {factor}", of_factor("mcc_per_factor", factor), 3) for factor in factors),
+        ("MCC, Pearson", of("mcc_pearson"), 3),
+        ("MIG", of("mig"), 3),
+        ("MIG, ceiling", of("mig_ceiling"), 3),
+        ("DCI disentanglement", of("dci_d"), 3),
+        ("DCI completeness", of("dci_c"), 3),
+        ("DCI informativeness, accuracy", of("dci_i"), 3),
+        ("SAP, continuous", of("sap"), 3),
+        ("FactorVAE score", of("factor_vae"), 3),
+        ("BetaVAE score", of("beta_vae"), 3),
+        ("modularity", of("modularity"), 3),
+        ("explicitness", of("explicitness"), 3),
+        ("IRS", of("irs"), 3),
+        ("TAD, NashAE protocol", of("tad_nashae"), 3),
+        ("attributes captured, NashAE protocol", of("attributes_captured_nashae"), 1),
+        ("TAD, InfoDiffusion protocol", of("tad_infodiffusion"), 3),
+        ("attributes captured, InfoDiffusion protocol", of("attributes_captured_infodiffusion"), 1),
+        ("latent quality, AUROC", of("latent_quality"), 3),
+        ("total correlation, nats", of("total_correlation"), 2),
+        ("live dimensions", of("active_dims"), 1),
+        ("KL, nats", of("kl_nats"), 2),
+        ("negative ELBO, nats", of("elbo_nats"), 1),
+        ("negative ELBO, bits per dimension", of("bits_per_dim"), 3),
+        ("training, minutes", lambda s: s["wall_seconds"] / 60 if "wall_seconds" in s else None, 1),
+    ]
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and, of several, standard deviation; empty where a value is missing."""
+    if not values or any(value is None for value in values):
+        return ""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that also lines up as plain text."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _key(config: Config, without: Sequence[str]) -> str:
+    return json.dumps({name: value for name, value in asdict(config).items() if name not in without}, sort_keys=True, default=str)
+
+
+def _grouped(runs: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
+    """Runs that differ by their seed alone, under their method's name, or their own where a method is there twice."""
+    groups: dict[str, list[Evaluated]] = {}
+    for run in runs:
+        groups.setdefault(_key(run.config, NOT_THE_METHOD), []).append(run)
+    methods = [group[0].config.method for group in groups.values()]
+    return {
+        method if methods.count(method) == 1 else f"{method} {group[0].config.name}": group
+        for method, group in zip(methods, groups.values(), strict=True)
+    }
+
+
+def tables(runs: Sequence[Evaluated]) -> str:
+    """Markdown: for each dataset a table of scores and, where there are clips, one of straightness."""
+    datasets: dict[str, list[Evaluated]] = {}
+    for run in runs:
+        datasets.setdefault(json.dumps(asdict(run.config.data), sort_keys=True, default=str), []).append(run)
+    return "\n\n".join(_dataset_table(same) for same in datasets.values())
+
+
+def _dataset_table(runs: Sequence[Evaluated]) -> str:
+    groups = {name: [run.scores for run in group] for name, group in _grouped(runs).items()}
+    for key, label in BASELINES.items():
+        if found := [run.baselines[key] for run in runs if key in run.baselines]:
+            groups[label] = found
+    rows = []
+    for label, read, digits in _lines(runs[0].scores):
+        cells = [spread([read(scores) for scores in group], digits) for group in groups.values()]
+        if any(cells):
+            rows.append([label, *cells])
+    first = runs[0]
+    seeds = [f"{name}: {len(group)}" for name, group in _grouped(runs).items()]
+    images = ", ".join(sorted({str(run.scores["num_images"]) for run in runs}))
+    title = f"Data: {first.config.data.kind}, {images} evaluation images. Seeds: {', '.join(seeds)}. Mean ± standard deviation over seeds."
+    parts = [title, markdown(["", *groups], rows)]
+    if any(run.straightness for run in runs):
+        parts.append(_straightness_table(runs))
+    return "\n\n".join(parts)
+
+
+def _straightness_table(runs: Sequence[Evaluated]) -> str:
+    """A row per representation: the runs' own latents, then what they are compared with."""
+    rows: dict[str, list[Scores]] = {}
+    for name, group in _grouped(runs).items():
+        rows[name] = [run.straightness["latents"] for run in group if run.straightness]
+    for key, label in BASELINES.items():
+        rows[label] = [run.straightness[key] for run in runs if key in run.straightness]
+    columns = [
+        ("curvature, degrees", "curvature", 1),
+        ("95 % over clips", "curvature", None),
+        ("minus pixels'", "delta_curvature", 1),
+        ("cosine", "cosine", 3),
+        ("path ratio", "path_ratio", 3),
+        ("standardised codes: curvature", "standardized_curvature", 1),
+        ("95 % over clips ", "standardized_curvature", None),
+        ("cosine ", "standardized_cosine", 3),
+        ("skipped steps", "skipped_steps", 0),
+    ]
+    cells = []
+    for label, found in rows.items():
+        if not found:
+            continue
+        row = [label]
+        for _, key, digits in columns:
+            if digits is None:
+                ends = [mean(s.get(f"{key}_{end}", math.nan) for s in found) for end in ("low", "high")]
+                row.append("" if math.isnan(ends[0]) else f"{ends[0]:.1f} to {ends[1]:.1f}")
+            else:
+                row.append(spread([s.get(key) for s in found], digits))
+        cells.append(row)
+    clips = next(run.straightness["latents"] for run in runs if run.straightness)
+    note = f"Straightness of {clips['clips']} clips of {clips['frames']} frames; smaller curvature and larger cosine are straighter."
+    return note + "\n\n" + markdown(["", *(column[0] for column in columns)], cells)
