@@ -7,7 +7,8 @@ within one draw set, averaged over x_t, is what x_t leaves open. By the law of t
 
     level      one level's generalised eigenvectors
     scale      one set of directions for all levels, by joint approximate diagonalisation; each axis has a share that falls with logsnr,
-               and its scale is the logsnr at which half of it is decided
+               and its scale is the logsnr at which a quarter of it is left undecided: draws from the noisiest levels are narrower than
+               the data where the denoiser is not perfect, and a larger share may never be reached
     pca        principal axes of mu over the data: the aggregated posterior's, blind to noise levels
     gradient   E[ J J^T ] v = value total v with J = d mu / d x at clean images: axes that small changes of pixels move most
     ica        independent components of mu over the data (FastICA): what tells factors of one scale apart, unless they are Gaussian
@@ -42,6 +43,7 @@ DISCOVERY_STEP = 2 * ops.EVALUATION_STEP  # evaluation's own noise lies below
 MAX_DRAWS = 1 << 16
 NUM_LEVELS = 8
 NUM_STEPS, MIN_STEPS = 32, 4
+UNDECIDED = 0.25
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray,
     return values[::-1], vectors.T[::-1] @ white
 
 
-def joint_axes(withins: np.ndarray, total: np.ndarray, logsnr: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def joint_axes(
+    withins: np.ndarray, total: np.ndarray, logsnr: Sequence[float] | np.ndarray, undecided: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One set of axes for all noise levels, from coarse to fine.
 
     The matrices are whitened by total and made as diagonal as one rotation can make all of them: it minimises the sum over levels of
@@ -211,8 +215,9 @@ def joint_axes(withins: np.ndarray, total: np.ndarray, logsnr: Sequence[float] |
         withins: Covariances of mu within draw sets. [L, Z, Z].
         total: Covariance of mu over the data, of full rank. [Z, Z].
         logsnr: Levels of the L matrices, increasing.
+        undecided: Share that sets an axis's scale, 0 to 1.
     Returns:
-        scale: logsnr at which an axis's share passes 1/2 (`half_point` of what is decided); NaN where no level asked for is that noisy or
+        scale: logsnr at which an axis's share falls to `undecided` (as `half_point`); NaN where no level asked for is that noisy or
             that clean. Axes go by it, those decided at all levels first, those undecided at all last. [Z].
         profile: Undecided share of each axis. [L, Z].
         readouts: Rows v with v^T total v = 1. [Z, Z]; directions are readouts @ total.
@@ -225,9 +230,9 @@ def joint_axes(withins: np.ndarray, total: np.ndarray, logsnr: Sequence[float] |
         raise ValueError(f"withins: expected shape {[len(levels), *white.shape]}, found {list(withins.shape)}")
     readouts = _joint_rotation(white @ withins @ white).T @ white
     profile = shares(withins, readouts)
-    scale = np.array([half_point(levels, 1.0 - share, 1.0) for share in profile.T])
+    scale = np.array([half_point(levels, 1.0 - share, 2.0 * (1.0 - undecided)) for share in profile.T])
     mean = profile.mean(0)
-    place = np.where(np.isnan(scale), np.where(mean < 0.5, -np.inf, np.inf), scale)
+    place = np.where(np.isnan(scale), np.where(mean < undecided, -np.inf, np.inf), scale)
     order = np.lexsort((mean, place))
     return scale[order], profile[:, order], readouts[order]
 
@@ -391,9 +396,9 @@ def discover(
         profile = shares(withins[chosen], readouts)
         return Discovered(method, names, *wide, mu.mean(0), score, score_name, profile, levels[chosen])
 
-    scale, _, readouts = joint_axes(withins, total, levels)
+    scale, _, readouts = joint_axes(withins, total, levels, UNDECIDED)
     found = [
-        expanded("scale", "scale", "logsnr at which half is decided", scale, readouts),
+        expanded("scale", "scale", f"logsnr at which {UNDECIDED:g} is undecided", scale, readouts),
         expanded("pca", "pca", "share of the variance of mu", *principal_axes(mu[:, live])),
         expanded("gradient", "gradient", "mean squared gradient in x", *gradient_axes(sami, images, count, total, live, batch_size)),
         expanded("ica", "ica", "absolute excess kurtosis", *independent_axes(mu[:, live], seed)),

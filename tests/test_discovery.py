@@ -22,6 +22,7 @@ from sami_fast.discovery import (
     within_covariance,
 )
 from sami_fast.metrics.identifiability import mcc
+from sami_fast.metrics.scale_profile import half_point
 from sami_fast.sami import Sami
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
@@ -167,11 +168,13 @@ def test_scale_axes_undo_a_rotation(found):
 def test_scale_axes_go_from_coarse_to_fine_at_the_right_scales(found):
     axes = next(d for d in found if d.method == "scale")
     assert (matched(axes.readouts[:, LIVE], orthogonal(4, 5)).diagonal() > 0.99).all()  # axis a is factor a
-    np.testing.assert_allclose(axes.score, -np.log(VARIANCES), atol=0.25)  # levels 2 apart, read off lines between them
     assert (np.diff(axes.profile, axis=0) < 0).all()
     exact = np.stack([undecided(level) for level in LEVELS])
     np.testing.assert_allclose(axes.profile, exact, rtol=0.1, atol=0.01)  # 100 steps lack up to 5 %, N images 3 %
     assert axes.logsnr.tolist() == LEVELS.tolist()
+    read_off = [half_point(LEVELS, 1.0 - share, 1.5) for share in exact.T]  # where a quarter is undecided, on lines between levels 2 apart
+    np.testing.assert_allclose(axes.score, read_off, atol=0.25)
+    np.testing.assert_allclose(read_off[:3], math.log(3) - np.log(VARIANCES[:3]), atol=0.35)  # 1 / (1 + a^2 snr) = 1 / 4
 
 
 def test_gradient_axes_go_from_fine_to_coarse(found):

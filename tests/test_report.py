@@ -1,9 +1,13 @@
 """The report of small runs: what metrics.json holds, what the page is made of, what a user is told when it cannot be written."""
 
+import io
 import json
 import math
+import re
+import shlex
 import shutil
-from dataclasses import asdict
+import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,14 +15,25 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
+from sami_fast.cli import parser
 from sami_fast.config import Config, load_config, to_yaml
+from sami_fast.discovery import discover
 from sami_fast.errors import UserError
+from sami_fast.evaluation import Latents, encode, known_factors, open_run, profile
+from sami_fast.evaluation.latents import untrained
+from sami_fast.metrics.identifiability import correlation_matrix, mcc
+from sami_fast.metrics.straightness import clip_straightness
 from sami_fast.report import write_report
-from sami_fast.report.run import open_run
-from sami_fast.report.scores import untrained
-from sami_fast.report.strips import Strip, strips
-from sami_fast.sami import Sami
+from sami_fast.report.charts import COLOURS, MATRIX_ROWS, correlations, line, scatter_fits
+from sami_fast.report.discoveries import axis_scores, discoveries
+from sami_fast.report.levels import calibration, information
+from sami_fast.report.markup import POLICY, document
+from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
+from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips
+from sami_fast.report.tables import axis_tables, lines, score_section
+from sami_fast.train import build_model
 
 LATENTS = 3
 SMALL = [
@@ -41,6 +56,9 @@ WHOLE = {"active_dims", "steps", "seed", "num_images"}
 OF_FACTORS = {"mcc", "mig", "mig_ceiling"}
 BY_FACTOR = {"linear_r2", "linear_r2_mu", "mcc_per_factor", "mig_per_factor"}
 VOID = {"meta", "img"}
+TERMS = {"sami": ("diffusion_nats", "unguided_nats"), "diffae": ("diffusion_nats",), "beta_vae": ("reconstruction_nats",)}
+RUNS = ("disks", "array", "collapsed", "vae", "diffae")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def log_rows(config: Config) -> list[dict]:
@@ -54,8 +72,7 @@ def log_rows(config: Config) -> list[dict]:
                 "step": step,
                 "images": step * config.train.batch_size,
                 "loss_nats": 50.0 / step,
-                "diffusion_nats": 45.0 / step,
-                "unguided_nats": 50.0 / step,
+                **dict.fromkeys(TERMS[config.method], 45.0 / step),
                 "kl_nats": sum(kl),
                 "kl_weight": 0.1 if joint else 0.0,
                 "learning_rate": 1e-3,
@@ -74,11 +91,9 @@ def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:
         kl: "informative" for latents far from the prior, "none" for a collapsed posterior.
     """
     config = load_config(None, [*SMALL, f"runs_dir={folder.parent}", f"name={folder.name}", *overrides])
-    images = {"image_channels": 1, "image_size": 8}
-    torch.manual_seed(config.seed)
-    sami = Sami.build({"encoder": images | asdict(config.encoder), "denoiser": images | asdict(config.denoiser)}, asdict(config.schedule))
+    model = build_model(config, (1, 8, 8))
     with torch.no_grad():
-        encoder = sami.encoder
+        encoder = model.encoder
         if kl == "informative":
             encoder.mu.weight.mul_(20.0)
             encoder.raw_var.bias.fill_(-1.0)
@@ -87,7 +102,7 @@ def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:
                 head.weight.zero_()
             encoder.mu.bias.zero_()
     folder.mkdir()
-    sami.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(to_yaml(config))
     environment = {"sami_fast": "0.1.0", "commit": None, "command": ["train.py", "--local_rank=0", "name=<script>alert('&')</script>"]}
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -125,6 +140,22 @@ def array(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def collapsed(tmp_path_factory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "collapsed", kl="none")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    """A beta-VAE on sprites, whose data have clips."""
+    folder = make_run(tmp_path_factory.mktemp("runs") / "vae", "method=beta_vae", "data.kind=sprites", "data.video.clip_length=5")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffae(tmp_path_factory) -> Path:
+    """Latents without noise."""
+    folder = make_run(tmp_path_factory.mktemp("runs") / "diffae", "method=diffae")
     write_report(folder)
     return folder
 
@@ -167,7 +198,7 @@ class Page(HTMLParser):
 
 def test_metrics_of_disks(disks):
     scores = scores_of(disks)
-    assert set(scores) == NUMBERS | WHOLE | OF_FACTORS | BY_FACTOR | {"kl_per_dim", "elbo_of", "untrained"}
+    assert set(scores) >= NUMBERS | WHOLE | OF_FACTORS | BY_FACTOR | {"kl_per_dim", "elbo_of", "untrained", "axes"}
     assert all(isinstance(scores[key], float) and math.isfinite(scores[key]) for key in NUMBERS | OF_FACTORS)
     assert all(type(scores[key]) is int for key in WHOLE)
     for key in BY_FACTOR:
@@ -192,7 +223,7 @@ def test_metrics_agree_with_each_other(disks):
 
 def test_metrics_of_the_untrained_encoder(disks):
     before = scores_of(disks)["untrained"]
-    assert set(before) == {"kl_nats", "kl_per_dim", "active_dims", "mcc", "mig"} | BY_FACTOR
+    assert set(before) >= {"kl_nats", "kl_per_dim", "active_dims", "mcc", "mig"} | BY_FACTOR
     assert before["kl_nats"] < scores_of(disks)["kl_nats"]
 
 
@@ -200,19 +231,19 @@ def test_untrained_is_the_network_before_the_first_step(disks):
     run, state = open_run(disks), torch.random.get_rng_state()
     fresh = untrained(run)
     assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(run.config.seed)
-    first = Sami.build(run.model.architecture, asdict(run.config.schedule))
+    first = build_model(run.config, run.evaluation.image_shape)
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), first.parameters(), strict=True))
 
 
 def test_metrics_without_factors(array):
     scores = scores_of(array)
-    assert set(scores) == NUMBERS | WHOLE | {"kl_per_dim", "elbo_of", "untrained"}
+    assert set(scores) >= NUMBERS | WHOLE | {"kl_per_dim", "elbo_of", "untrained"}
+    assert not set(scores) & (OF_FACTORS | BY_FACTOR | {"axes", "clip_curvature"})
     assert scores["num_images"] == 12  # all that are held out
     assert scores["elbo_of"] == "8-bit pixels"
     assert scores["bits_per_dim"] > 0
     assert scores["active_dims"] == len(scores["kl_per_dim"]) == 14
-    assert set(scores["untrained"]) == {"kl_nats", "kl_per_dim", "active_dims"}
+    assert set(scores["untrained"]) >= {"kl_nats", "kl_per_dim", "active_dims"}
 
 
 def test_metrics_of_a_collapsed_encoder(collapsed):
@@ -220,6 +251,33 @@ def test_metrics_of_a_collapsed_encoder(collapsed):
     assert scores["active_dims"] == 0
     assert scores["kl_nats"] < 0.05
     assert max(scores["linear_r2"].values()) < 0.5
+
+
+def test_metrics_of_the_axes(disks):
+    axes, run = scores_of(disks)["axes"], open_run(disks)
+    latents, (factors, names, _) = encode(run, run.model), known_factors(run)
+    assert set(axes) == {"latents", "scale", "pca", "gradient", "logsnr_levels"}
+    assert axes["latents"]["mcc"] == pytest.approx(mcc(latents.z, factors)[0])
+    for method in ("scale", "pca", "gradient"):
+        assert len(axes[method]["score"]) == len(axes[method]["undecided"]) == LATENTS
+        assert list(axes[method]["mcc_per_factor"]) == list(names)
+    assert sum(axes["pca"]["score"]) == pytest.approx(1.0)
+
+
+def test_metrics_of_the_clips(vae):
+    scores, run = scores_of(vae), open_run(vae)
+    frames = run.evaluation.clips(torch.arange(4))  # [4, 5, 1, 8, 8]
+    mu = run.model.encode(frames.flatten(0, 1)).mu.detach().unflatten(0, (4, 5))
+    assert scores["clip_curvature"][:4] == pytest.approx(clip_straightness(mu.numpy()).curvature, abs=1e-2)
+    assert scores["clip_pixel_curvature"][:4] == pytest.approx(clip_straightness(frames.flatten(2).numpy()).curvature, abs=1e-3)
+    assert scores["method"] == "beta_vae"
+
+
+def test_metrics_of_noiseless_latents(diffae):
+    scores = scores_of(diffae)
+    assert scores["method"] == "diffae"
+    assert scores["kl_nats"] is None
+    assert not {"axes", "information_nats", "elbo_nats"} & scores.keys()
 
 
 def test_same_run_same_scores(disks):
@@ -234,13 +292,15 @@ def test_same_run_same_scores(disks):
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        ("disks", {"traversals", "reconstructions", "samples", "latents", "training"}),
-        ("array", {"traversals", "reconstructions", "samples", "training"}),
-        ("collapsed", {"reconstructions", "samples", "training"}),
+        ("disks", {"traversals", "correlations", "latents", "information", "calibration", "axes"}),
+        ("array", {"traversals", "information", "calibration"}),
+        ("collapsed", set()),
+        ("vae", {"traversals", "correlations", "latents", "information", "calibration", "trajectories", "curvature"}),
+        ("diffae", {"traversals", "correlations", "latents"}),
     ],
 )
 def test_pictures(run, expected, request):
-    folder = request.getfixturevalue(run)
+    folder, expected = request.getfixturevalue(run), expected | {"reconstructions", "samples", "training"}
     files = {file.name for file in (folder / "report").iterdir()}
     assert files == {f"{name}.png" for name in expected} | {"index.html", "metrics.json"}  # nothing partial stays
     assert len(Page(folder).images()) == len(expected)
@@ -271,19 +331,168 @@ def test_strips_keep_pixels():
     assert np.abs(drawn[24:184, -184:-24] - expected).max() <= 1
 
 
+def test_large_images_are_shrunk():
+    canvas = FigureCanvasAgg(strips([Strip("", torch.full((2, 3, 400, 400), 0.2))]))
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())
+    assert drawn.shape[:2] == (24 + 160 + 24, 24 + 300 + 160 + 8 + 160 + 24)
+    assert (drawn[24:184, -184:-24, 0] == 153).all()
+
+
+def test_png_of_many_colours_is_reduced_and_its_paper_stays_white():
+    images = torch.rand(9, 3, 160, 160, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    written = png(strips([Strip("", images)] * 12))
+    picture = Image.open(io.BytesIO(written))
+    assert picture.mode == "P"
+    assert (np.asarray(picture.convert("RGB"))[:20] == 255).all()
+    assert len(written) < 3_500_000  # of pure noise, which no photograph is: two such pictures leave a page below 10 MB
+    assert len(png(strips([Strip("", images[:1])]))) <= PNG_BYTES
+
+
+def latents_of(z: np.ndarray) -> Latents:
+    """Codes without noise worth mentioning; the last dimension is the most informative."""
+    return Latents(z, np.full_like(z, 1e-4), z, np.arange(z.shape[1]) + 1.0, np.arange(z.shape[1])[::-1])
+
+
+def test_correlations_are_drawn_in_the_order_of_the_rates():
+    generator = np.random.default_rng(0)
+    latents, factors = latents_of(generator.normal(size=(200, 3))), generator.normal(size=(200, 2))
+    factors[:, 1] = -np.exp(latents.z[:, 2])
+    figure = correlations(latents, factors, ("a", "b"))
+    drawn = np.asarray(figure.axes[0].images[0].get_array())
+    assert drawn == pytest.approx(correlation_matrix(latents.z, factors).T[::-1])
+    assert drawn[0, 1] == 1
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["z2", "z1", "z0"]
+    assert "1.00" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_correlations_of_many_latents_and_factors():
+    """As many as CelebA's attributes: no numbers in the cells, no scatter plots."""
+    generator = np.random.default_rng(0)
+    latents, names = latents_of(generator.normal(size=(50, 40))), [f"attribute_{number}" for number in range(40)]
+    figure = correlations(latents, generator.normal(size=(50, 40)), names)
+    assert figure.axes[0].images[0].get_array().shape == (MATRIX_ROWS, 40)
+    assert not figure.axes[0].texts
+    assert not scatter_fits(latents, names)
+    assert scatter_fits(latents_of(np.zeros((9, 3))), ["x", "y", "background"])
+    png(figure)
+
+
+def test_each_latent_has_a_line_of_its_own():
+    styles = {str(sorted(line(rank).items())) for rank in range(2 * len(COLOURS))}
+    assert len(styles) == 2 * len(COLOURS)
+
+
+def test_noise_levels_are_drawn_as_measured(disks):
+    run = open_run(disks)
+    latents, measured = encode(run, run.model), profile(run)
+    axes = information(measured, latents, run.images(torch.tensor([0]))).axes[0]
+    curves = [curve for curve in axes.lines if len(curve.get_xdata()) == len(measured.logsnr)]
+    for drawn, dim in zip(curves, latents.live, strict=True):
+        assert drawn.get_ydata() == pytest.approx(measured.information[:, dim])
+        assert drawn.get_label().startswith(f"z{dim}")
+    dots = [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in axes.lines if dot.get_marker() == "o"]
+    assert dots == [(measured.scale[d], measured.clean[d] / 2) for d in latents.live if np.isfinite(measured.scale[d])]
+    assert "mostly noise" in axes.get_xlabel()
+    assert "nearly clean" in axes.get_xlabel()
+
+    panels = calibration(measured, latents).axes
+    for panel, values, target in zip(panels, (measured.calibration_std, measured.calibration_mean), (1.0, 0.0), strict=True):
+        assert [list(curve.get_ydata()) for curve in panel.lines[:-1]] == [list(values[:, d]) for d in latents.live]
+        assert list(panel.lines[-1].get_ydata()) == [target, target]
+
+
+def test_axis_strips_go_through_the_range_of_the_data(disks):
+    run = open_run(disks)
+    latents = encode(run, run.model)
+    found = discover(run.model, run.images, 32, draws=2, num_steps=4, logsnr=[-2.0, 2.0])[0]
+    figure = axis_strips(run, found)
+    assert len(figure.images) == 9 * LATENTS
+    texts = [text.get_text() for text in figure.texts]
+    assert [text.split("\n")[0].split(" · ")[0] for text in texts if text.startswith("scale")] == list(found.names)
+    coordinates = (latents.mu - found.center) @ found.readouts[0]
+    first = texts.index(next(text for text in texts if text.startswith(found.names[0])))
+    assert [float(text) for text in texts[first + 1 : first + 10]] == pytest.approx(
+        np.linspace(*np.quantile(coordinates, (0.025, 0.975)), 9), abs=0.051
+    )
+
+
+def test_axes_that_undo_a_rotation_recover_the_factors(disks):
+    run = open_run(disks)
+    found = discover(run.model, run.images, 32, draws=2, num_steps=4, logsnr=[-2.0, 2.0])[0]
+    generator = np.random.default_rng(0)
+    rotation, factors = np.full((3, 3), -2 / 3) + np.eye(3), generator.uniform(size=(500, 3))
+    latents = latents_of(factors @ rotation + 1.0)
+    found = replace(found, directions=rotation, readouts=rotation, center=np.ones(3), score=np.array([np.nan, -1.5, np.nan]))
+    scores = axis_scores({"scale": found}, latents, factors, ("a", "b", "c"))
+    assert scores["scale"]["mcc"] == pytest.approx(1.0)
+    assert scores["latents"]["mcc"] < 0.9
+    assert scores["scale"]["score"] == [None, -1.5, None]
+    scores["scale"]["undecided"] = [[0.1, 0.0], [0.8, 0.2], [0.9, 0.8]]
+    tables = axis_tables(scores, ("a", "b", "c"))
+    assert "1.000" in tables
+    assert re.search("below all levels.*-1.5.*above all levels", tables, re.DOTALL)
+    assert set(axis_scores({"scale": found}, latents, factors[:, :0], ())) == {"scale", "logsnr_levels"}  # nothing to compare with
+
+
+def test_no_axes_where_there_is_nothing_to_find(array, collapsed, vae):
+    for folder in (array, collapsed, vae):
+        run = open_run(folder)
+        assert discoveries(run, encode(run, run.model)) == {}
+
+
+def test_paths_keep_their_lengths():
+    """Clips in a plane of five dimensions: seen in it, every step is as long as it is."""
+    generator = np.random.default_rng(0)
+    plane = np.linalg.qr(generator.normal(size=(5, 2)))[0].T
+    codes = generator.normal(size=(4, 6, 2)) @ plane
+    clips = Clips(torch.zeros(4, 6, 3, 8, 8), codes, np.array([10.0, np.nan, 5.0, 0.0]), np.full(4, 90.0))
+    figure = trajectories(clips, latents_of(generator.normal(size=(30, 2)) @ plane))
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("clip")]
+    for panel, clip in zip(panels, codes, strict=True):
+        drawn = panel.lines[0].get_xydata()
+        assert np.linalg.norm(np.diff(drawn, axis=0), axis=1) == pytest.approx(np.linalg.norm(np.diff(clip, axis=0), axis=1))
+    assert [panel.get_title(loc="left") for panel in panels[:2]] == ["clip 0: bends by 10° a frame", "clip 1: stands still"]
+    (dots,) = curvatures(clips).axes[0].collections
+    assert np.asarray(dots.get_offsets())[[0, 2]].tolist() == [[90.0, 10.0], [90.0, 5.0]]
+    png(figure)
+
+
+def test_clips_are_read_only_where_there_are_any(disks, vae, tmp_path):
+    assert read_clips(open_run(disks)) is None
+    assert read_clips(open_run(vae)).frames.shape == (6, 5, 1, 8, 8)
+    short = make_run(tmp_path / "short", "data.kind=sprites", "data.video.clip_length=2")
+    assert read_clips(open_run(short)) is None
+
+
+def test_fitted_latents_have_the_moments_of_the_data():
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.randn(400, 3, generator=generator).double() @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]).double() + 3
+    drawn = fitted_latents(mu, torch.randn(40000, 3, generator=generator))
+    assert drawn.dtype == torch.float32
+    assert torch.allclose(drawn.mean(0), mu.mean(0).float(), atol=0.05)  # 2.2 / sqrt(40000) is 0.011
+    assert torch.allclose(drawn.T.cov(), mu.T.cov().float(), atol=0.15)
+    assert torch.equal(fitted_latents(mu[:1], torch.randn(2, 3)), mu[:1].float().expand(2, 3))
+
+
 # The page
 
 
-@pytest.mark.parametrize("run", ["disks", "array", "collapsed"])
+@pytest.mark.parametrize("run", RUNS)
 def test_page_needs_nothing_else(run, request):
     page = Page(request.getfixturevalue(run))
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
         for name in {"src", "href", "srcset", "style"} & attributes.keys():
-            assert (tag, name) == ("img", "src")
-            assert attributes[name].startswith("data:image/png;base64,")
+            if tag == "a":
+                assert attributes["href"][0] == "#"
+                assert ("section", {"id": attributes["href"][1:]}) in page.tags
+            else:
+                assert (tag, name) == ("img", "src")
+                assert attributes[name].startswith("data:image/png;base64,")
         assert not any(name.startswith("on") for name in attributes)
     assert all(attributes.get("alt", "").strip() for attributes in page.images())
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in page.tags
     assert "url(" not in page.html
     assert "@import" not in page.html
     assert len(page.html) < 3_000_000
@@ -305,6 +514,58 @@ def test_page_shows_command_config_and_environment(disks):
     assert '"sami_fast": "0.1.0"' in page.text
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_commands_of_the_page_are_commands(run, request):
+    folder = request.getfixturevalue(run)
+    commands = re.findall("^sami-fast (.*)$", Page(folder).text, re.MULTILINE)
+    along = {"disks": ["axes", "traverse", "traverse"], "collapsed": []}.get(run, ["traverse"])
+    names = ["report", "evaluate", *along, "encode"]
+    assert [command.split()[0] for command in commands] == names
+    for command in commands:
+        arguments = parser().parse_args(shlex.split(command))
+        assert arguments.run in (str(folder), [str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("run", "says", "does_not_say"),
+    [
+        ("disks", ["SAMI run", "denoiser alone", "Axes found without labels", "guided denoising"], ["baseline that"]),
+        ("vae", ["β-VAE run", "decoder makes of their latents", "never shows its encoder a noisy image"], ["SAMI run", "guided", "denois"]),
+        ("diffae", ["Diffusion autoencoder run", "is told the image's latents", "has no prior"], ["SAMI run", "guided", "KL", "The bound"]),
+    ],
+)
+def test_page_speaks_of_its_method(run, says, does_not_say, request):
+    folder = request.getfixturevalue(run)
+    page = Page(folder)
+    words = page.text.rpartition("How it was made")[0]  # configuration and environment name everything
+    alts = " ".join(image["alt"] for image in page.images()) + ("denoiser alone" if run == "disks" else "")
+    for text in says:
+        assert text in words + alts
+    for text in does_not_say:
+        assert text not in words
+
+
+def test_every_score_is_explained():
+    """Those without a value are left out; of an attribute's data none of the factors' scores is asked for."""
+    numbers = {"kl_nats": 9.0, "active_dims": 3, "mcc": 0.5, "mig": 0.4, "mig_ceiling": 0.93, "dci_d": 0.31, "dci_c": 0.32, "dci_i": 0.33}
+    numbers |= {"sap": 0.34, "factor_vae": 0.35, "beta_vae": 0.36, "modularity": 0.37, "explicitness": 0.38, "irs": None}
+    numbers |= {"linear_r2": {"x": 0.9, "y": 0.7}, "nonlinear_r2": {"x": 0.95, "y": 0.75}, "total_correlation": 0.2}
+    shown = {line.name: line for line in lines(numbers)}
+    assert [shown[name].cell(numbers) for name in ("Linear R²", "Nonlinear R²", "DCI completeness", "BetaVAE score")] == [
+        "0.800", "0.850", "0.320", "0.360",
+    ]  # fmt: skip
+    assert "IRS" not in shown
+    assert "0.93" in shown["MIG"].words
+    assert all(line.words.endswith(".") and len(line.words) > 20 for line in shown.values())
+    assert shown["BetaVAE score"].cell({}) == "\N{EN DASH}"
+
+    attributes = {"kl_nats": 9.0, "active_dims": 3, "tad_nashae": 0.21, "attributes_captured_nashae": 4, "latent_quality": 0.8}
+    section = score_section(attributes | {"untrained": attributes}, ("smiling", "hat"))
+    assert "0.210" in section
+    assert "by factor" not in section
+    assert "Linear" not in section
+
+
 def test_page_shows_the_scores(disks):
     page, scores = Page(disks), scores_of(disks)
     for value in (scores["mcc"], scores["untrained"]["mcc"], scores["mig"], scores["linear_r2"]["y"]):
@@ -318,7 +579,7 @@ def test_page_without_factors(array):
     assert "MCC" not in page.text
     assert "factor" not in page.text
     assert "bounds a probability" in page.text
-    assert "Only the 12 most informative are shown" in page.text
+    assert "Only the first 12 are shown" in page.text
 
 
 def test_page_says_that_the_posterior_collapsed(collapsed):
@@ -341,6 +602,43 @@ def test_report_of_images_that_training_saw(tmp_path):
     write_report(folder)
     assert scores_of(folder)["num_images"] == 20
     assert "none are held out" in Page(folder).text
+
+
+# The page in a browser
+
+
+def opened(page: Path, scratch: Path) -> tuple[list[str], set[str]]:
+    """What a page writes to the console, and the addresses it asks the network for."""
+    log = scratch / "net.json"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch / 'profile'}", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--v=0", f"--log-net-log={log}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "</html>" in done.stdout
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # The browser's own requests have no origin.
+    asked = {event["url"] for event in events if "url" in event and event.get("initiator", "not an origin") != "not an origin"}
+    return re.findall(r":CONSOLE[^\]]*\] (.*)", done.stderr), {url for url in asked if url.split(":")[0] in {"http", "https", "ws", "wss"}}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("run", ["disks", "vae"])
+def test_page_in_a_browser_is_silent_and_asks_for_nothing(run, request, tmp_path):
+    assert opened(request.getfixturevalue(run) / "report" / "index.html", tmp_path) == ([], set())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_page_that_is_not_silent_would_be_noticed(tmp_path):
+    address, page = "http://127.0.0.1:9/x.png", tmp_path / "page.html"
+    image = f'<img src="{address}">'
+    page.write_text(f"<!DOCTYPE html><html><body>{image}<script>console.error('a complaint')</script></body></html>")
+    console, asked = opened(page, tmp_path)
+    assert any("a complaint" in text for text in console)
+    assert asked == {address}
+
+    page.write_text(document("a page with our policy", image))
+    console, asked = opened(page, tmp_path)
+    assert any("Content Security Policy" in text for text in console)
+    assert asked == set()
 
 
 # What a user is told

@@ -42,7 +42,8 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
     """
     factors, names, periods = known_factors(run)
     scores, seed = rate_scores(latents), run.config.seed
-    if latents.z.shape[1] > 1 and not quick:
+    images, dims = latents.z.shape
+    if images > dims > 1 and not quick:
         scores |= of_factors.dependence_scores(latents.z)
     if not names:
         return scores

@@ -4,14 +4,15 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
+from ..evaluation import encode, known_factors, open_run, profile, score
+from ..evaluation.latents import untrained
+from ..evaluation.scores import latent_scores
 from ..files import write_whole
+from .discoveries import axis_scores, discoveries
 from .figures import make_figures
+from .motion import clip_scores, read_clips
 from .page import render
-from .run import open_run
-from .scores import compute_scores, encode
 
 __all__ = ["write_report"]
 
@@ -38,9 +39,16 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """
     run = open_run(Path(run_folder))
     latents = encode(run, run.model)
-    factors = run.evaluation.factors(torch.arange(run.count)).double().numpy()  # [N, F]
-    scores = compute_scores(run, latents, factors)
-    figures = make_figures(run, latents, factors)
+    factors, names, _ = known_factors(run)
+    measured = profile(run)
+    scores = score(run, latents, measured, jobs=os.cpu_count() or 1)
+    scores["untrained"] = latent_scores(run, encode(run, untrained(run)), quick=True)
+    found, clips = discoveries(run, latents), read_clips(run)
+    if found:
+        scores["axes"] = axis_scores(found, latents, factors, names if "mcc" in scores else ())
+    if clips is not None:
+        scores |= clip_scores(clips)
+    figures = make_figures(run, latents, factors, names, measured, found, clips)
 
     folder = run.folder / "report"
     try:
@@ -52,5 +60,5 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     for figure in figures:
         _write(folder / f"{figure.name}.png", figure.png)
     _write(folder / "metrics.json", (json.dumps(scores, indent=2) + "\n").encode())
-    _write(folder / "index.html", render(run, scores, figures).encode())
+    _write(folder / "index.html", render(run, scores, names, figures).encode())
     return folder / "index.html"

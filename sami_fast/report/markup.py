@@ -25,6 +25,8 @@ h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 0.
 h2 { font-size: 1.2rem; letter-spacing: -0.01em; margin: 3rem 0 0.6rem; }
 p { max-width: 42rem; margin: 0.7rem 0; }
 .facts { color: var(--soft); font-size: 0.88rem; max-width: none; }
+nav { display: flex; flex-wrap: wrap; gap: 0.1rem 1.1rem; font: 0.88rem/1.6 var(--sans); margin: 1.6rem 0 0; }
+a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 0.2em; }
 .alarm { border-left: 3px solid var(--alarm); padding-left: 1rem; }
 .scroll { overflow-x: auto; margin: 1.2rem 0 1.8rem; }
 table { border-collapse: collapse; font-size: 0.88rem; line-height: 1.45; font-variant-numeric: tabular-nums; }
@@ -33,7 +35,7 @@ th, td { text-align: left; padding: 0.42rem 1.6rem 0.42rem 0; border-bottom: 1px
 thead th { font-weight: 600; font-size: 0.82rem; border-bottom-color: var(--soft); }
 tbody th { font-weight: 500; white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
-td:not(.number) { color: var(--soft); }
+td:not(.number) { color: var(--soft); min-width: 14rem; }
 figure { margin: 1.2rem 0 2rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
 figcaption { color: var(--soft); font-size: 0.88rem; line-height: 1.5; margin-top: 0.7rem; max-width: 46rem; }
@@ -43,6 +45,9 @@ summary { cursor: pointer; font-weight: 600; font-size: 0.92rem; margin: 0.6rem 
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft); font-size: 0.85rem; }
 @media print { pre { white-space: pre-wrap; } }
 """
+
+# What a browser may load or run: pictures inside the page and its own style, nothing else.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -59,8 +64,18 @@ def footer(text: str) -> str:
 
 
 def section(title: str, *content: str) -> str:
-    """Content is HTML already."""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{''.join(content)}</section>\n"
+    """A part of the page, which `contents` can point to; content is HTML already."""
+    return f'<section id="{_anchor(title)}">\n<h2>{escape(title)}</h2>\n{"".join(content)}</section>\n'
+
+
+def _anchor(title: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in title.lower())
+
+
+def contents(titles: Sequence[str]) -> str:
+    """Links to sections by their titles."""
+    links = "\n".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in titles)
+    return f"<nav>\n{links}\n</nav>\n"
 
 
 def preformatted(text: str) -> str:
@@ -110,6 +125,7 @@ def document(title: str, *content: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(content)}</main>\n</body>\n</html>\n"
     )

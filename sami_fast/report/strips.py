@@ -1,24 +1,29 @@
 """Rows of images with labels: samples, reconstructions, traversals."""
 
+import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from .. import sampling
+from ..discovery import Discovered
+from ..evaluation import Latents, Run, encode, known_factors
 from ..images import image_grid
 from ..metrics.identifiability import correlation_matrix
 from .charts import DPI, INK, MAX_AXES, RHO, colour
-from .run import Run
-from .scores import Latents
 
-CELL = 160  # smaller images are enlarged to about this side
+CELL = 160  # pixels: smaller images are enlarged to about this side, larger ones are shrunk to it
 GAP, ROW_GAP, MARGIN, LABEL_WIDTH, TICK_HEIGHT = 8, 24, 24, 300, 40  # pixels, as is CELL
 COLUMNS = 9
-COVERAGE = 0.95  # of the sampled latents, by the range of a traversal
+COVERAGE = 0.95  # of the data, by the range of a traversal
+PNG_BYTES = 700_000  # a larger picture gets by with 256 colours, so that the page stays below 10 MB
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,26 @@ class Strip:
     colour: str = INK  # of the label
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file: the same bytes for the same figure. One above `PNG_BYTES` is reduced to 256 colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # no version in the file
+    if buffer.tell() <= PNG_BYTES:
+        return buffer.getvalue()
+    reduced = io.BytesIO()
+    image = Image.open(buffer).convert("RGB")
+    few = image.quantize(256)
+    colours = np.array(few.getpalette()).reshape(-1, 3)
+    colours[colours.sum(1).argmax()] = 255  # paper stays white
+    few.putpalette(colours.flatten().tolist())
+    image.quantize(palette=few).save(reduced, format="PNG")  # with a palette given, it dithers
+    return reduced.getvalue()
+
+
 def strips(rows: Sequence[Strip]) -> Figure:
-    """Rows of images below each other, pixel for pixel: no resampling blurs them."""
+    """Rows of images below each other, pixel for pixel: no resampling blurs those that fit their place."""
+    if rows[0].images.shape[-1] > CELL:
+        rows = [replace(row, images=F.interpolate(row.images.float(), (CELL, CELL), mode="area")) for row in rows]
     scale = max(1, CELL // rows[0].images.shape[-1])
     side = scale * rows[0].images.shape[-1]
     heights = [side + (TICK_HEIGHT if row.ticks else 0) + ROW_GAP for row in rows]
@@ -57,12 +80,31 @@ def _options(run: Run) -> sampling.SamplerOptions:
     return {"num_steps": run.config.report.sample_steps}
 
 
-def samples(run: Run) -> Figure:
-    """Images of the data, new images guided by latents from the prior, and what the denoiser draws alone."""
-    x_0 = run.images(torch.arange(min(COLUMNS, run.count)))
-    drawn = sampling.sample(run.model, COLUMNS, seed=run.config.seed, **_options(run))
-    alone = sampling.sample(run.model, COLUMNS, seed=run.config.seed, z=None, **_options(run))
-    return strips([Strip("data", x_0), Strip("samples", drawn), Strip("denoiser alone", alone)])
+def fitted_latents(mu: Tensor, like: Tensor) -> Tensor:
+    """Latents from the normal distribution with the mean and the covariance of the data's, for an encoder without a prior.
+
+    Args:
+        mu: Latents of the data. [N, Z].
+        like: Standard normal noise. [n, Z].
+    Returns:
+        [n, Z], as `like`.
+    """
+    mean, scaled = mu.mean(0), (mu - mu.mean(0)) / math.sqrt(max(1, len(mu) - 1))
+    _, values, vectors = torch.linalg.svd(scaled, full_matrices=False)
+    noise = like.to(mu)[:, : len(values)]
+    return (mean + noise * values @ vectors).to(like)
+
+
+def samples(run: Run, latents: Latents) -> Figure:
+    """Images of the data, new images from latents of the prior and, of SAMI, what the denoiser draws alone."""
+    x_0, model, seed = run.images(torch.arange(min(COLUMNS, run.count))), run.model, run.config.seed
+    z = sampling.prior_latents(model, COLUMNS, seed)
+    if model.deterministic:
+        z = fitted_latents(torch.from_numpy(latents.mu), z)
+    rows = [Strip("data", x_0), Strip("samples", sampling.sample(model, COLUMNS, seed=seed, z=z, **_options(run)))]
+    if model.method == "sami":
+        rows.append(Strip("denoiser alone", sampling.sample(model, COLUMNS, seed=seed, z=None, **_options(run))))
+    return strips(rows)
 
 
 def reconstructions(run: Run) -> Figure:
@@ -79,24 +121,58 @@ def central_image(latents: Latents) -> int:
     return int(np.square((mu - np.median(mu, axis=0)) / spread).sum(1).argmin())
 
 
-def traversals(run: Run, latents: Latents, factors: np.ndarray) -> Figure:
+def _follows(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> str:
+    """A line that names the factor that codes [N] follow best; empty without factors."""
+    if not names:
+        return ""
+    correlation = correlation_matrix(codes[:, None], factors)[:, 0]  # [F]
+    best = int(correlation.argmax())
+    return f"\n{names[best]}, |{RHO}| {correlation[best]:.2f}"
+
+
+def _ticks(values: Tensor) -> list[str]:
+    return [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
+
+
+def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
     """One strip per live axis, most informative first: its value moves, everything else and the noise stay.
 
     Args:
         run: The run.
         latents: With at least one live dimension.
         factors: [N, F], F may be 0; an axis is labelled with the factor it follows best.
+        names: Of the factors.
     """
-    names = run.evaluation.factor_names
     x_0 = run.images(torch.tensor([central_image(latents)]))
     rows = []
     for rank, axis in enumerate(latents.live[:MAX_AXES]):
         values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
         images = sampling.traverse(run.model, x_0, int(axis), values, seed=run.config.seed, **_options(run))
-        label = f"z{axis} · {latents.kl[axis]:.1f} nats"
-        if names:
-            correlation = correlation_matrix(latents.z[:, [axis]], factors)[:, 0]  # [F]
-            best = int(correlation.argmax())
-            label += f"\n{names[best]}, |{RHO}| {correlation[best]:.2f}"
-        rows.append(Strip(label, images, [f"{value:.1f}" for value in values.numpy().round(1) + 0.0], colour(rank)))
+        label = f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats"
+        rows.append(Strip(label + _follows(latents.z[:, axis], factors, names), images, _ticks(values), colour(rank)))
+    return strips(rows)
+
+
+def axis_strips(run: Run, discovered: Discovered, latents: Latents | None = None) -> Figure:
+    """One strip per discovered axis in their order: its coordinate moves over the data's range, the others and the noise stay.
+
+    The number beside an axis's name is its score, where it has one.
+
+    Args:
+        run: The run.
+        discovered: Its axes; the first 12 are shown.
+        latents: Of the evaluation images, which are encoded when None.
+    """
+    latents = encode(run, run.model) if latents is None else latents
+    factors, names, _ = known_factors(run)
+    axes = discovered.axes
+    codes, coordinates = axes.coordinates(latents.z), torch.from_numpy(axes.coordinates(latents.mu))
+    x_0 = run.images(torch.tensor([central_image(latents)]))
+    rows = []
+    for axis, name in enumerate(axes.names[:MAX_AXES]):
+        values = sampling.axis_values(coordinates, axis, COLUMNS, COVERAGE)
+        images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
+        score = discovered.score[axis]
+        label = f"{name} · {score:.2g}" if math.isfinite(score) else name
+        rows.append(Strip(label + _follows(codes[:, axis], factors, names), images, _ticks(values)))
     return strips(rows)

@@ -1,0 +1,54 @@
+"""Axes that the report finds without labels, and how they compare where the factors are known."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..discovery import Discovered, discover
+from ..evaluation import Latents, Run
+from ..metrics.identifiability import mcc
+
+METHODS = ("scale", "pca", "gradient")
+# For a report in seconds; `sami-fast axes` takes more of each.
+IMAGES, DRAWS, STEPS = 128, 2, 16
+
+
+def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
+    """Axes by method; empty of other runs than SAMI's, with fewer than two live latents, or with too few images to tell."""
+    count = min(max(IMAGES, 4 * len(latents.live)), run.count)
+    if run.model.method != "sami" or len(latents.live) < 2 or count <= 2 * len(latents.live):
+        return {}
+    settings = {"draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
+    try:
+        found = discover(run.model, run.images, count, **settings)
+    except ValueError:  # on so few images no latent is live, or two are the same
+        return {}
+    return {axes.method: axes for axes in found if axes.method in METHODS}
+
+
+def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """What the page says of the axes, as plain numbers: the score of each and, with factors, MCC of the live latents and of each method.
+
+    Args:
+        found: By method.
+        latents: Of the evaluation images; sampled z is scored.
+        factors: [N, F], F may be 0.
+        names: Of the factors.
+    """
+
+    def recovery(codes: np.ndarray) -> dict[str, Any]:
+        if not names:
+            return {}
+        mean, each = mcc(codes, factors)
+        return {"mcc": mean, "mcc_per_factor": dict(zip(names, each.tolist(), strict=True))}
+
+    scores = {"latents": recovery(latents.z[:, latents.live])} if found and names else {}
+    for method, axes in found.items():
+        codes = axes.axes.coordinates(latents.z)
+        each = [float(value) if math.isfinite(value) else None for value in axes.score]
+        undecided = axes.profile.T.tolist()  # [A][L]
+        scores[method] = {"score_name": axes.score_name, "score": each, "undecided": undecided, **recovery(codes)}
+        scores["logsnr_levels"] = axes.logsnr.tolist()
+    return scores
