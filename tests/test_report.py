@@ -256,9 +256,9 @@ def test_metrics_of_a_collapsed_encoder(collapsed):
 def test_metrics_of_the_axes(disks):
     axes, run = scores_of(disks)["axes"], open_run(disks)
     latents, (factors, names, _) = encode(run, run.model), known_factors(run)
-    assert set(axes) == {"latents", "scale", "pca", "gradient", "logsnr_levels"}
+    assert set(axes) == {"latents", "scale", "pca", "gradient", "ica", "logsnr_levels"}
     assert axes["latents"]["mcc"] == pytest.approx(mcc(latents.z, factors)[0])
-    for method in ("scale", "pca", "gradient"):
+    for method in ("scale", "pca", "gradient", "ica"):
         assert len(axes[method]["score"]) == len(axes[method]["undecided"]) == LATENTS
         assert list(axes[method]["mcc_per_factor"]) == list(names)
     assert sum(axes["pca"]["score"]) == pytest.approx(1.0)

@@ -10,7 +10,7 @@ from ..discovery import Discovered, discover
 from ..evaluation import Latents, Run
 from ..metrics.identifiability import mcc
 
-METHODS = ("scale", "pca", "gradient")
+METHODS = ("scale", "pca", "gradient", "ica")
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
 
@@ -20,7 +20,7 @@ def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
     count = min(max(IMAGES, 4 * len(latents.live)), run.count)
     if run.model.method != "sami" or len(latents.live) < 2 or count <= 2 * len(latents.live):
         return {}
-    settings = {"draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
+    settings = {"encoded": run.count, "draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
     try:
         found = discover(run.model, run.images, count, **settings)
     except ValueError:  # on so few images no latent is live, or two are the same

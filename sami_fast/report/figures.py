@@ -64,9 +64,9 @@ BLIND = " Only the clean end was trained here: this method never shows its encod
 AXES = (
     "A latent is one way to turn the space, and not always the most telling. Here axes are found from the model's own probabilities, "
     "without labels: noise is added to images, the denoiser draws several clean images that fit each noisy one, and directions in which "
-    "these disagree are still undecided at that noise level. Axes are ordered by the noise level at which half is decided, coarse at the "
-    "top, fine at the bottom; it stands beside the name (log of signal to noise, as above) where it lies within the levels looked at. Axes "
-    "that are decided at the same level cannot be told apart. Along a row one coordinate moves through the middle "
+    "these disagree are still undecided at that noise level. Axes are ordered by the noise level at which a quarter is still open, coarse "
+    "at the top, fine at the bottom; it stands beside the name (log of signal to noise, as above) where it lies within the levels looked "
+    "at. Axes that are decided at the same level cannot be told apart. Along a row one coordinate moves through the middle "
     f"{COVERAGE:.0%} of the data, in standard deviations, and the other coordinates and the noise stay."
 )
 TRAJECTORIES = (

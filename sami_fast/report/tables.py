@@ -18,6 +18,7 @@ AXES_OF = {
     "scale": ("Scale", "by the noise level that decides them, all levels together"),
     "pca": ("PCA", "by how much the latents vary along them"),
     "gradient": ("Gradient", "by how strongly small changes of the pixels move them"),
+    "ica": ("ICA", "by how independent they are over the data; tells axes of one scale apart"),
 }
 
 SCALE_TRAP = (
@@ -226,8 +227,9 @@ def axis_tables(axes: Scores, names: Sequence[str]) -> str:
         parts.append(table(caption, ("Axes", "How they are chosen", "MCC", *names), rows, range(2, 3 + len(names))))
     count = min(MAX_AXES, len(axes["scale"]["score"]))
     rows = [(str(axis), *(_score(axes[method], axis) for method in methods)) for axis in range(count)]
-    header = ["Axis", *(f"{AXES_OF[method][0]}: {axes[method]['score_name']}" for method in methods)]
-    parts.append(table(RANKS, header, rows, range(1, len(header))))
+    header = ["Axis", *(AXES_OF[method][0] for method in methods)]
+    meanings = "; ".join(f"{AXES_OF[method][0]}: {axes[method]['score_name']}" for method in methods)
+    parts.append(table(f"{RANKS} {meanings}.", header, rows, range(1, len(header))))
     return "".join(parts) + paragraph(SMALL_DISCOVERY)
 
 
