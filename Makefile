@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint cuda recovery clean
+.PHONY: install train test bench lint cuda recovery methods clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ cuda: install
 # Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
+
+# SAMI, a beta-VAE and a diffusion autoencoder on disks and sprites, three seeds each: writes docs/results.md. About an hour on two cores.
+methods: install
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

@@ -116,10 +116,11 @@ def main() -> None:
             first = method == arguments.methods[0]  # what depends on data and seed alone is scored once
             evaluated.append(evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first))
             print(f"{run_name(data, method, seed)}: scored", flush=True)
-        environment = json.loads((folders[0] / "environment.json").read_text())
+        environments = [json.loads((folder / "environment.json").read_text()) for folder in folders]
+        commits = ", ".join(sorted({(environment["commit"] or "none")[:10] for environment in environments}))
         head = (
-            f"`python benchmarks/methods.py --data {data}`, {date.today()}, torch {environment['packages']['torch']}, CPU, "
-            f"one thread per run, trained on commit {environment['commit']}."
+            f"`python benchmarks/methods.py --data {data}`, {date.today()}, torch {environments[0]['packages']['torch']}, CPU, "
+            f"one thread per run, trained on commit {commits}."
         )
         text = f"{head}\n\n{tables(evaluated)}"
         write_generated(arguments.output, f"methods {data}", text)

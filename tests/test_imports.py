@@ -31,6 +31,13 @@ ALLOWED = {
     "engine": {"checkpoints", "config", "errors", "files"},
     "checkpoints": {"files"},
     "files": set(),
+    "images": set(),
+    "metrics": {"latent_model", "ops", "schedule"},  # only `bound` and `scale_profile` run networks
+    "axes_file": {"errors", "files", "metrics"},
+    "sampling": {"axes_file", "latent_model", "ops", "sami", "schedule"},
+    "discovery": {"axes_file", "metrics", "ops", "sami", "schedule"},
+    "evaluation": {"config", "data", "errors", "latent_model", "methods", "metrics"},
+    "report": {"config", "discovery", "errors", "evaluation", "files", "images", "metrics", "sampling", "schedule"},
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")

@@ -21,32 +21,24 @@ DISCOVERY_IMAGES = 256
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, (".md", ".json")) if arguments.output else None
+    if len({Path(folder).resolve() for folder in arguments.run}) < len(arguments.run):
+        raise UserError(f"expected each run once, found {max(arguments.run, key=arguments.run.count)} more than once")
     from tqdm import tqdm
 
-    from ..evaluation import evaluate, tables
+    from ..evaluation import evaluate, num_stages, tables
 
-    evaluated, seen = [], set()
-    with tqdm(total=len(arguments.run) * 6, desc="evaluating", unit="stage", leave=False) as bar:
-        for folder in arguments.run:
-            bar.set_postfix_str(Path(folder).name)
-            config_file = Path(folder) / "config.yaml"
-            images = _images_of(config_file)
+    shares = [_shared(folder) for folder in arguments.run]
+    # Runs on the same images share what does not depend on them.
+    first = [arguments.baselines and share not in shares[:place] for place, share in enumerate(shares)]
+    evaluated = []
+    with tqdm(total=sum(map(num_stages, first)), unit="stage", leave=False) as bar:
+        for folder, baselines in zip(arguments.run, first, strict=True):
 
             def say(stage: str, folder: str = folder) -> None:
                 bar.set_description(f"{Path(folder).name}: {stage}")
                 bar.update()
 
-            # Runs on the same images share what does not depend on them.
-            evaluated.append(
-                evaluate(
-                    folder,
-                    images=arguments.images,
-                    jobs=arguments.jobs,
-                    baselines=arguments.baselines and images not in seen,
-                    say=say,
-                )
-            )
-            seen.add(images)
+            evaluated.append(evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=baselines, say=say))
     text = tables(evaluated)
     print(text)
     if output:
@@ -57,13 +49,20 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         write_bytes(output, (json.dumps(rows, indent=2) if output.suffix == ".json" else text + "\n").encode())
 
 
-def _images_of(config_file: Path) -> str:
-    """Two runs with the same answer are evaluated on the same images, and their encoders began with the same weights."""
-    if not config_file.is_file():
-        return str(config_file)
-    from ..config import load_config
+def _shared(folder: str) -> str:
+    """Two runs with the same answer are evaluated on the same images, and their encoders began with the same weights.
 
-    config = load_config(str(config_file))
+    Raises:
+        UserError: not a finished run; found before any work on others is done.
+    """
+    from ..config import load_config
+    from ..latent_model import read_saved
+
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
+    read_saved(folder)
+    config = load_config(str(file))
     return json.dumps([asdict(config.data), asdict(config.encoder), config.seed], default=str)
 
 

@@ -12,8 +12,9 @@ from .run import Run, open_run
 from .scores import baseline_scores, bound_scores, known_factors, latent_scores, profile_scores, training_scores
 from .table import Evaluated, tables
 
-__all__ = ["Evaluated", "Latents", "Run", "encode", "evaluate", "known_factors", "open_run", "profile", "score", "tables"]
+__all__ = ["Evaluated", "Latents", "Run", "encode", "evaluate", "known_factors", "num_stages", "open_run", "profile", "score", "tables"]
 
+Say = Callable[[str], object]
 PROFILE_IMAGES = 1024  # that information and calibration over noise levels are taken from
 LEVELS = 15
 
@@ -35,11 +36,19 @@ def profile(run: Run, progress: Callable[[int], object] | None = None) -> ScaleP
     )
 
 
-def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: int = 1) -> dict:
+def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: int = 1, say: Say = lambda stage: None) -> dict:
     """Every number of a run but those of its clips and baselines: plain numbers, lists and dicts, flat where they can be."""
-    scores = training_scores(run) | bound_scores(run) | latent_scores(run, latents, jobs=jobs) | profile_scores(measured)
+    say("bound")
+    scores = training_scores(run) | bound_scores(run) | profile_scores(measured)
+    say("factors")
+    scores |= latent_scores(run, latents, jobs=jobs)
     factors, *_ = known_factors(run)
     return scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {})
+
+
+def num_stages(baselines: bool) -> int:
+    """How often `evaluate` says what it does."""
+    return 6 + (3 if baselines else 0)
 
 
 def evaluate(
@@ -48,7 +57,7 @@ def evaluate(
     images: int | None = None,
     jobs: int = 1,
     baselines: bool = True,
-    say: Callable[[str], object] = lambda stage: None,
+    say: Say = lambda stage: None,
 ) -> Evaluated:
     """Open a run and score it.
 
@@ -57,7 +66,7 @@ def evaluate(
         images: Evaluation images, at most as many as there are; as the run's config says when None.
         jobs: Processes for the metrics that grow trees.
         baselines: Also score the untrained encoder, principal components and pixels.
-        say: Told what is being done.
+        say: Told what is being done: `num_stages` times.
     Raises:
         UserError: not a run folder, no model in it yet, no log, or data gone.
     """
@@ -67,12 +76,8 @@ def evaluate(
     latents = encode(run, run.model)
     say("noise levels")
     measured = profile(run)
-    say("factors and bound")
-    scores = score(run, latents, measured, jobs=jobs)
+    scores = score(run, latents, measured, jobs=jobs, say=say)
     say("clips")
     straightness = straightness_scores(run, latents, baselines=baselines)
-    others = {}
-    if baselines:
-        say("baselines")
-        others = baseline_scores(run, jobs=jobs)
+    others = baseline_scores(run, jobs=jobs, say=say) if baselines else {}
     return Evaluated(str(folder), run.config, scores, others, straightness)

@@ -1,6 +1,7 @@
 """The numbers of a run: what report/metrics.json holds and `sami-fast evaluate` prints."""
 
 import math
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -56,15 +57,17 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
     return scores
 
 
-def baseline_scores(run: Run, *, jobs: int = 1) -> dict[str, dict[str, Any]]:
+def baseline_scores(run: Run, *, jobs: int = 1, say: Callable[[str], object] = lambda stage: None) -> dict[str, dict[str, Any]]:
     """What the same scores say of the untrained encoder, of principal components of the pixels and of the pixels themselves.
 
     Pixels and principal components are noiseless codes, as those of a deterministic encoder. Trees are not grown on pixels.
     """
+    say("untrained encoder")
+    scores = {"untrained": latent_scores(run, encode(run, untrained(run)), jobs=jobs)}
     table = pixels(run)
     components = principal_components(run).transform(table).astype(np.float64)
-    scores = {"untrained": latent_scores(run, encode(run, untrained(run)), jobs=jobs)}
     for name, codes, quick in (("pca", components, False), ("pixels", table.astype(np.float64), True)):
+        say(name)
         zeros = np.zeros_like(codes)
         scores[name] = latent_scores(run, Latents(codes, zeros, codes, None, np.arange(codes.shape[1])), quick=quick, jobs=jobs)
     return scores

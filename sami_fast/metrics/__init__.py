@@ -6,6 +6,7 @@ run the networks.
     binary attributes        attributes (AUROC, TAD, latent quality)
     codes alone              latents (rates), total_correlation
     clips                    straightness
+    sets and pairs of images image_sets (FID, KID, precision and recall), image_pairs (MSE, PSNR, SSIM, LPIPS)
 
 Codes are [N, D], factors [N, K], one row per image. Factor metrics are blind to the scale of a code: give them *sampled* codes
 z ~ q(z|x), or live dimensions only. Those that learn take separate test rows; disentanglement_lib, whose defaults these are, draws
