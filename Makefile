@@ -37,7 +37,7 @@ cuda: install
 recovery: install
 	$(BIN)/python benchmarks/recovery.py $(ARGS)
 
-# SAMI, a beta-VAE and a diffusion autoencoder on disks and sprites, three seeds each: writes docs/results.md. About an hour on two cores.
+# SAMI, a beta-VAE and a diffusion autoencoder on disks and sprites, three seeds each: writes docs/results.md. About two hours on two cores.
 methods: install
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 

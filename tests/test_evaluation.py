@@ -6,11 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from sami_fast.cli import main
 from sami_fast.config import load_config
-from sami_fast.evaluation import evaluate, open_run, tables
+from sami_fast.evaluation import evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.factors import DCI_LEAST, attribute_scores, factor_classes, learned_scores, recovery_scores
+from sami_fast.evaluation.run import places
+from sami_fast.evaluation.scores import plain
 from sami_fast.evaluation.table import spread
 from sami_fast.metrics.attributes import tad
 from sami_fast.metrics.identifiability import linear_r2
@@ -129,11 +132,13 @@ def test_every_method_is_scored(evaluated):
     assert vae["diffusion_nats"] == vae["prior_nats"] == 0.0
 
 
-def test_baselines_are_the_same_whatever_was_trained(runs, evaluated):
+@pytest.mark.parametrize("method", ["beta_vae", "diffae"])
+def test_baselines_are_the_same_whatever_was_trained(runs, evaluated, method):
     there = evaluated["sami_0"].baselines
     assert set(there) == {"untrained", "pca", "pixels"}
-    other = evaluate(runs / "beta_vae_0").baselines
+    other = evaluate(runs / f"{method}_0").baselines
     assert other["pca"] == there["pca"]
+    assert other["pixels"] == there["pixels"]
     assert other["untrained"]["linear_r2"] == pytest.approx(there["untrained"]["linear_r2"])
 
 
@@ -150,6 +155,55 @@ def test_fewer_images_when_asked(runs):
     assert open_run(runs / "sami_0").count == 300
     assert open_run(runs / "sami_0", 64).count == 64
     assert evaluate(runs / "sami_0", images=64, baselines=False).scores["num_images"] == 64
+
+
+def test_images_of_a_sorted_set_are_chosen_at_random():
+    class Sorted:
+        size = 1000
+
+    chosen = places(Sorted(), 100)
+    assert len(set(chosen.tolist())) == 100
+    assert chosen[:50].float().mean() == pytest.approx(500, abs=150)  # a prefix shows the whole set, and so does either half
+    assert chosen[50:].float().mean() == pytest.approx(500, abs=150)
+    assert torch.equal(chosen, places(Sorted(), 1000)[:100])
+    Sorted.clips = None  # frames of videos come in their order, from all of them
+    assert places(Sorted(), 4).tolist() == [0, 333, 666, 999]
+    Sorted.size = None
+    assert places(Sorted(), 3).tolist() == [0, 1, 2]
+
+
+def test_a_factor_that_one_half_does_not_show_is_left_out(evaluated, runs, monkeypatch):
+    run = open_run(runs / "sami_0", 64)
+    factors = torch.rand(64, 3)
+    factors[32:, 1] = 0.5
+    monkeypatch.setattr(type(run), "factors", lambda self: factors)
+    assert known_factors(run)[1] == ("x", "background")
+
+
+def test_rare_attributes_are_left_out():
+    attributes = np.zeros((100, 3))
+    attributes[:40, 0] = attributes[:4, 1] = 1.0
+    codes = np.random.default_rng(0).standard_normal((100, 2))
+    assert attribute_scores(codes, attributes, seed=0)["attributes_scored"] == 1
+    assert attribute_scores(codes, attributes[:, 1:], seed=0) == {"attributes_scored": 0}
+
+
+def test_completeness_is_relative_to_all_codes():
+    factors = uniform(1500, 2)
+    codes = np.column_stack((factors, factors[:, 0] + factors[:, 1], uniform(1500, 5, 1)))
+    arguments = (factors, ("a", "b"), {})
+    some, more = (learned_scores(codes[:, :width], np.arange(3), *arguments, seed=0) for width in (3, 8))
+    assert more["dci_d"] == pytest.approx(some["dci_d"])
+    assert 1 - more["dci_c"] == pytest.approx((1 - some["dci_c"]) * math.log(3) / math.log(8), abs=1e-6)
+
+
+def test_plain_numbers():
+    assert plain({"a": np.array([[1.0, np.nan]]), "b": math.inf, "c": [2], "d": None}) == {
+        "a": [[1.0, None]],
+        "b": None,
+        "c": [2],
+        "d": None,
+    }
 
 
 # Tables
@@ -175,6 +229,31 @@ def test_two_settings_of_one_method_are_two_columns(evaluated):
     header = next(line for line in tables([run, other]).splitlines() if line.startswith("| "))
     assert "sami sami_0" in header
     assert "sami wide" in header
+
+
+def test_no_run_is_lost_to_another_of_its_name(evaluated):
+    run = evaluated["sami_0"]
+    changed = dataclasses.replace(run.config.kl_weight, end=0.01)
+    other = dataclasses.replace(run, folder="elsewhere", config=dataclasses.replace(run.config, kl_weight=changed))
+    header = next(line for line in tables([run, other]).splitlines() if line.startswith("| "))
+    assert "sami elsewhere" in header
+    assert f"sami {run.folder}" in header
+
+
+def test_baselines_of_other_encoders_are_other_columns(evaluated):
+    run = evaluated["sami_0"]
+    wider = dataclasses.replace(run.config.encoder, latent_size=5)
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, name="wide", encoder=wider))
+    header = next(line for line in tables([run, other]).splitlines() if line.startswith("| "))
+    assert "PCA (sami_0)" in header
+    assert "PCA (wide)" in header
+
+
+def test_live_axes_of_each_run_are_listed(evaluated):
+    run = evaluated["sami_0"]
+    text = tables([dataclasses.replace(run, scores=run.scores | {"kl_per_dim": [0.01, 0.2, 0.3, 0.0]})])
+    rows = [line for line in text.splitlines() if line.startswith("| z")]
+    assert [row.split("|")[1].strip() for row in rows] == ["z2", "z1"]
 
 
 def test_other_data_is_another_table(evaluated):

@@ -240,6 +240,14 @@ def test_linear_r2_one_code_serves_several_factors():
     np.testing.assert_allclose(linear_r2(factors[:, :1].astype(np.float32), factors), [1, 0, 0], atol=0.01)
 
 
+def test_linear_r2_of_more_codes_than_rows_is_a_ridge():
+    factors = normal(2, 400)
+    pixels = factors @ normal(800, 2, seed=8) + normal(800, 400, seed=6)
+    pixels[:, 5] = 0.0  # one that never changes
+    assert (linear_r2(pixels, factors) > 0.97).all()
+    assert (linear_r2(normal(800, 400, seed=7), factors) > -0.3).all()
+
+
 # Latents
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .files import output_file, write_bytes
-from .options import AddCommand, at_least
+from .options import AddCommand, at_least, number
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..discovery import Discovered
     from ..evaluation import Run
 
@@ -55,19 +58,16 @@ def _shared(folder: str) -> str:
     Raises:
         UserError: not a finished run; found before any work on others is done.
     """
-    from ..config import load_config
-    from ..latent_model import read_saved
+    from ..evaluation import open_run
 
-    file = Path(folder) / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
-    read_saved(folder)
-    config = load_config(str(file))
+    config = open_run(Path(folder)).config
     return json.dumps([asdict(config.data), asdict(config.encoder), config.seed], default=str)
 
 
 def run_axes(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, (".npz",))
+    if arguments.logsnr is not None and arguments.method != "level":
+        raise UserError(f"--logsnr: only --method level looks at one noise level, and --method is {arguments.method}")
     picture = output.with_suffix(".png")
     if picture.exists() and not arguments.overwrite:
         raise UserError(f"--output: {picture}, where the pictures go, exists; choose another name or add --overwrite")
@@ -75,6 +75,7 @@ def run_axes(arguments: argparse.Namespace) -> None:
 
     from ..discovery import NUM_LEVELS, discover
     from ..evaluation import open_run
+    from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
     run = open_run(Path(arguments.run))
@@ -95,8 +96,10 @@ def run_axes(arguments: argparse.Namespace) -> None:
             )
         except ValueError as error:
             raise UserError(f"{arguments.run}: {error}") from None
+    names, coordinates_of, factors = _known(run)
+    print("undecided at logsnr", " ".join(f"{level:.1f}" for level in found[0].logsnr))
     for axes in found:
-        print("\n".join(_lines(axes, run)))
+        print("\n".join(_lines(axes, names, correlation_matrix(axes.axes.coordinates(coordinates_of), factors) if names else None)))
     chosen = _chosen(found, arguments.method, arguments.logsnr)
     chosen.axes.save(output)
     write_bytes(picture, png(axis_strips(run, chosen)))
@@ -110,12 +113,28 @@ def _chosen(found: "list[Discovered]", method: str, logsnr: float | None) -> "Di
     return min(same, key=lambda axes: abs(axes.logsnr[0] - middle)) if method == "level" else same[0]
 
 
-def _lines(axes: "Discovered", run: "Run") -> list[str]:
-    """A line per axis: its score, what is undecided along it at each level and, where factors are known, the one it follows."""
-    lines = [f"{axes.method}: score is the {axes.score_name}"]
+def _known(run: "Run") -> "tuple[tuple[str, ...], np.ndarray, np.ndarray]":
+    """Names of the factors, if any; mean latents and factors of the evaluation images."""
+    from ..evaluation import encode, known_factors
+
+    factors, names, _ = known_factors(run)
+    return names, encode(run, run.model).mu, factors
+
+
+def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray | None") -> list[str]:
+    """A line per axis: its score, what is undecided along it at each level and, where factors are known, the one it follows.
+
+    Args:
+        correlation: Of factors and axes. [F, A].
+    """
+    lines = [f"{axes.method}: the score is the {axes.score_name}"]
     for place, name in enumerate(axes.names):
-        shares = " ".join(f"{share:.2f}" for share in axes.profile[:, place])
-        lines.append(f"  {name:<12} {axes.score[place]:8.3f}   undecided {shares}")
+        score = f"{axes.score[place]:8.3f}" if math.isfinite(axes.score[place]) else "outside "
+        line = f"  {name:<14} {score}   " + " ".join(f"{share:.2f}" for share in axes.profile[:, place])
+        if correlation is not None:
+            best = correlation[:, place].argmax()
+            line += f"   {names[best]} {correlation[best, place]:.2f}"
+        lines.append(line)
     return lines
 
 
@@ -161,7 +180,7 @@ def add_commands(command: AddCommand) -> None:
         help="which axes to write: scale looks at all noise levels together, level at one (%(default)s); all are printed",
     )
     axes.add_argument(
-        "--logsnr", type=float, metavar="L", help="noise level for level, ln(alpha^2 / sigma^2); the middle one when left out"
+        "--logsnr", type=number, metavar="L", help="noise level for level, ln(alpha^2 / sigma^2); the middle one when left out"
     )
     axes.add_argument("--images", type=at_least(16), default=DISCOVERY_IMAGES, metavar="N", help="images to draw from (%(default)s)")
     axes.add_argument(

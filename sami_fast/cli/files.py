@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,6 +28,8 @@ def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path
         raise UserError(f"--output: expected a name ending in {' or '.join(endings)}, found {path}")
     if not path.parent.is_dir():
         raise UserError(f"--output: no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: may not write into {path.parent}")
     if path.is_dir() or (path.exists() and not arguments.overwrite):
         raise UserError(f"--output: {path} exists; choose another name" + ("" if path.is_dir() else " or add --overwrite"))
     return path

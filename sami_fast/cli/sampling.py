@@ -52,6 +52,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
     sami = open_sampler(arguments)
     count, seed = arguments.count, arguments.seed
     arrays = {}
+    if arguments.source == "prior" and sami.deterministic:
+        raise UserError(f"{arguments.run}: a deterministic encoder has no prior to draw from; use --source posterior")
     if arguments.source == "prior":
         arrays["z"] = sampling.prior_latents(sami, count, seed)
     elif arguments.source == "posterior":

@@ -9,7 +9,7 @@ from .clips import straightness_scores
 from .factors import ceiling
 from .latents import Latents, encode
 from .run import Run, open_run
-from .scores import baseline_scores, bound_scores, known_factors, latent_scores, profile_scores, training_scores
+from .scores import baseline_scores, bound_scores, known_factors, latent_scores, plain, profile_scores, training_scores
 from .table import Evaluated, tables
 
 __all__ = ["Evaluated", "Latents", "Run", "encode", "evaluate", "known_factors", "num_stages", "open_run", "profile", "score", "tables"]
@@ -19,7 +19,7 @@ PROFILE_IMAGES = 1024  # that information and calibration over noise levels are 
 LEVELS = 15
 
 
-def profile(run: Run, progress: Callable[[int], object] | None = None) -> ScaleProfile | None:
+def profile(run: Run) -> ScaleProfile | None:
     """Information and calibration over the run's noise levels; None of a deterministic encoder, which has no density."""
     if run.model.deterministic or run.count < 2:
         return None
@@ -32,7 +32,6 @@ def profile(run: Run, progress: Callable[[int], object] | None = None) -> ScaleP
         logsnr=[schedule.logsnr_min + step * level for level in range(LEVELS)],
         seed=run.config.seed,
         batch_size=run.batch_size,
-        progress=progress,
     )
 
 
@@ -43,7 +42,7 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
     say("factors")
     scores |= latent_scores(run, latents, jobs=jobs)
     factors, *_ = known_factors(run)
-    return scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {})
+    return plain(scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {}))
 
 
 def num_stages(baselines: bool) -> int:
@@ -78,6 +77,6 @@ def evaluate(
     measured = profile(run)
     scores = score(run, latents, measured, jobs=jobs, say=say)
     say("clips")
-    straightness = straightness_scores(run, latents, baselines=baselines)
-    others = baseline_scores(run, jobs=jobs, say=say) if baselines else {}
+    straightness = plain(straightness_scores(run, latents, baselines=baselines))
+    others = plain(baseline_scores(run, jobs=jobs, say=say)) if baselines else {}
     return Evaluated(str(folder), run.config, scores, others, straightness)

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.attributes import latent_quality, tad
-from ..metrics.dci import dci
+from ..metrics.attributes import FOLDS, latent_quality, tad
+from ..metrics.dci import dci, dci_from_importance
 from ..metrics.identifiability import linear_r2, mcc, nonlinear_r2
 from ..metrics.interventions import beta_vae_score, factor_vae_score
 from ..metrics.irs import irs
@@ -39,6 +39,18 @@ def _r2(measure: Any, codes: np.ndarray, factors: np.ndarray, names: tuple[str, 
     return {name: float(np.mean([score for score, owner in zip(scores, owners, strict=True) if owner == name])) for name in names}
 
 
+def linear_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
+    """Linear R2 by factor; arguments as in `recovery_scores`."""
+    return _r2(linear_r2, codes, factors, names, periods)
+
+
+def matched_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
+    """MCC, of ranks and of values; arguments as in `recovery_scores`."""
+    mean, per_factor = mcc(codes, factors)
+    each = dict(zip(names, per_factor.tolist(), strict=True))
+    return {"mcc": mean, "mcc_per_factor": each, "mcc_pearson": mcc(codes, factors, "pearson")[0]}
+
+
 def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, Any]:
     """The quick ones: linear R2, MCC, MIG, SAP, modularity and what depends on no classifier.
 
@@ -49,10 +61,7 @@ def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ..
         periods: Of those that come round again.
     """
     classes = factor_classes(factors)
-    scores: dict[str, Any] = {"linear_r2": _r2(linear_r2, codes, factors, names, periods)}
-    scores["mcc"], per_factor = mcc(codes, factors)
-    scores["mcc_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
-    scores["mcc_pearson"] = mcc(codes, factors, "pearson")[0]
+    scores: dict[str, Any] = {"linear_r2": linear_scores(codes, factors, names, periods), **matched_scores(codes, factors, names)}
     scores["mig"], per_factor = mig(codes, classes)
     scores["mig_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
     scores["sap"] = sap(codes, factors)[0]
@@ -99,7 +108,10 @@ def learned_scores(
         used, test = codes[:, live], slice(train, None)
         grown = min(train, max(DCI_LEAST, DCI_VALUES // len(live)))
         result = dci(used[:grown], coarse[:grown], used[test], coarse[test], seed=seed, jobs=jobs)
-        scores |= {"dci_d": result.disentanglement, "dci_c": result.completeness, "dci_i": result.informativeness, "dci_images": grown}
+        importance = np.zeros((codes.shape[1], len(names)))  # completeness is relative to the number of all codes
+        importance[live] = result.importance
+        disentanglement, completeness = dci_from_importance(importance)
+        scores |= {"dci_d": disentanglement, "dci_c": completeness, "dci_i": result.informativeness, "dci_images": grown}
     return scores
 
 
@@ -108,10 +120,14 @@ def attribute_scores(codes: np.ndarray, attributes: np.ndarray, *, seed: int) ->
 
     Args:
         codes: [N, D].
-        attributes: [N, M] of 0 and 1.
+        attributes: [N, M] of 0 and 1; one with fewer than five rows of either value is left out.
         seed: Of the folds.
     """
-    scores: dict[str, Any] = {}
+    rarer = np.minimum(attributes.sum(0), len(attributes) - attributes.sum(0))
+    attributes = attributes[:, rarer >= FOLDS]
+    scores: dict[str, Any] = {"attributes_scored": attributes.shape[1]}
+    if not attributes.shape[1]:
+        return scores
     for protocol in ("nashae", "infodiffusion"):
         result = tad(codes, attributes, protocol=protocol)
         scores |= {f"tad_{protocol}": result.score, f"attributes_captured_{protocol}": result.count}

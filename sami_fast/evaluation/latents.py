@@ -1,6 +1,5 @@
 """Codes of the evaluation images: the run's own, those of its encoder before training, principal components, pixels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +9,6 @@ from sklearn.decomposition import PCA
 from ..latent_model import LatentModel
 from ..metrics.latents import kl_per_dim, live_dims
 from .run import Run
-
-PCA_IMAGES = 4000  # training images that principal components are fitted on
-Progress = Callable[[int], object]  # called with the number of images finished
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Latents:
 
 
 @torch.no_grad()
-def encode(run: Run, model: LatentModel, progress: Progress | None = None) -> Latents:
+def encode(run: Run, model: LatentModel) -> Latents:
     """Encode the evaluation images with a model for the run's images."""
     mu, var, z = [], [], []
     for index in run.index():
@@ -35,8 +31,6 @@ def encode(run: Run, model: LatentModel, progress: Progress | None = None) -> La
         z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
         mu.append(posterior.mu)
         var.append(posterior.var)
-        if progress is not None:
-            progress(len(index))
     mu, var, z = (torch.cat(parts).double().cpu().numpy() for parts in (mu, var, z))
     if model.deterministic:
         return Latents(mu, var, z, None, np.flatnonzero(np.ptp(mu, axis=0) > 0))
@@ -45,11 +39,12 @@ def encode(run: Run, model: LatentModel, progress: Progress | None = None) -> La
 
 
 def untrained(run: Run) -> LatentModel:
-    """The run's networks as they were before the first step: same architecture, same seed."""
+    """The run's networks as they were before the first step: same architecture, same seed; its latents are drawn, whatever the method."""
     model = run.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
         fresh = type(model).build(model.architecture, model.schedule.settings, **model.settings)
+    fresh.deterministic = False
     return fresh.to(model.device).eval()
 
 
@@ -60,7 +55,6 @@ def pixels(run: Run) -> np.ndarray:
 
 def principal_components(run: Run) -> PCA:
     """Of the pixels of training images: as many as the run has latents, where there are that many."""
-    count = PCA_IMAGES if run.train.size is None else min(PCA_IMAGES, run.train.size)
-    parts = torch.arange(count).split(run.batch_size)
+    parts = torch.arange(run.num_train).split(run.batch_size)
     table = torch.cat([run.train_images(index).flatten(1).cpu() for index in parts]).numpy()
     return PCA(min(run.model.latent_size, *table.shape), random_state=run.config.seed).fit(table)

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..latent_model import LatentModel
 from ..methods import load_model
 
+TRAIN_IMAGES = 4000
 VALUES_PER_BATCH = 1 << 18  # pixels of one batch of encodings
 ROW = {"step", "loss_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
 
@@ -43,12 +44,33 @@ class Run:
         return torch.arange(self.count).split(self.batch_size)
 
     def images(self, index: Tensor) -> Tensor:
-        """Evaluation images on the model's device. [n] int64 -> [n, C, H, W] in [-1, 1]."""
-        return self.evaluation.images(index).to(self.model.device)
+        """Evaluation images on the model's device. [n] int64, below `count` -> [n, C, H, W] in [-1, 1]."""
+        return self.evaluation.images(places(self.evaluation, self.count)[index]).to(self.model.device)
+
+    def factors(self) -> Tensor:
+        """Factors of the evaluation images. [N, F] float32."""
+        return self.evaluation.factors(places(self.evaluation, self.count))
 
     def train_images(self, index: Tensor) -> Tensor:
-        """The same of the training images."""
-        return self.train.images(index).to(self.model.device)
+        """Training images, [n] int64, below `num_train` -> as `images`."""
+        return self.train.images(places(self.train, self.num_train)[index]).to(self.model.device)
+
+    @property
+    def num_train(self) -> int:
+        """Training images that evaluation may look at."""
+        return TRAIN_IMAGES if self.train.size is None else min(TRAIN_IMAGES, self.train.size)
+
+
+def places(dataset: Dataset, count: int) -> Tensor:
+    """Which images stand for a dataset: the first of an endless one, frames of videos at equal distances, of others a fixed random choice.
+
+    Sets that hold every combination of their factors, and folders, are sorted: their first images show little of them.
+    """
+    if dataset.size is None:
+        return torch.arange(count)
+    if hasattr(dataset, "clips"):  # in their order, since videos are decoded from one keyframe to the next
+        return torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()
+    return torch.randperm(dataset.size, generator=torch.Generator().manual_seed(0))[:count]
 
 
 def _read(file: Path, what: str) -> str:

@@ -6,10 +6,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
-from ..metrics.scale_profile import ScaleProfile
+from ..metrics.scale_profile import ScaleProfile, half_point
 from . import factors as of_factors
 from .latents import Latents, encode, pixels, principal_components, untrained
 from .run import Run
@@ -20,8 +19,9 @@ DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted o
 def known_factors(run: Run) -> tuple[np.ndarray, tuple[str, ...], dict[str, float]]:
     """Factors of the evaluation images that vary among them, [N, K], their names, and the periods of those that come round again."""
     names = run.evaluation.factor_names
-    values = run.evaluation.factors(torch.arange(run.count)).double().numpy()
-    varying = [column for column in range(len(names)) if np.ptp(values[:, column]) > 0]
+    values = run.factors().double().numpy()
+    halves = values[: run.count // 2], values[run.count // 2 :]  # what is fitted on one is scored on the other
+    varying = [column for column in range(len(names)) if all(len(half) and np.ptp(half[:, column]) > 0 for half in halves)]
     return values[:, varying], tuple(names[column] for column in varying), getattr(run.evaluation, "periods", {})
 
 
@@ -51,7 +51,7 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
     if run.config.data.kind == "celeba":
         return scores | of_factors.attribute_scores(latents.z, factors, seed=seed)
     scores |= of_factors.recovery_scores(latents.z, factors, names, periods)
-    scores["linear_r2_mu"] = of_factors.recovery_scores(latents.mu, factors, names, periods)["linear_r2"]
+    scores["linear_r2_mu"] = scores["linear_r2"] if latents.kl is None else of_factors.linear_scores(latents.mu, factors, names, periods)
     if not quick:
         scores |= of_factors.learned_scores(latents.z, latents.live, factors, names, periods, seed=seed, jobs=jobs)
     return scores
@@ -60,16 +60,23 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
 def baseline_scores(run: Run, *, jobs: int = 1, say: Callable[[str], object] = lambda stage: None) -> dict[str, dict[str, Any]]:
     """What the same scores say of the untrained encoder, of principal components of the pixels and of the pixels themselves.
 
-    Pixels and principal components are noiseless codes, as those of a deterministic encoder. Trees are not grown on pixels.
+    Pixels and principal components are noiseless codes, as those of a deterministic encoder. Of pixels, which are many, only linear R2
+    and MCC are taken.
     """
     say("untrained encoder")
     scores = {"untrained": latent_scores(run, encode(run, untrained(run)), jobs=jobs)}
     table = pixels(run)
     components = principal_components(run).transform(table).astype(np.float64)
-    for name, codes, quick in (("pca", components, False), ("pixels", table.astype(np.float64), True)):
-        say(name)
-        zeros = np.zeros_like(codes)
-        scores[name] = latent_scores(run, Latents(codes, zeros, codes, None, np.arange(codes.shape[1])), quick=quick, jobs=jobs)
+    say("pca")
+    noiseless = np.broadcast_to(0.0, components.shape)
+    scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, np.arange(components.shape[1])), jobs=jobs)
+    say("pixels")
+    factors, names, periods = known_factors(run)
+    scores["pixels"] = {}
+    if names and run.config.data.kind != "celeba":
+        scores["pixels"] = of_factors.matched_scores(table, factors, names) | {
+            "linear_r2": of_factors.linear_scores(table, factors, names, periods)
+        }
     return scores
 
 
@@ -79,8 +86,7 @@ def bound_scores(run: Run) -> dict[str, Any]:
         return {}
     common = {"seed": run.config.seed, "batch_size": run.batch_size}
     eight_bit = all(is_eight_bit(run.images(index)) for index in run.index())
-    fitted_on = DECODER_IMAGES if run.train.size is None else min(DECODER_IMAGES, run.train.size)
-    decoder_var = fit_decoder_var(run.model, run.train_images, fitted_on, **common)
+    decoder_var = fit_decoder_var(run.model, run.train_images, min(DECODER_IMAGES, run.num_train), **common)
     bound = negative_elbo(run.model, run.images, run.count, decoder_var=decoder_var, eight_bit=eight_bit, **common)
     elbo = float(bound.total.mean())
     terms = {name: float(getattr(bound, name).mean()) for name in ("diffusion", "prior", "reconstruction")}
@@ -96,18 +102,27 @@ def bound_scores(run: Run) -> dict[str, Any]:
     }
 
 
+def plain(values: Any) -> Any:
+    """The same as JSON can hold it: lists for arrays, None for what is not finite."""
+    if isinstance(values, dict):
+        return {name: plain(value) for name, value in values.items()}
+    if isinstance(values, np.ndarray | list):
+        return [plain(value) for value in values]
+    if isinstance(values, float | np.floating):
+        return float(values) if math.isfinite(values) else None
+    return values
+
+
 def profile_scores(profile: ScaleProfile | None) -> dict[str, Any]:
     """Information and calibration over noise levels, as plain lists; what has no value is None."""
     if profile is None:
         return {}
 
-    def plain(values: np.ndarray) -> Any:
-        return [plain(row) for row in values] if values.ndim > 1 else [float(v) if math.isfinite(v) else None for v in values]
-
     return {
         "logsnr_levels": plain(profile.logsnr),
         "information_nats": plain(profile.information.T),  # [Z][L]
         "characteristic_logsnr": plain(profile.scale),  # [Z]
+        "one_nat_logsnr": plain(np.array([half_point(profile.logsnr, values, 2.0) for values in profile.information.T])),  # [Z]
         "calibration_mean": plain(profile.calibration_mean.T),
         "calibration_std": plain(profile.calibration_std.T),
         "calibration_distance": plain(profile.calibration_distance.T),

@@ -1,13 +1,13 @@
 """Scores of several runs side by side: a column per method, a row per number, mean and standard deviation over seeds."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from ..config import Config
+from ..metrics.latents import LIVE_NATS
 
 Scores = dict[str, Any]
 NOT_THE_METHOD = ("seed", "name", "runs_dir", "log", "checkpoint", "report", "engine")  # settings in which runs of one column may differ
@@ -66,6 +66,9 @@ def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
         ("total correlation, nats", of("total_correlation"), 2),
         ("live dimensions", of("active_dims"), 1),
         ("KL, nats", of("kl_nats"), 2),
+        ("diffusion term, nats", of("diffusion_nats"), 1),
+        ("endpoint at logsnr_min, nats", of("prior_nats"), 2),
+        ("endpoint at logsnr_max, nats", of("reconstruction_nats"), 1),
         ("negative ELBO, nats", of("elbo_nats"), 1),
         ("negative ELBO, bits per dimension", of("bits_per_dim"), 3),
         ("training, minutes", lambda s: s["wall_seconds"] / 60 if "wall_seconds" in s else None, 1),
@@ -100,10 +103,12 @@ def _grouped(runs: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
     for run in runs:
         groups.setdefault(_key(run.config, NOT_THE_METHOD), []).append(run)
     methods = [group[0].config.method for group in groups.values()]
-    return {
-        method if methods.count(method) == 1 else f"{method} {group[0].config.name}": group
-        for method, group in zip(methods, groups.values(), strict=True)
-    }
+    names = [group[0].config.name for group in groups.values()]
+    labels = {}
+    for method, name, group in zip(methods, names, groups.values(), strict=True):
+        label = method if methods.count(method) == 1 else f"{method} {name}"
+        labels[label if names.count(name) == 1 or label == method else f"{method} {group[0].folder}"] = group
+    return labels
 
 
 def tables(runs: Sequence[Evaluated]) -> str:
@@ -114,11 +119,36 @@ def tables(runs: Sequence[Evaluated]) -> str:
     return "\n\n".join(_dataset_table(same) for same in datasets.values())
 
 
+def _baselines(runs: Sequence[Evaluated]) -> dict[str, tuple[str, list[Evaluated]]]:
+    """By label, the key and the runs that hold a baseline's scores; runs of another encoder, and so of another Z, have their own."""
+    encoders = {json.dumps(asdict(run.config.encoder)): run for run in runs if run.baselines}
+    found = {}
+    for key, label in BASELINES.items():
+        for encoder, first in encoders.items():
+            name = label if len(encoders) == 1 else f"{label} ({first.config.name})"
+            found[name] = key, [run for run in runs if run.baselines and json.dumps(asdict(run.config.encoder)) == encoder]
+    return found
+
+
+def _axes_table(run: Evaluated) -> str:
+    """Of a run with rates and noise levels: its live axes, the most informative first."""
+    scores = run.scores
+    if not scores.get("kl_per_dim") or "calibration_std" not in scores:
+        return ""
+    live = sorted((d for d, kl in enumerate(scores["kl_per_dim"]) if kl > LIVE_NATS), key=lambda d: -scores["kl_per_dim"][d])
+    rows = []
+    for d in live:
+        spreads = scores["calibration_std"][d]
+        numbers = (scores["kl_per_dim"][d], scores["one_nat_logsnr"][d], scores["characteristic_logsnr"][d], min(spreads), max(spreads))
+        rows.append([f"z{d}", *("" if number is None else f"{number:.2f}" for number in numbers)])
+    header = ["axis", "KL, nats", "logsnr at one nat", "logsnr at half its information", "least spread of errors", "largest"]
+    return f"{run.config.name}: live axes. Spread of errors over noise levels: 1 is calibrated.\n\n{markdown(header, rows)}" if rows else ""
+
+
 def _dataset_table(runs: Sequence[Evaluated]) -> str:
     groups = {name: [run.scores for run in group] for name, group in _grouped(runs).items()}
-    for key, label in BASELINES.items():
-        if found := [run.baselines[key] for run in runs if key in run.baselines]:
-            groups[label] = found
+    for label, (key, owners) in _baselines(runs).items():
+        groups[label] = [run.baselines[key] for run in owners]
     rows = []
     for label, read, digits in _lines(runs[0].scores):
         cells = [spread([read(scores) for scores in group], digits) for group in groups.values()]
@@ -128,7 +158,7 @@ def _dataset_table(runs: Sequence[Evaluated]) -> str:
     seeds = [f"{name}: {len(group)}" for name, group in _grouped(runs).items()]
     images = ", ".join(sorted({str(run.scores["num_images"]) for run in runs}))
     title = f"Data: {first.config.data.kind}, {images} evaluation images. Seeds: {', '.join(seeds)}. Mean ± standard deviation over seeds."
-    parts = [title, markdown(["", *groups], rows)]
+    parts = [title, markdown(["", *groups], rows), *filter(None, map(_axes_table, runs))]
     if any(run.straightness for run in runs):
         parts.append(_straightness_table(runs))
     return "\n\n".join(parts)
@@ -139,8 +169,8 @@ def _straightness_table(runs: Sequence[Evaluated]) -> str:
     rows: dict[str, list[Scores]] = {}
     for name, group in _grouped(runs).items():
         rows[name] = [run.straightness["latents"] for run in group if run.straightness]
-    for key, label in BASELINES.items():
-        rows[label] = [run.straightness[key] for run in runs if key in run.straightness]
+    for label, (key, owners) in _baselines(runs).items():
+        rows[label] = [run.straightness[key] for run in owners if key in run.straightness]
     columns = [
         ("curvature, degrees", "curvature", 1),
         ("95 % over clips", "curvature", None),
@@ -159,11 +189,12 @@ def _straightness_table(runs: Sequence[Evaluated]) -> str:
         row = [label]
         for _, key, digits in columns:
             if digits is None:
-                ends = [mean(s.get(f"{key}_{end}", math.nan) for s in found) for end in ("low", "high")]
-                row.append("" if math.isnan(ends[0]) else f"{ends[0]:.1f} to {ends[1]:.1f}")
+                ends = [spread([s.get(f"{key}_{end}") for s in found], 1).partition(" ")[0] for end in ("low", "high")]
+                row.append(" to ".join(ends) if all(ends) else "")
             else:
                 row.append(spread([s.get(key) for s in found], digits))
         cells.append(row)
     clips = next(run.straightness["latents"] for run in runs if run.straightness)
-    note = f"Straightness of {clips['clips']} clips of {clips['frames']} frames; smaller curvature and larger cosine are straighter."
+    note = f"Straightness of {clips['clips']} clips of {clips['frames']} frames; smaller curvature and larger cosine are straighter. "
+    note += "Intervals over clips are those of a run, averaged over seeds."
     return note + "\n\n" + markdown(["", *(column[0] for column in columns)], cells)

@@ -6,20 +6,26 @@ All are blind to scale: an untrained encoder or a dead dimension can score high.
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
+from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .checks import as_tables
 
 CORRELATIONS = ("spearman", "pearson")
+MIN_ROWS_PER_CODE = 20
 
 
 def linear_r2(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Held-out R2 of each factor under ordinary least squares from all codes; fitted on the first half, scored on the second.
+    """Held-out R2 of each factor under least squares from all codes; fitted on the first half, scored on the second.
+
+    Ordinary least squares where there are at least 20 rows per code to fit on; with fewer, such as for pixels, ridge regression on
+    standardised codes, its penalty chosen by leave-one-out on the first half.
 
     Args:
-        codes: [N, D], with N well above 2 D.
+        codes: [N, D].
         factors: [N, F].
     Returns:
         [F], 1 is perfect, 0 is no better than the mean, negative is worse.
@@ -28,6 +34,10 @@ def linear_r2(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """
     codes, factors = as_tables(codes=codes, factors=factors)
     half = _half(codes, factors, 4)
+    if half < MIN_ROWS_PER_CODE * codes.shape[1]:
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 4, 15), alpha_per_target=True))
+        guesses = model.fit(codes[:half], factors[:half]).predict(codes[half:])
+        return r2_score(factors[half:], guesses.reshape(factors[half:].shape), multioutput="raw_values")
     design = np.column_stack((codes, np.ones(len(codes))))
     solution, *_ = np.linalg.lstsq(design[:half], factors[:half], rcond=None)
     return r2_score(factors[half:], design[half:] @ solution, multioutput="raw_values")
