@@ -132,7 +132,7 @@ def main() -> None:
             f"`python benchmarks/methods.py --data {data}`, {date.today()}, torch {environments[0]['packages']['torch']}, CPU, "
             f"one thread per run, trained on commit {commits}."
         )
-        text = f"{head}\n\n{tables(evaluated)}"
+        text = f"{head}\n\n{tables(evaluated, axes=False)}"
         write_generated(arguments.output, f"methods {data}", text)
         print(text)
 

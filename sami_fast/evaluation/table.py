@@ -111,12 +111,12 @@ def _grouped(runs: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
     return labels
 
 
-def tables(runs: Sequence[Evaluated]) -> str:
-    """Markdown: for each dataset a table of scores and, where there are clips, one of straightness."""
+def tables(runs: Sequence[Evaluated], axes: bool = True) -> str:
+    """Markdown: for each dataset a table of scores, with `axes` one of each run's live axes, and, where there are clips, one of straightness."""
     datasets: dict[str, list[Evaluated]] = {}
     for run in runs:
         datasets.setdefault(json.dumps(asdict(run.config.data), sort_keys=True, default=str), []).append(run)
-    return "\n\n".join(_dataset_table(same) for same in datasets.values())
+    return "\n\n".join(_dataset_table(same, axes) for same in datasets.values())
 
 
 def _baselines(runs: Sequence[Evaluated]) -> dict[str, tuple[str, list[Evaluated]]]:
@@ -145,7 +145,7 @@ def _axes_table(run: Evaluated) -> str:
     return f"{run.config.name}: live axes. Spread of errors over noise levels: 1 is calibrated.\n\n{markdown(header, rows)}" if rows else ""
 
 
-def _dataset_table(runs: Sequence[Evaluated]) -> str:
+def _dataset_table(runs: Sequence[Evaluated], axes: bool) -> str:
     groups = {name: [run.scores for run in group] for name, group in _grouped(runs).items()}
     for label, (key, owners) in _baselines(runs).items():
         groups[label] = [run.baselines[key] for run in owners]
@@ -158,7 +158,7 @@ def _dataset_table(runs: Sequence[Evaluated]) -> str:
     seeds = [f"{name}: {len(group)}" for name, group in _grouped(runs).items()]
     images = ", ".join(sorted({str(run.scores["num_images"]) for run in runs}))
     title = f"Data: {first.config.data.kind}, {images} evaluation images. Seeds: {', '.join(seeds)}. Mean ± standard deviation over seeds."
-    parts = [title, markdown(["", *groups], rows), *filter(None, map(_axes_table, runs))]
+    parts = [title, markdown(["", *groups], rows), *(filter(None, map(_axes_table, runs)) if axes else ())]
     if any(run.straightness for run in runs):
         parts.append(_straightness_table(runs))
     return "\n\n".join(parts)

@@ -9,7 +9,6 @@ from scipy.stats import rankdata
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.neural_network import MLPRegressor
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .checks import as_tables
@@ -21,8 +20,9 @@ MIN_ROWS_PER_CODE = 20
 def linear_r2(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Held-out R2 of each factor under least squares from all codes; fitted on the first half, scored on the second.
 
-    Ordinary least squares where there are at least 20 rows per code to fit on; with fewer, such as for pixels, ridge regression on
-    standardised codes, its penalty chosen by leave-one-out on the first half.
+    Ordinary least squares where there are at least 20 rows per code to fit on; with fewer, such as for pixels, ridge regression, its
+    penalty chosen by leave-one-out on the first half. That one sees the codes' scales among each other: a pixel that is rarely lit is not
+    magnified.
 
     Args:
         codes: [N, D].
@@ -35,9 +35,9 @@ def linear_r2(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     codes, factors = as_tables(codes=codes, factors=factors)
     half = _half(codes, factors, 4)
     if half < MIN_ROWS_PER_CODE * codes.shape[1]:
-        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 4, 15), alpha_per_target=True))
-        guesses = model.fit(codes[:half], factors[:half]).predict(codes[half:])
-        return r2_score(factors[half:], guesses.reshape(factors[half:].shape), multioutput="raw_values")
+        penalties = np.logspace(-3, 4, 15) * max(codes[:half].var(0).mean(), 1e-300)
+        model = RidgeCV(penalties, alpha_per_target=True).fit(codes[:half], factors[:half])
+        return r2_score(factors[half:], model.predict(codes[half:]).reshape(factors[half:].shape), multioutput="raw_values")
     design = np.column_stack((codes, np.ones(len(codes))))
     solution, *_ = np.linalg.lstsq(design[:half], factors[:half], rcond=None)
     return r2_score(factors[half:], design[half:] @ solution, multioutput="raw_values")
