@@ -112,7 +112,7 @@ def _grouped(runs: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
 
 
 def tables(runs: Sequence[Evaluated], axes: bool = True) -> str:
-    """Markdown: for each dataset a table of scores, with `axes` one of each run's live axes, and, where there are clips, one of straightness."""
+    """Markdown: for each dataset a table of scores, with `axes` each run's live axes, and, where there are clips, their straightness."""
     datasets: dict[str, list[Evaluated]] = {}
     for run in runs:
         datasets.setdefault(json.dumps(asdict(run.config.data), sort_keys=True, default=str), []).append(run)
