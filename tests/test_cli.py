@@ -362,6 +362,11 @@ BAD_INPUT = {
         "reconstruct {inputs}/beta_vae --data {inputs}/good.npy --x-T inverted --output {out}/x.png",
         "a model of method beta_vae decodes and has no noise to invert; use --x-T random",
     ),
+    "no prior": ("sample {inputs}/diffae --output {out}/x.png", "deterministic encoder has no prior to draw from; use --source posterior"),
+    "level of another method": (
+        "axes {run} --logsnr 1 --output {out}/x.npz",
+        "--logsnr: only --method level looks at one noise level, and --method is scale",
+    ),
     "diffae alone": ("sample {inputs}/diffae --source none --output {out}/x.png", "a model of method diffae draws only from latents"),
     "unknown device": ("sample {run} --device abacus --output {out}/x.png", "--device: abacus cannot be used here"),
 }
