@@ -45,12 +45,13 @@ class Sami(LatentModel):
             [B, C, H, W].
         """
         eps_pred = self.denoiser(x_t, t)
-        if z is None or scale == 0.0:
-            return eps_pred
+        return eps_pred if z is None or scale == 0.0 else eps_pred - self.guidance(x_t, t, z, scale, clip)
+
+    def guidance(self, x_t: Tensor, t: Tensor, z: Tensor, scale: float = 1.0, clip: float | None = None) -> Tensor:
+        """What `predict_eps` takes off the denoiser's estimate, scale sigma_t grad log q(z|x_t); arguments as there. [B, C, H, W]."""
         if clip is not None:
             mu, var = self.encoder(x_t)
             reach = clip * var.sqrt()
             z = torch.clamp(z, mu - reach, mu + reach)
         _, sigma_t = alpha_sigma(self.schedule.logsnr(t))
-        guidance = scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(self.encoder, x_t, z)
-        return eps_pred - guidance
+        return scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(self.encoder, x_t, z)

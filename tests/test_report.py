@@ -406,7 +406,7 @@ def test_axis_strips_go_through_the_range_of_the_data(disks):
     run = open_run(disks)
     latents = encode(run, run.model)
     found = discover(run.model, run.images, 32, draws=2, num_steps=4, logsnr=[-2.0, 2.0])[0]
-    figure = axis_strips(run, found)
+    figure = axis_strips(run, found, latents)
     assert len(figure.images) == 9 * LATENTS
     texts = [text.get_text() for text in figure.texts]
     assert [text.split("\n")[0].split(" · ")[0] for text in texts if text.startswith("scale")] == list(found.names)

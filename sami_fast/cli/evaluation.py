@@ -28,20 +28,21 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"expected each run once, found {max(arguments.run, key=arguments.run.count)} more than once")
     from tqdm import tqdm
 
-    from ..evaluation import evaluate, num_stages, tables
+    from ..evaluation import evaluate_run, num_stages, open_run, tables
 
-    shares = [_shared(folder) for folder in arguments.run]
-    # Runs on the same images share what does not depend on them.
+    runs = [open_run(Path(folder), arguments.images) for folder in arguments.run]  # what is wrong with any is found before work is done
+    # Runs on the same images, whose encoders began with the same weights, share what does not depend on training.
+    shares = [(run.config.data, run.config.encoder, run.config.seed) for run in runs]
     first = [arguments.baselines and share not in shares[:place] for place, share in enumerate(shares)]
     evaluated = []
     with tqdm(total=sum(map(num_stages, first)), unit="stage", leave=False) as bar:
-        for folder, baselines in zip(arguments.run, first, strict=True):
+        for run, baselines in zip(runs, first, strict=True):
 
-            def say(stage: str, folder: str = folder) -> None:
-                bar.set_description(f"{Path(folder).name}: {stage}")
+            def say(stage: str, run: "Run" = run) -> None:
+                bar.set_description(f"{run.folder.name}: {stage}")
                 bar.update()
 
-            evaluated.append(evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=baselines, say=say))
+            evaluated.append(evaluate_run(run, jobs=arguments.jobs, baselines=baselines, say=say))
     text = tables(evaluated)
     print(text)
     if output:
@@ -50,18 +51,6 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             for run in evaluated
         ]
         write_bytes(output, (json.dumps(rows, indent=2) if output.suffix == ".json" else text + "\n").encode())
-
-
-def _shared(folder: str) -> str:
-    """Two runs with the same answer are evaluated on the same images, and their encoders began with the same weights.
-
-    Raises:
-        UserError: not a finished run; found before any work on others is done.
-    """
-    from ..evaluation import open_run
-
-    config = open_run(Path(folder)).config
-    return json.dumps([asdict(config.data), asdict(config.encoder), config.seed], default=str)
 
 
 def run_axes(arguments: argparse.Namespace) -> None:
@@ -74,7 +63,7 @@ def run_axes(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..discovery import NUM_LEVELS, discover
-    from ..evaluation import open_run
+    from ..evaluation import encode, known_factors, open_run
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
@@ -96,13 +85,13 @@ def run_axes(arguments: argparse.Namespace) -> None:
             )
         except ValueError as error:
             raise UserError(f"{arguments.run}: {error}") from None
-    names, coordinates_of, factors = _known(run)
+    latents, (factors, names, _) = encode(run, run.model), known_factors(run)
     print("undecided at logsnr", " ".join(f"{level:.1f}" for level in found[0].logsnr))
     for axes in found:
-        print("\n".join(_lines(axes, names, correlation_matrix(axes.axes.coordinates(coordinates_of), factors) if names else None)))
+        print("\n".join(_lines(axes, names, correlation_matrix(axes.axes.coordinates(latents.mu), factors) if names else None)))
     chosen = _chosen(found, arguments.method, arguments.logsnr)
     chosen.axes.save(output)
-    write_bytes(picture, png(axis_strips(run, chosen)))
+    write_bytes(picture, png(axis_strips(run, chosen, latents)))
     print(f"{output}, {picture}: {len(chosen.names)} axes by {chosen.method}, for --axes of encode, traverse and edit")
 
 
@@ -111,14 +100,6 @@ def _chosen(found: "list[Discovered]", method: str, logsnr: float | None) -> "Di
     same = [axes for axes in found if axes.method == method]
     middle = same[len(same) // 2].logsnr[0] if logsnr is None else logsnr
     return min(same, key=lambda axes: abs(axes.logsnr[0] - middle)) if method == "level" else same[0]
-
-
-def _known(run: "Run") -> "tuple[tuple[str, ...], np.ndarray, np.ndarray]":
-    """Names of the factors, if any; mean latents and factors of the evaluation images."""
-    from ..evaluation import encode, known_factors
-
-    factors, names, _ = known_factors(run)
-    return names, encode(run, run.model).mu, factors
 
 
 def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray | None") -> list[str]:

@@ -162,14 +162,13 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 
 def add_commands(command: AddCommand) -> None:
+    drawing = model_options(), data_options(), sampler_options()
     sample = command(
         "sample",
         run_sample,
         "draw new images",
         "sample runs/disks --count 64 --output samples.png",
-        model_options(),
-        data_options(),
-        sampler_options(),
+        *drawing,
     )
     sample.add_argument("--count", type=at_least(1), default=16, metavar="N", help="images (%(default)s)")
     sample.add_argument(
@@ -184,9 +183,7 @@ def add_commands(command: AddCommand) -> None:
         run_reconstruct,
         "encode images and draw them again from their latents, and from fresh noise or their own",
         "reconstruct runs/disks --count 24 --output reconstructions.png",
-        model_options(),
-        data_options(),
-        sampler_options(),
+        *drawing,
         start_options("random"),
     )
     reconstruct.add_argument("--count", type=at_least(1), metavar="N", help=f"the first N images ({RECONSTRUCTIONS})")
@@ -196,9 +193,7 @@ def add_commands(command: AddCommand) -> None:
         run_traverse,
         "move one latent dimension, or one of --axes, over the range it has on images, all else and the noise held fixed; a row each",
         "traverse runs/disks --axis 2 5 --output traversals.png",
-        model_options(),
-        data_options(),
-        sampler_options(),
+        *drawing,
         start_options("random"),
         axes_options(),
     )
@@ -213,9 +208,7 @@ def add_commands(command: AddCommand) -> None:
         run_interpolate,
         "draw pictures on the way from one image to another: latents on a straight line, starting noise on a great circle",
         "interpolate runs/disks --image 3 8 --output between.png",
-        model_options(),
-        data_options(),
-        sampler_options(),
+        *drawing,
         start_options("inverted"),
     )
     interpolate.add_argument("--image", type=at_least(0), nargs=2, required=True, metavar=("A", "B"), help="the two images")
@@ -228,9 +221,7 @@ def add_commands(command: AddCommand) -> None:
         run_edit,
         "change images along one latent dimension, or one of --axes, and keep the rest of them; a row per image",
         "edit runs/disks --axis 2 --amount -1 1 --image 0 5 --output edits.png",
-        model_options(),
-        data_options(),
-        sampler_options(),
+        *drawing,
         start_options("inverted"),
         axes_options(),
     )

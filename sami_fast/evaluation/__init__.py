@@ -7,12 +7,25 @@ from pathlib import Path
 from ..metrics.scale_profile import ScaleProfile, scale_profile
 from .clips import straightness_scores
 from .factors import ceiling
-from .latents import Latents, encode
+from .latents import Latents, encode, make_baselines
 from .run import Run, open_run
 from .scores import baseline_scores, bound_scores, known_factors, latent_scores, plain, profile_scores, training_scores
 from .table import Evaluated, tables
 
-__all__ = ["Evaluated", "Latents", "Run", "encode", "evaluate", "known_factors", "num_stages", "open_run", "profile", "score", "tables"]
+__all__ = [
+    "Evaluated",
+    "Latents",
+    "Run",
+    "encode",
+    "evaluate",
+    "evaluate_run",
+    "known_factors",
+    "num_stages",
+    "open_run",
+    "profile",
+    "score",
+    "tables",
+]
 
 Say = Callable[[str], object]
 PROFILE_IMAGES = 1024  # that information and calibration over noise levels are taken from
@@ -46,37 +59,39 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
 
 
 def num_stages(baselines: bool) -> int:
-    """How often `evaluate` says what it does."""
-    return 6 + (3 if baselines else 0)
+    """How often `evaluate_run` says what it does."""
+    return 5 + (3 if baselines else 0)
 
 
-def evaluate(
-    folder: str | os.PathLike[str],
-    *,
-    images: int | None = None,
-    jobs: int = 1,
-    baselines: bool = True,
-    say: Say = lambda stage: None,
-) -> Evaluated:
+def evaluate(folder: str | os.PathLike[str], *, images: int | None = None, jobs: int = 1, baselines: bool = True) -> Evaluated:
     """Open a run and score it.
 
     Args:
         folder: The run's.
         images: Evaluation images, at most as many as there are; as the run's config says when None.
-        jobs: Processes for the metrics that grow trees.
-        baselines: Also score the untrained encoder, principal components and pixels.
-        say: Told what is being done: `num_stages` times.
+        jobs, baselines: As in `evaluate_run`.
     Raises:
         UserError: not a run folder, no model in it yet, no log, or data gone.
     """
-    say("reading")
-    run = open_run(Path(folder), images)
+    return evaluate_run(open_run(Path(folder), images), jobs=jobs, baselines=baselines)
+
+
+def evaluate_run(run: Run, *, jobs: int = 1, baselines: bool = True, say: Say = lambda stage: None) -> Evaluated:
+    """Score an open run.
+
+    Args:
+        run: The run.
+        jobs: Processes for the metrics that grow trees.
+        baselines: Also score the untrained encoder, principal components and pixels.
+        say: Told what is being done: `num_stages` times.
+    """
     say("encoding")
     latents = encode(run, run.model)
     say("noise levels")
     measured = profile(run)
     scores = score(run, latents, measured, jobs=jobs, say=say)
     say("clips")
-    straightness = plain(straightness_scores(run, latents, baselines=baselines))
-    others = plain(baseline_scores(run, jobs=jobs, say=say)) if baselines else {}
-    return Evaluated(str(folder), run.config, scores, others, straightness)
+    others = make_baselines(run) if baselines else None
+    straightness = plain(straightness_scores(run, latents, others))
+    beside = plain(baseline_scores(run, others, jobs=jobs, say=say)) if others else {}
+    return Evaluated(str(run.folder), run.config, scores, beside, straightness)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..latent_model import LatentModel
 from ..metrics.straightness import straightness
-from .latents import Latents, encode, pixels, principal_components, untrained
+from .latents import Baselines, Latents
 from .run import Run
 
 MAX_CLIPS = 256
@@ -25,13 +25,18 @@ def num_clips(run: Run) -> int:
 
 
 @torch.no_grad()
-def through(run: Run, represent: Represent) -> np.ndarray:
-    """Evaluation clips, each frame by itself. [N, T, D] float64."""
-    clips = []
+def through(run: Run, *represent: Represent) -> list[np.ndarray]:
+    """Evaluation clips, each frame by itself, in every representation: the frames, which may have to be decoded, are read once.
+
+    Returns:
+        [N, T, D] float64 for each, with its own D.
+    """
+    clips: list[list[np.ndarray]] = [[] for _ in represent]
     for index in range(num_clips(run)):
-        frames = run.evaluation.clips(torch.tensor([index]))[0].to(run.model.device)
-        clips.append(np.concatenate([represent(part) for part in frames.split(run.batch_size)]))
-    return np.stack(clips).astype(np.float64)
+        frames = run.evaluation.clips(torch.tensor([index]))[0].to(run.model.device).split(run.batch_size)
+        for paths, codes in zip(clips, represent, strict=True):
+            paths.append(np.concatenate([codes(part) for part in frames]))
+    return [np.stack(paths).astype(np.float64) for paths in clips]
 
 
 def means(model: LatentModel) -> Represent:
@@ -50,25 +55,25 @@ def _std(latents: Latents) -> np.ndarray:
     return np.where(used, latents.mu.std(0), 0.0)
 
 
-def straightness_scores(run: Run, latents: Latents, *, baselines: bool = True) -> dict[str, dict[str, Any]]:
+def straightness_scores(run: Run, latents: Latents, baselines: Baselines | None = None) -> dict[str, dict[str, Any]]:
     """Straightness by representation, each raw and standardised (keys `standardized_...`); {} without clips.
 
     Args:
         run: The run.
         latents: Of its evaluation images, whose spread standardises.
-        baselines: Also of the encoder before training, of principal components and of pixels.
+        baselines: Also of these.
     """
     if not num_clips(run):
         return {}
-    frames = through(run, flat)
-    rows = [("latents", through(run, means(run.model)), _std(latents))]
-    if baselines:
-        fresh, components = untrained(run), principal_components(run)
-        rows.append(("untrained", through(run, means(fresh)), encode(run, fresh).mu.std(0)))
-        rows.append(("pca", through(run, lambda part: components.transform(flat(part))), np.sqrt(components.explained_variance_)))
-        rows.append(("pixels", frames, pixels(run).std(0)))
+    rows = {"latents": (means(run.model), _std(latents))}
+    if baselines is not None:
+        pca = baselines.components
+        rows["untrained"] = means(baselines.untrained), baselines.untrained_latents.mu.std(0)
+        rows["pca"] = (lambda part: pca.transform(flat(part))), np.sqrt(pca.explained_variance_)
+        rows["pixels"] = flat, baselines.pixels.std(0)
+    frames, *paths = through(run, flat, *(represent for represent, _ in rows.values()))
     scores = {}
-    for name, clips, std in rows:
+    for (name, (_, std)), clips in zip(rows.items(), paths, strict=True):
         scores[name] = straightness(clips, pixels=frames).row() | {"frames": clips.shape[1]}
         if std.any():
             standardized = straightness(clips, std=std, pixels=frames).row()

@@ -1,10 +1,12 @@
 """Codes of the evaluation images: the run's own, those of its encoder before training, principal components, pixels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from torch import Tensor
 
 from ..latent_model import LatentModel
 from ..metrics.latents import kl_per_dim, live_dims
@@ -48,13 +50,22 @@ def untrained(run: Run) -> LatentModel:
     return fresh.to(model.device).eval()
 
 
-def pixels(run: Run) -> np.ndarray:
-    """[N, C H W] float32."""
-    return torch.cat([run.images(index).flatten(1).cpu() for index in run.index()]).numpy()
+@dataclass(frozen=True)
+class Baselines:
+    """What a run's latents are compared with."""
+
+    untrained: LatentModel
+    untrained_latents: Latents
+    pixels: np.ndarray  # [N, C H W] float32, of the evaluation images
+    components: PCA  # of the pixels of training images: as many as the run has latents, where there are that many
 
 
-def principal_components(run: Run) -> PCA:
-    """Of the pixels of training images: as many as the run has latents, where there are that many."""
-    parts = torch.arange(run.num_train).split(run.batch_size)
-    table = torch.cat([run.train_images(index).flatten(1).cpu() for index in parts]).numpy()
-    return PCA(min(run.model.latent_size, *table.shape), random_state=run.config.seed).fit(table)
+def make_baselines(run: Run) -> Baselines:
+    """The run's encoder before its training, and its images as they are."""
+
+    def table(images: Callable[[Tensor], Tensor], count: int) -> np.ndarray:
+        return torch.cat([images(index).flatten(1).cpu() for index in torch.arange(count).split(run.batch_size)]).numpy()
+
+    before, train = untrained(run), table(run.train_images, run.num_train)
+    components = PCA(min(run.model.latent_size, *train.shape), random_state=run.config.seed).fit(train)
+    return Baselines(before, encode(run, before), table(run.images, run.count), components)

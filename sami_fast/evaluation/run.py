@@ -31,8 +31,8 @@ class Run:
     model: LatentModel
     train: Dataset
     evaluation: Dataset
-
-    count: int  # evaluation images that scores are computed from
+    chosen: Tensor  # [N] int64, the evaluation images that scores are computed from
+    chosen_train: Tensor  # [M] int64, the training images that evaluation may look at
 
     @property
     def batch_size(self) -> int:
@@ -45,29 +45,36 @@ class Run:
 
     def images(self, index: Tensor) -> Tensor:
         """Evaluation images on the model's device. [n] int64, below `count` -> [n, C, H, W] in [-1, 1]."""
-        return self.evaluation.images(places(self.evaluation, self.count)[index]).to(self.model.device)
+        return self.evaluation.images(self.chosen[index]).to(self.model.device)
 
     def factors(self) -> Tensor:
         """Factors of the evaluation images. [N, F] float32."""
-        return self.evaluation.factors(places(self.evaluation, self.count))
+        return self.evaluation.factors(self.chosen)
 
     def train_images(self, index: Tensor) -> Tensor:
         """Training images, [n] int64, below `num_train` -> as `images`."""
-        return self.train.images(places(self.train, self.num_train)[index]).to(self.model.device)
+        return self.train.images(self.chosen_train[index]).to(self.model.device)
+
+    @property
+    def count(self) -> int:
+        """Evaluation images that scores are computed from."""
+        return len(self.chosen)
 
     @property
     def num_train(self) -> int:
         """Training images that evaluation may look at."""
-        return TRAIN_IMAGES if self.train.size is None else min(TRAIN_IMAGES, self.train.size)
+        return len(self.chosen_train)
 
 
 def places(dataset: Dataset, count: int) -> Tensor:
-    """Which images stand for a dataset: the first of an endless one, frames of videos at equal distances, of others a fixed random choice.
+    """Which images, at most `count`, stand for a dataset: the first of an endless one, frames of videos at equal distances, of others a
+    fixed random choice.
 
     Sets that hold every combination of their factors, and folders, are sorted: their first images show little of them.
     """
     if dataset.size is None:
         return torch.arange(count)
+    count = min(count, dataset.size)
     if hasattr(dataset, "clips"):  # in their order, since videos are decoded from one keyframe to the next
         return torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()
     return torch.randperm(dataset.size, generator=torch.Generator().manual_seed(0))[:count]
@@ -122,6 +129,5 @@ def open_run(folder: Path, images: int | None = None) -> Run:
             f"{folder}: its model was trained on images of shape {list(model.image_shape)} (C, H, W), its data are now "
             f"{list(evaluation.image_shape)}"
         )
-    count = images or config.report.images
-    count = count if evaluation.size is None else min(count, evaluation.size)
-    return Run(folder, config, environment, log, model, train, evaluation, count)
+    chosen, chosen_train = places(evaluation, images or config.report.images), places(train, TRAIN_IMAGES)
+    return Run(folder, config, environment, log, model, train, evaluation, chosen, chosen_train)

@@ -10,7 +10,7 @@ import numpy as np
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.scale_profile import ScaleProfile, half_point
 from . import factors as of_factors
-from .latents import Latents, encode, pixels, principal_components, untrained
+from .latents import Baselines, Latents
 from .run import Run
 
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
@@ -57,25 +57,26 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
     return scores
 
 
-def baseline_scores(run: Run, *, jobs: int = 1, say: Callable[[str], object] = lambda stage: None) -> dict[str, dict[str, Any]]:
+def baseline_scores(
+    run: Run, baselines: Baselines, *, jobs: int = 1, say: Callable[[str], object] = lambda stage: None
+) -> dict[str, dict[str, Any]]:
     """What the same scores say of the untrained encoder, of principal components of the pixels and of the pixels themselves.
 
     Pixels and principal components are noiseless codes, as those of a deterministic encoder. Of pixels, which are many, only linear R2
     and MCC are taken.
     """
     say("untrained encoder")
-    scores = {"untrained": latent_scores(run, encode(run, untrained(run)), jobs=jobs)}
-    table = pixels(run)
-    components = principal_components(run).transform(table).astype(np.float64)
+    scores = {"untrained": latent_scores(run, baselines.untrained_latents, jobs=jobs)}
     say("pca")
+    components = baselines.components.transform(baselines.pixels).astype(np.float64)
     noiseless = np.broadcast_to(0.0, components.shape)
     scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, np.arange(components.shape[1])), jobs=jobs)
     say("pixels")
     factors, names, periods = known_factors(run)
     scores["pixels"] = {}
     if names and run.config.data.kind != "celeba":
-        scores["pixels"] = of_factors.matched_scores(table, factors, names) | {
-            "linear_r2": of_factors.linear_scores(table, factors, names, periods)
+        scores["pixels"] = of_factors.matched_scores(baselines.pixels, factors, names) | {
+            "linear_r2": of_factors.linear_scores(baselines.pixels, factors, names, periods)
         }
     return scores
 

@@ -25,8 +25,9 @@ class Evaluated:
     straightness: dict[str, Scores]  # by representation; empty without clips
 
 
-def _average(values: dict[str, float] | None) -> float | None:
-    return mean(values.values()) if values else None
+def mean_of(by_factor: dict[str, float] | None) -> float | None:
+    """The mean over factors; None where there is none."""
+    return mean(by_factor.values()) if by_factor else None
 
 
 def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
@@ -40,10 +41,10 @@ def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
         return lambda s: s[key][factor] if s.get(key) else None
 
     return [
-        ("linear R2, mean over factors", lambda s: _average(s.get("linear_r2")), 3),
+        ("linear R2, mean over factors", lambda s: mean_of(s.get("linear_r2")), 3),
         *((f"linear R2 {factor}", of_factor("linear_r2", factor), 3) for factor in factors),
-        ("linear R2 from means, mean over factors", lambda s: _average(s.get("linear_r2_mu")), 3),
-        ("nonlinear R2, mean over factors", lambda s: _average(s.get("nonlinear_r2")), 3),
+        ("linear R2 from means, mean over factors", lambda s: mean_of(s.get("linear_r2_mu")), 3),
+        ("nonlinear R2, mean over factors", lambda s: mean_of(s.get("nonlinear_r2")), 3),
         ("MCC, rank correlation", of("mcc"), 3),
         *((f"MCC {factor}", of_factor("mcc_per_factor", factor), 3) for factor in factors),
         ("MCC, Pearson", of("mcc_pearson"), 3),

@@ -148,9 +148,13 @@ def negative_elbo(
             alpha_t, sigma_t = alpha_sigma(logsnr)
             x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=ops.EVALUATION_STEP)
             t = schedule.t(logsnr).flatten()
-            diffusion = 0.5 * span * _square(eps - model.predict_eps(x_t, t, z))
             if model.method == "sami":
-                unguided = 0.5 * span * _square(eps - model.predict_eps(x_t, t))
+                eps_pred = model.predict_eps(x_t, t)
+                unguided = 0.5 * span * _square(eps - eps_pred)
+                eps_hat = eps_pred - model.guidance(x_t, t, z)
+            else:
+                eps_hat = model.predict_eps(x_t, t, z)
+            diffusion = 0.5 * span * _square(eps - eps_hat)
             alpha_1, sigma_1 = alpha_sigma(torch.tensor(schedule.logsnr_min, dtype=torch.float64))
             prior = 0.5 * (alpha_1**2 * x_0.double().square() + sigma_1**2 - 1.0 - 2.0 * sigma_1.log()).flatten(1).sum(1)
         parts.append((diffusion, posterior.kl.sum(1), prior, reconstruction, unguided))

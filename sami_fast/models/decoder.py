@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_attention, check_image_size, conv, norm_act
+from .layers import AttentionBlock, ResBlock, Upsample, checked_sides, conv, norm_act
 
 
 class Decoder(nn.Module):
@@ -32,12 +32,8 @@ class Decoder(nn.Module):
         style: str = "group_norm_silu",
     ) -> None:
         super().__init__()
-        if style not in STYLES:
-            raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
-        check_image_size(image_size, len(channels) - 1, "decoder")
         attention = attention or []
-        sides = [image_size >> level for level in range(len(channels))]
-        check_attention(attention, sides, "decoder")
+        sides = checked_sides("decoder", style, image_size, range(len(channels)), attention)
         width, side = channels[-1], sides[-1]
         self.stem = nn.Linear(latent_size, width * side * side)
         self.start = (width, side, side)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .layers import STYLES, AttentionBlock, ResBlock, Upsample, check_attention, check_image_size, conv, norm_act
+from .layers import AttentionBlock, ResBlock, Upsample, checked_sides, conv, norm_act
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:
@@ -54,16 +54,13 @@ class Denoiser(nn.Module):
         latent_size: int = 0,
     ) -> None:
         super().__init__()
-        if style not in STYLES:
-            raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
-        check_image_size(image_size, len(channels) - 1, "denoiser")
+        attention = attention or []
+        sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.embedding_size = embedding_size
         self.embed = nn.Sequential(
             nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
         )
-        attention = attention or []
-        check_attention(attention, [image_size >> level for level in range(len(channels))], "denoiser")
         self.stem = conv(image_channels, channels[0], 3, style)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
@@ -75,7 +72,7 @@ class Denoiser(nn.Module):
                     layers.append(AttentionBlock(out_width, groups, style))
             return nn.ModuleList(layers)
 
-        width, sides = channels[0], [image_size >> i for i in range(len(channels))]
+        width = channels[0]
         for level_width, side in zip(channels, sides, strict=True):
             self.down.append(level(width, level_width, side))
             width = level_width

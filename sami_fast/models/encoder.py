@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
-from .layers import STYLES, AttentionBlock, ResBlock, check_attention, check_image_size, conv, norm_act
+from .layers import AttentionBlock, ResBlock, checked_sides, conv, norm_act
 
 
 class Variance(Pointwise):
@@ -66,18 +66,15 @@ class Encoder(Layer):
         init_std: float = 0.97,
     ) -> None:
         super().__init__()
-        if style not in STYLES:
-            raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
-        check_image_size(image_size, len(channels), "encoder")
         attention = attention or []
-        check_attention(attention, [image_size >> level for level in range(1, len(channels) + 1)], "encoder")
+        sides = checked_sides("encoder", style, image_size, range(1, len(channels) + 1), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_size = latent_size
         layers: list[Layer] = []
-        width, side = image_channels, image_size
-        for level_width in channels:
+        width = image_channels
+        for level_width, side in zip(channels, sides, strict=True):
             layers += [conv(width, level_width, 3, style, stride=2), norm_act(level_width, groups, style)]
-            width, side = level_width, side // 2
+            width = level_width
             for _ in range(blocks):
                 layers.append(ResBlock(width, width, groups, style))
             if side in attention:

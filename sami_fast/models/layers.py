@@ -171,14 +171,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def check_attention(attention: list[int], sides: list[int], owner: str) -> None:
-    """ValueError unless every resolution that is to have attention exists."""
+def checked_sides(owner: str, style: str, image_size: int, levels: range, attention: list[int]) -> list[int]:
+    """Side length of each level, where level n is the image halved n times.
+
+    Raises:
+        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that is not among them.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
+    if image_size % 2 ** levels[-1]:
+        raise ValueError(f"image size {image_size} is not divisible by {2 ** levels[-1]}, which the {owner}'s {levels[-1]} halvings need")
+    sides = [image_size >> level for level in levels]
     for side in attention:
         if side not in sides:
             raise ValueError(f"attention {side}: the {owner} has no such resolution, its own are {', '.join(map(str, sides))}")
-
-
-def check_image_size(image_size: int, halvings: int, owner: str) -> None:
-    """ValueError unless the image can be halved that often."""
-    if image_size % 2**halvings:
-        raise ValueError(f"image size {image_size} is not divisible by {2**halvings}, which the {owner}'s {halvings} halvings need")
+    return sides

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..evaluation import Latents, Run
-from ..evaluation.clips import means, num_clips, through
+from ..evaluation.clips import flat, means, num_clips, through
 from ..images import image_grid
 from ..metrics.straightness import clip_straightness
 from .charts import DASHED, FAINT, INK, colour, new_figure, tidy
@@ -35,12 +35,7 @@ def read_clips(run: Run) -> Clips | None:
     if not num_clips(run):
         return None
     frames = run.evaluation.clips(torch.arange(min(SHOWN, num_clips(run))))
-    if frames.shape[1] < 3:
-        return None
-    size, encode = run.model.latent_size, means(run.model)
-    # Once through the clips for both: their frames may have to be decoded.
-    both = through(run, lambda images: np.concatenate((encode(images), images.flatten(1).cpu().numpy()), axis=1))
-    codes, pixels = both[:, :, :size], both[:, :, size:]
+    codes, pixels = through(run, means(run.model), flat)
     return Clips(frames, codes, clip_straightness(codes).curvature, clip_straightness(pixels).curvature)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import sampling
 from ..discovery import Discovered
-from ..evaluation import Latents, Run, encode, known_factors
+from ..evaluation import Latents, Run, known_factors
 from ..images import image_grid
 from ..metrics.identifiability import correlation_matrix
 from .charts import DPI, INK, MAX_AXES, RHO, colour
@@ -153,7 +153,7 @@ def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[
     return strips(rows)
 
 
-def axis_strips(run: Run, discovered: Discovered, latents: Latents | None = None) -> Figure:
+def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
     """One strip per discovered axis in their order: its coordinate moves over the data's range, the others and the noise stay.
 
     The number beside an axis's name is its score, where it has one.
@@ -161,9 +161,8 @@ def axis_strips(run: Run, discovered: Discovered, latents: Latents | None = None
     Args:
         run: The run.
         discovered: Its axes; the first 12 are shown.
-        latents: Of the evaluation images, which are encoded when None.
+        latents: Of the evaluation images.
     """
-    latents = encode(run, run.model) if latents is None else latents
     factors, names, _ = known_factors(run)
     axes = discovered.axes
     codes, coordinates = axes.coordinates(latents.z), torch.from_numpy(axes.coordinates(latents.mu))

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from ..evaluation.table import Scores, mean_of
 from ..metrics.latents import LIVE_NATS
 from .charts import MAX_AXES
 from .markup import paragraph, section, table
 
-Scores = dict[str, Any]
 NONE = "\N{EN DASH}"
 
 PER_FACTOR = (("linear_r2", "Linear R²"), ("mcc_per_factor", "MCC"), ("mig_per_factor", "MIG"))
@@ -45,11 +44,6 @@ SMALL_DISCOVERY = (
 )
 
 RANKS = "What ranks the axes. Logsnr is the log of signal to noise, low where noise prevails; mu are the mean latents, x the pixels."
-
-
-def mean_of(by_factor: dict[str, float] | None) -> float | None:
-    """The mean over factors; None where there is none."""
-    return sum(by_factor.values()) / len(by_factor) if by_factor else None
 
 
 @dataclass(frozen=True)
