@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Sami", "UserError", "__version__", "use_backend"]
+__all__ = ["Sami", "UserError", "__version__", "accelerate", "use_backend"]
 
-_HOME = {"Sami": "sami", "UserError": "errors", "use_backend": "ops"}
+_HOME = {"Sami": "sami", "UserError": "errors", "accelerate": "accelerate", "use_backend": "ops"}
 
 
 def __getattr__(name: str) -> Any:

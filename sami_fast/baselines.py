@@ -26,7 +26,7 @@ class BetaVAE(LatentModel):
 
     method: ClassVar[str] = "beta_vae"
     partner: ClassVar[str] = "decoder"
-    build_partner = Decoder
+    partner_type = Decoder
     decodes = True
 
     def decode(self, z: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class DiffAE(LatentModel):
 
     method: ClassVar[str] = "diffae"
     partner: ClassVar[str] = "denoiser"
-    build_partner = Denoiser
+    partner_type = Denoiser
 
     def __init__(self, *arguments: Any, stochastic: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)

@@ -13,7 +13,7 @@ from typing import Any
 from .files import PARTIAL
 
 MANIFEST = "manifest.json"
-FACTS = {"files", "step", "world_size", "architecture", "settings", "validation_nats"}  # what every manifest states
+FACTS = {"files", "step", "world_size", "architecture", "settings", "validation_nats", "state", "adam_steps"}  # what every manifest states
 
 
 def write_failure(error: Exception, folder: Path) -> str:

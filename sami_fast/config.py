@@ -17,7 +17,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .errors import UserError
 from .models.layers import STYLES
-from .schedule import SCHEDULES, WEIGHTINGS
+from .schedule import KINDS as SCHEDULE_KINDS
+from .schedule import WEIGHTINGS
 from .score import METHODS as SCORE_METHODS
 
 METHODS = ("sami", "beta_vae", "diffae")
@@ -52,6 +53,8 @@ def interval(low: float, high: float) -> Check:
 
 PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ANYTHING: Check = ("anything", lambda value: True)
+STAGE: Check = ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))
+COMPILE = ("off", "denoiser", "step")
 
 
 def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") -> Any:
@@ -176,6 +179,11 @@ class EncoderConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
+    start: str = setting(
+        "fresh",
+        "denoiser: the way down and the middle of denoiser.pretrained with new heads, whatever else stands here but latent_size, init_std",
+        one_of("fresh", "denoiser"),
+    )
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,9 @@ class DenoiserConfig(Section):
     """Also the shape of a beta-VAE's decoder, which is the denoiser's way up."""
 
     section = "denoiser"
+    pretrained: str = setting(
+        "", "use this one, whatever else stands here: a run folder, a saved model, a diffusers UNet2DModel with its scheduler, or a hub id"
+    )
     channels: list[int] = setting([16, 32, 32, 32], "width of each resolution, full resolution first", number(1, 8192))
     blocks: int = setting(1, "residual blocks per resolution", number(1, 16))
     attention: list[int] = setting([], "resolutions with self-attention", number(1), "pixels")
@@ -194,7 +205,11 @@ class DenoiserConfig(Section):
 @dataclass(frozen=True)
 class ScheduleConfig(Section):
     section = "schedule"
-    kind: str = setting("uniform_logsnr", "noise levels over t", one_of(*SCHEDULES))
+    kind: str = setting(
+        "uniform_logsnr",
+        "noise levels over t; discrete: a pretrained denoiser's timesteps, none between",
+        one_of(*SCHEDULE_KINDS),
+    )
     logsnr_min: float = setting(-7.0, "noisiest level, ln(alpha^2 / sigma^2)", number(-30, 30))
     logsnr_max: float = setting(5.0, "cleanest level, ln(alpha^2 / sigma^2)", number(-30, 30))
 
@@ -259,15 +274,28 @@ class TrainConfig(Section):
     section = "train"
     steps: int = setting(3000, "optimiser steps", number(1))
     batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
-    mode: str = setting("joint", "joint trains both networks, frozen the encoder alone", one_of("joint", "frozen"))
-    denoiser_from: str = setting("", "frozen: a run folder or saved model whose denoiser is used, whatever denoiser.* says")
-    denoiser_warmup: float = setting(1 / 6, "share of the steps in which the denoiser learns alone, without guidance", number(0, 0.99))
+    mode: str = setting(
+        "joint",
+        "joint trains both networks, frozen the encoder alone beside denoiser.pretrained, finetune that encoder and then both",
+        one_of("joint", "frozen", "finetune"),
+    )
+    denoiser_warmup: float = setting(1 / 6, "joint: share of steps in which the denoiser learns alone, unguided", number(0, 0.99))
+    encoder_warmup: float = setting(0.5, "finetune: share of steps in which the encoder learns alone", number(0, 0.99))
 
 
 @dataclass(frozen=True)
 class EngineConfig(Section):
     section = "engine"
-    zero_stage: int = setting(0, "DeepSpeed ZeRO stage", ("0, 1 or 2", lambda value: value in (0, 1, 2)))
+    zero_stage: int = setting(0, "DeepSpeed ZeRO stage; 3 gives each network an engine of its own", STAGE)
+    encoder_zero_stage: int = setting(2, "zero_stage 3: the encoder's own; 3 takes engine.score dual", STAGE)
+    offload: str = setting(
+        "none",
+        "what lies in host memory: optimizer (zero_stage 1 to 3), or parameters too (3)",
+        one_of("none", "optimizer", "parameters"),
+    )
+    checkpoint_activations: bool = setting(False, "compute the denoiser's forward again in backward instead of keeping its activations")
+    compile: str = setting("off", "torch.compile: the denoiser, or the step around both networks with score dual", one_of(*COMPILE))
+    cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs; on a GPU")
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
     score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*SCORE_METHODS))
@@ -337,11 +365,8 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        train = self.train
-        if self.method != "sami" and train.mode != "joint":
-            raise UserError(f"train.mode: expected joint with method {self.method}, found {train.mode}")
-        if (train.mode == "frozen") != bool(train.denoiser_from):
-            raise UserError("train.denoiser_from: train.mode frozen needs it, and train.mode joint has no use for it")
+        self._check_networks()
+        self._check_engine()
         if self.data.kind not in ("disks", "sprites") and not self.data.path:
             what = {"array": "of an .npy or .npz file", "image_folder": "of a folder of images", "video_folder": "of a folder of videos"}
             raise UserError(f"data.path: data.kind {self.data.kind} needs the path {what.get(self.data.kind, 'of the published data')}")
@@ -353,6 +378,37 @@ class Config(Section):
         if self.log.wandb and find_spec("wandb") is None:
             raise UserError("log.wandb: asked for, but wandb is not installed; `pip install wandb`, or leave it off")
 
+    def _check_networks(self) -> None:
+        mode, pretrained = self.train.mode, self.denoiser.pretrained
+        if self.method != "sami" and mode != "joint":
+            raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
+        if (mode == "joint") == bool(pretrained):
+            raise UserError("denoiser.pretrained: train.mode frozen and finetune need it, and train.mode joint has no use for it")
+        for key, value, special in (("encoder.start", self.encoder.start, "denoiser"), ("schedule.kind", self.schedule.kind, "discrete")):
+            if value == special and not pretrained:
+                raise UserError(f"{key}: {special} needs denoiser.pretrained")
+
+    def _check_engine(self) -> None:
+        engine = self.engine
+        if engine.zero_stage == 3:
+            if self.method != "sami":
+                raise UserError(f"engine.zero_stage: expected at most 2 with method {self.method}, found 3")
+            if engine.encoder_zero_stage == 3 and (engine.score not in ("auto", "dual") or self.encoder.start == "denoiser"):
+                raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
+        if engine.checkpoint_activations and self.method == "beta_vae":
+            raise UserError("engine.checkpoint_activations: expected false with method beta_vae, which has no denoiser")
+        lowest = {"none": 0, "optimizer": 1, "parameters": 3}[engine.offload]
+        if engine.zero_stage < lowest:
+            raise UserError(f"engine.offload: {engine.offload} needs engine.zero_stage of at least {lowest}, found {engine.zero_stage}")
+        if engine.compile != "off" and (engine.zero_stage == 3 or engine.checkpoint_activations):
+            other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
+            raise UserError(f"engine.compile: expected off with engine.{other}, found {engine.compile}")
+        if engine.compile == "step":
+            if self.method != "sami" or engine.score not in ("auto", "dual") or self.encoder.start == "denoiser" or not engine.store_eps:
+                raise UserError("engine.compile: step needs method sami, score auto or dual, store_eps and encoder.start fresh")
+        elif engine.cuda_graphs and engine.compile == "off":
+            raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
@@ -363,6 +419,18 @@ class Config(Section):
         if self.method != "sami" or self.train.mode != "joint":
             return 0
         return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1)
+
+    @property
+    def first_denoiser_step(self) -> int:
+        """The step from which the network beside the encoder learns; the number of steps where it never does."""
+        first = {"joint": 0, "frozen": self.train.steps, "finetune": round(self.train.encoder_warmup * self.train.steps)}
+        return first[self.train.mode]
+
+    def phase(self, step: int) -> str:
+        """Who learns in a step: "denoiser", "encoder" or "both". The network beside a baseline's encoder counts as a denoiser."""
+        if step < self.first_joint_step:
+            return "denoiser"
+        return "encoder" if step < self.first_denoiser_step else "both"
 
 
 def builtin_configs() -> Path:
@@ -454,7 +522,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     return replace(
         config,
         data=replace(config.data, path=_absolute(config.data.path)),
-        train=replace(config.train, denoiser_from=_absolute(config.train.denoiser_from)),
+        denoiser=replace(config.denoiser, pretrained=_absolute(config.denoiser.pretrained)),
     )
 
 
@@ -478,8 +546,10 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given. Precision is autocast inside the step, so the engine itself holds float32 weights.
+def deepspeed_dicts(config: Config, world_size: int) -> dict[str, dict[str, Any]]:
+    """What DeepSpeed is given for each engine: one around both networks, or at ZeRO stage 3 one around each.
+
+    Precision is autocast inside the step, so the engines themselves hold float32 weights.
 
     Raises:
         UserError: the batch does not split evenly over ranks and micro-batches.
@@ -490,16 +560,34 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
             f"train.batch_size: expected a multiple of {pieces} ({world_size} ranks x engine.gradient_accumulation "
             f"{config.engine.gradient_accumulation}), found {config.train.batch_size}"
         )
-    run_dir = str(config.run_dir)
-    return {
+    run_dir, engine = str(config.run_dir), config.engine
+    shared = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": config.train.batch_size // pieces,
-        "gradient_accumulation_steps": config.engine.gradient_accumulation,
+        "gradient_accumulation_steps": engine.gradient_accumulation,
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+    }
+    # Monitors belong to the first engine alone.
+    monitors = {
         "tensorboard": {"enabled": config.log.tensorboard, "output_path": run_dir, "job_name": "tensorboard"},
         "csv_monitor": {"enabled": config.log.csv, "output_path": run_dir, "job_name": "csv"},
         "wandb": {"enabled": config.log.wandb, "project": "sami-fast", "group": config.name},
     }
+    if engine.zero_stage < 3:
+        return {"both": shared | {"zero_optimization": _zero(engine, engine.zero_stage)} | monitors}
+    return {
+        "encoder": shared | {"zero_optimization": _zero(engine, engine.encoder_zero_stage)} | monitors,
+        "denoiser": shared | {"zero_optimization": _zero(engine, 3)},
+    }
+
+
+def _zero(engine: EngineConfig, stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if engine.offload != "none" and stage:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "parameters" and stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
+    return zero

@@ -1,21 +1,26 @@
-"""DeepSpeed: processes, one engine around both networks, backward and update, averaged weights, checkpoints."""
+"""DeepSpeed: processes, one engine around both networks or one around each, backward and update, averaged weights, checkpoints."""
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import MANIFEST, fingerprint, sync, write_failure
-from .config import Config, deepspeed_dict
+from . import shards
+from .checkpoints import MANIFEST, fingerprint, read_manifest, sync, write_failure
+from .config import Config, deepspeed_dicts
 from .errors import UserError
 from .files import PARTIAL, write_text_whole
+
+WEIGHTS = "training.safetensors"
 
 
 def from_environment(name: str, default: int) -> int:
@@ -166,38 +171,91 @@ class Measurement:
         return self._values.tolist()
 
 
-class Engine:
-    """One DeepSpeed engine around a module that holds both networks.
+class _Remote:
+    """A network in an engine of its own, seen from the step of another: it hands out a leaf, and goes on backward from there.
 
-    Args:
-        module: Called with the step's arguments, returns (loss to differentiate, anything).
-        optimizer: From `build_optimizer`.
-        config: The run's settings.
+    The loss is a function of the network's output and of what the other engine holds. So d loss / d output, which the other engine's
+    backward leaves at the leaf, is all that its backward needs.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._outputs: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        output = self.engine(*inputs)
+        if not output.requires_grad:
+            return output
+        leaf = output.detach().requires_grad_()
+        self._outputs.append((output, leaf))
+        return leaf
+
+    def backward(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        product = sum((output * leaf.grad).sum() for output, leaf in outputs if leaf.grad is not None)
+        # The other engine has divided by the number of micro-batches already.
+        self.engine.backward(product, scale_wrt_gas=False)
+
+
+class _Half(nn.Module):
+    """What the encoder's own engine wraps: the encoder's parameters, and the step around both networks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.encoder = module.model.encoder
+        self._step = [module]  # in a list, so that its other network is no part of this module
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._step[0](*arguments)
+
+
+class Engine:
+    """Both networks in DeepSpeed: in one engine, or at ZeRO stage 3 in one each, which share nothing but the denoiser's output.
+
+    Args:
+        module: Called with the step's arguments, returns (loss to differentiate, anything). Has `model`, the networks, and
+            `remote_denoiser`, what stands for the denoiser where it has an engine of its own.
+        config: The run's settings.
+        device: This rank's.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
         self.config = config
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        settings = deepspeed_dict(config, self.world_size)
-        # The default buckets are 2 GB each, however small the networks.
-        bucket = min(500_000_000, 2 * sum(p.numel() for p in module.parameters()))
-        settings["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-        if self.rank:
-            for monitor in ("tensorboard", "csv_monitor", "wandb"):
-                settings[monitor]["enabled"] = False
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad} if config.optimizer.ema_decay > 0 else {}
-        self.averaged = {name: p.detach().clone() for name, p in trained.items()}
-        self._averaged_parameters = list(trained.values())  # in the order of `averaged`
+        networks = module.model.networks
+        self.parameters = {
+            f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
+        }
+        self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self._remote: _Remote | None = None
+        self.engines: dict[str, Any] = {}
+        for name, settings in deepspeed_dicts(config, self.world_size).items():
+            if self.rank:
+                for monitor in ("tensorboard", "csv_monitor", "wandb"):
+                    settings.pop(monitor, None)
+            inside = networks if name == "both" else {name: networks[name]}
+            learning = [p for network in inside.values() for p in network.parameters() if p.requires_grad]
+            settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning or list(networks[name].parameters()))
+            optimizer = build_optimizer(inside, config, device) if learning else None
+            wrapped = {"both": module, "encoder": _Half(module)}.get(name) or networks[name]
+            self.engines[name], *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
+        if "denoiser" in self.engines:
+            self._remote = module.remote_denoiser = _Remote(self.engines["denoiser"])
+        self.losses = next(iter(self.engines.values()))  # called with the step's arguments
+        learning = {name.partition(".")[0] for name in self._trained} | {"both"}
+        self._learning = [engine for name, engine in self.engines.items() if name in learning]
+        averaged = self._trained if config.optimizer.ema_decay > 0 else {}
+        self._averaged_parts = [shards.local(p) for p in averaged.values()]
+        self.averaged = {name: part.detach().clone() for name, part in zip(averaged, self._averaged_parts, strict=True)}
 
     def learning_rate(self, network: str, step: int) -> float:
         """Linear warm-up from the network's first training step, and one cosine over the whole run."""
         settings = self.config.optimizer
-        first = self.config.first_joint_step if network == "encoder" else 0
+        first = self.config.first_joint_step if network == "encoder" else self.config.first_denoiser_step
         if step < first:
             return 0.0
         warmup = min(1.0, (step - first + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -214,34 +272,50 @@ class Engine:
         Returns:
             Measurements averaged over micro-batches and ranks. [M].
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = self.learning_rate(group["name"], step)
+        for engine in self._learning:
+            for group in engine.optimizer.param_groups:
+                group["lr"] = self.learning_rate(group["name"], step)
         total: Tensor | None = None
         micro_batches = self.config.engine.gradient_accumulation
         for micro in range(micro_batches):
             loss, measured = losses(micro)
-            self.deepspeed.backward(loss)
+            self.losses.backward(loss)
+            if self._remote is not None and self._remote.engine in self._learning:
+                self._remote.backward()
+                if micro + 1 == micro_batches and self.config.optimizer.clip > 0:
+                    self._share_clip()
             total = measured if total is None else total + measured
-            self.deepspeed.step()
+            for engine in self._learning:
+                engine.step()
         if self.averaged:
             decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parameters, 1.0 - decay)
+                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parts, 1.0 - decay)
         return Measurement(self.mean_over_ranks(total / micro_batches))
+
+    def _share_clip(self) -> None:
+        """Each engine clips by its own norm: give it the limit at which that shrinks as the norm over both would."""
+        norms = [shards.gradient_norm(engine).item() for engine in self._learning]
+        both = math.hypot(*norms)
+        for engine, norm in zip(self._learning, norms, strict=True):
+            shards.set_clip(engine, self.config.optimizer.clip * (norm + 1e-6) / (both + 1e-6) if math.isfinite(both) else 1.0)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the networks hold the averaged weights, if any: for validation and export. Afterwards, bit for bit the trained ones."""
-        parameters = self._averaged_parameters
-        trained = [p.detach().clone() for p in parameters]
+        trained = [part.detach().clone() for part in self._averaged_parts]
+        self._put(self.averaged.values())
+        try:
+            yield
+        finally:
+            self._put(trained)
+
+    def _put(self, values: Iterable[Tensor]) -> None:
         with torch.no_grad():
-            for parameter, average in zip(parameters, self.averaged.values(), strict=True):
-                parameter.copy_(average)
-            try:
-                yield
-            finally:
-                for parameter, value in zip(parameters, trained, strict=True):
-                    parameter.copy_(value)
+            for part, value in zip(self._averaged_parts, values, strict=True):
+                part.copy_(value)
+        for engine in self._learning:
+            shards.refresh(engine)
 
     def mean_over_ranks(self, local_mean: Tensor) -> Tensor:
         """Average of a small tensor over ranks; the tensor itself when there is one rank."""
@@ -253,64 +327,113 @@ class Engine:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Send scalars to TensorBoard, CSV and W&B, as far as they are switched on."""
-        monitor = self.deepspeed.monitor
+        monitor = self.losses.monitor
         if self.rank == 0 and monitor.enabled:
             monitor.write_events([(name, value, step) for name, value in values.items()])
 
+    def not_finite(self) -> str | None:
+        """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
+        bad = next((name for name, p in self.parameters.items() if not shards.local(p).isfinite().all()), None)
+        return next(filter(None, self._gathered(bad)), None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight whole and on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
+        return self._on_chief((name, shards.whole_weight(p)) for name, p in self.parameters.items())
+
+    def _on_chief(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        # One at a time: no rank but the first holds more than one whole tensor.
+        return {name: value.detach().cpu().clone() for name, value in named if self.rank == 0}
+
+    def _training_state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a resumed run needs of each trained parameter, whole: its weight, Adam's moments and its average."""
+        for name, parameter in self._trained.items():
+            yield f"{name}/weight", shards.whole_weight(parameter)
+            for moment in shards.MOMENTS:
+                yield f"{name}/{moment}", shards.whole_moment(self._engine_of(name), parameter, moment)
+            if name in self.averaged:
+                yield f"{name}/averaged", shards.whole(parameter, self.averaged[name])
+
+    def _engine_of(self, name: str) -> Any:
+        return self.engines.get(name.partition(".")[0], self.losses)
+
     def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
-        """Write checkpoint step_<n>: DeepSpeed's files, then a manifest, then one rename.
+        """Write checkpoint step_<n>: whole tensors, then a manifest, then one rename. Any number of ranks can read it, at any ZeRO stage.
 
         Args:
             folder: The run's checkpoints folder.
             step: Optimiser steps done.
-            state: What else a resumed run needs; plain numbers and tensors.
+            state: What else a resumed run needs; what JSON can hold.
             facts: What others may want to know without opening tensors (architecture, validation loss).
         Raises:
             UserError: the disk refuses; nothing half-written stays.
         """
         name = f"step_{step}"
         partial, final = folder / f"{PARTIAL}{name}", folder / name
-        state = {**state, "step": step, "averaged": self.averaged}
+        tensors = self._on_chief(self._training_state())
         failure = ""
-        try:
-            self.deepspeed.save_checkpoint(str(folder), tag=partial.name, client_state=state, save_latest=False)
-        except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-            failure = write_failure(error, folder)
-            torch.distributed.barrier()  # DeepSpeed's own last one, where the other ranks wait
-        self._agree(failure, partial, "write")
         if self.rank == 0:
             try:
-                facts = {**facts, "step": step, "world_size": self.world_size, "zero_stage": self.config.engine.zero_stage}
-                written = sorted(f for f in partial.rglob("*") if f.is_file())
-                for file in written:
-                    sync(file)
+                partial.mkdir(exist_ok=True)
+                self._write(partial / WEIGHTS, tensors)
+                sync(partial / WEIGHTS)
                 manifest = {
                     **facts,
-                    "files": {str(f.relative_to(partial)): fingerprint(f) for f in written},
+                    "step": step,
+                    "world_size": self.world_size,
+                    "state": state,
+                    # Networks in one engine have one count, and in two the same one: both take every step.
+                    "adam_steps": shards.steps_taken(self._learning[0]),
+                    "files": {WEIGHTS: fingerprint(partial / WEIGHTS)},
                 }
                 write_text_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)
                 sync(folder)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 failure = write_failure(error, folder)
-        self._agree(failure, partial, "finish")
+                shutil.rmtree(partial, ignore_errors=True)
+        reason = next(filter(None, self._gathered(failure)), "")
+        if reason:
+            raise UserError(f"{folder}: cannot write a checkpoint ({reason}); the checkpoints before it are whole")
         return final
 
-    def _agree(self, failure: str, partial: Path, action: str) -> None:
-        """Every rank learns whether any failed, so that all stop together."""
-        failures: list[str] = [""] * self.world_size
-        torch.distributed.all_gather_object(failures, failure)
-        reason = next(filter(None, failures), "")
-        if reason:
-            if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{partial.parent}: cannot {action} a checkpoint ({reason}); the checkpoints before it are whole")
+    @staticmethod
+    def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, path)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every rank gives, so that all of them learn of what happened to one."""
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore weights, optimiser and averaged weights; returns the `state` given to `save`, with "step"."""
-        _, state = self.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        for name, value in state.pop("averaged").items():
-            self.averaged[name].copy_(value)
-        return state
+        manifest = read_manifest(checkpoint)
+        for engine in self._learning:
+            shards.start(engine)
+        with safe_open(checkpoint / WEIGHTS, "pt") as stored:
+            for name, parameter in self._trained.items():
+                read = {kind: stored.get_tensor(f"{name}/{kind}") for kind in ("weight", *shards.MOMENTS)}
+                shards.restore(self._engine_of(name), parameter, read.pop("weight"), read)
+                if name in self.averaged:
+                    self.averaged[name].copy_(shards.part_of(parameter, stored.get_tensor(f"{name}/averaged")))
+        for engine in self._learning:
+            shards.refresh(engine)
+            shards.set_steps_taken(engine, manifest["adam_steps"])
+        return {**manifest["state"], "step": manifest["step"]}
+
+
+def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:
+    """Sizes that DeepSpeed would guess for networks of billions of parameters."""
+    total = sum(p.numel() for p in parameters)
+    bucket = min(500_000_000, 2 * total)
+    if stage < 3:
+        return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    vectors = max((p.numel() for p in parameters if p.dim() < 2), default=0)
+    return {
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": min(50_000_000, total),
+        "stage3_param_persistence_threshold": vectors,  # biases and norms stay whole; the rest is almost everything
+    }

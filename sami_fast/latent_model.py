@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from . import ops, score
 from .errors import UserError
 from .files import write_text_whole, write_whole
+from .hub import located
 from .models import Encoder
-from .schedule import SCHEDULES, Schedule
+from .schedule import Schedule, build_schedule
 
 FORMAT = "sami-fast/1"
 
@@ -66,7 +67,7 @@ class LatentModel(nn.Module):
 
     method: ClassVar[str]  # its name in configs and saved files
     partner: ClassVar[str]  # attribute of the network beside the encoder
-    build_partner: ClassVar[Callable[..., nn.Module]]
+    partner_type: ClassVar[type[nn.Module]]
     deterministic = False  # whether the latent is the encoder's mean, and its variance means nothing
     decodes = False  # whether an image comes from `decode` instead of from a reverse process
     guided_eta = 0.0  # fresh noise of a reverse process that knows z, unless asked for otherwise
@@ -92,12 +93,22 @@ class LatentModel(nn.Module):
 
         Args:
             architecture: {"encoder": Encoder's arguments, partner: that network's arguments}.
-            schedule: {"kind": ..., "logsnr_min": ..., "logsnr_max": ...}.
+            schedule: `Schedule.settings`, say {"kind": ..., "logsnr_min": ..., "logsnr_max": ...}.
             settings: What else the method takes.
         """
-        encoder, partner = Encoder(**architecture["encoder"]), cls.build_partner(**architecture[cls.partner])
-        levels = SCHEDULES[schedule["kind"]](schedule["logsnr_min"], schedule["logsnr_max"])
+        levels = build_schedule(schedule)
+        encoder, partner = cls.build_encoder(architecture["encoder"]), cls.build_partner(architecture[cls.partner], levels)
         return cls(encoder, partner, levels, architecture, **settings)
+
+    @classmethod
+    def build_encoder(cls, arguments: dict[str, Any]) -> nn.Module:
+        """A fresh encoder of this architecture."""
+        return Encoder(**arguments)
+
+    @classmethod
+    def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
+        """A fresh network beside it."""
+        return cls.partner_type(**arguments)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,9 +140,12 @@ class LatentModel(nn.Module):
         mu, var = self.encoder(x)
         return Posterior(mu, torch.zeros_like(mu) if self.deterministic else var)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], weights: dict[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json, the layout of the Hugging Face hub.
 
+        Args:
+            folder: Made if it is not there.
+            weights: What to save in place of the networks' own, where these are kept in parts.
         Raises:
             ValueError: the networks are not this package's own (`architecture` is None).
         """
@@ -146,7 +160,8 @@ class LatentModel(nn.Module):
             "schedule": self.schedule.settings,
             "settings": self.settings,
         }
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        weights = self.state_dict() if weights is None else weights
+        weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write_whole(folder / "model.safetensors", lambda stream: stream.write(save(weights, metadata={"format": "pt"})))
         write_text_whole(folder / "config.json", json.dumps(config, indent=2))
 
@@ -183,13 +198,7 @@ class LatentModel(nn.Module):
 
 def read_saved(folder_or_id: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Where a saved model lies and its config.json; arguments and errors as in `LatentModel.from_pretrained`."""
-    folder = Path(folder_or_id)
-    if (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
-    elif (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no model/ yet; train to the end first (--resume continues a run)")
-    if not folder.exists() and str(folder_or_id).count("/") == 1:
-        folder = _download(str(folder_or_id))
+    folder = located(folder_or_id)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder_or_id}: no {name} there; expected a run folder or a saved model")
@@ -200,14 +209,3 @@ def read_saved(folder_or_id: str | os.PathLike[str]) -> tuple[Path, dict[str, An
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
     return folder, config
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{hub_id}: no such folder; loading a hub id needs `pip install huggingface_hub`") from None
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:  # offline, unknown id, no permission: many kinds, one meaning
-        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({str(error).splitlines()[0]})") from None

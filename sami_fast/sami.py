@@ -1,14 +1,14 @@
 """The Sami module: an encoder, a denoiser and a schedule that belong together."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import score
 from .latent_model import LatentModel, Posterior
-from .models import Denoiser
-from .schedule import alpha_sigma
+from .pretrained import build_denoiser, build_encoder
+from .schedule import Schedule, alpha_sigma
 
 __all__ = ["Posterior", "Sami"]
 
@@ -27,10 +27,17 @@ class Sami(LatentModel):
 
     method: ClassVar[str] = "sami"
     partner: ClassVar[str] = "denoiser"
-    build_partner = Denoiser
     # Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later
     # levels correct: 15 to 23 % of them miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
     guided_eta = 2.0
+
+    @classmethod
+    def build_encoder(cls, arguments: dict[str, Any]) -> nn.Module:
+        return build_encoder(arguments)
+
+    @classmethod
+    def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
+        return build_denoiser(arguments, schedule)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """Guided noise estimate eps_theta(x_t, t) - scale sigma_t grad log q(z|x_t).

@@ -6,6 +6,8 @@ so that alpha_t^2 = sigmoid(logsnr). t in [0, 1] runs from the cleanest level (l
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +48,8 @@ class Schedule(ABC):
         """-d logsnr / d raw, > 0."""
 
     @property
-    def settings(self) -> dict[str, str | float]:
-        """What `Sami.build` needs to make this schedule again."""
+    def settings(self) -> dict[str, Any]:
+        """What `build_schedule` needs to make this schedule again."""
         return {"kind": self.kind, "logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
 
     def _raw(self, t: Tensor) -> Tensor:
@@ -172,4 +174,63 @@ class LinearBeta(Schedule):
         return (self.beta_min + (self.beta_max - self.beta_min) * raw) / torch.sigmoid(-logsnr)
 
 
+class Discrete(Schedule):
+    """The noise levels of a model of discrete timesteps, and none between: t falls into one of as many cells as there are levels.
+
+    The weight of a level is the width of its cell in logsnr, so that a mean over t is the trapezoidal rule over the levels.
+
+    Args:
+        levels: logsnr of timesteps that follow one another, decreasing. [N], N >= 2.
+    """
+
+    kind = "discrete"
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        self.levels = torch.tensor(levels, dtype=torch.float64)
+        if self.levels.dim() != 1 or len(self.levels) < 2 or not (self.levels.diff() < 0).all():
+            raise ValueError(f"levels: expected at least two decreasing numbers, found {list(self.levels.shape)}")
+        self._widths = -torch.gradient(self.levels)[0]
+        super().__init__(self.levels[-1].item(), self.levels[0].item())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "levels": self.levels.tolist()}
+
+    def _index(self, raw: Tensor) -> Tensor:
+        return (raw * len(self.levels)).long().clamp(0, len(self.levels) - 1)
+
+    def _raw_logsnr(self, raw: Tensor) -> Tensor:
+        return self.levels.to(raw)[self._index(raw)]
+
+    def _raw_time(self, logsnr: Tensor) -> Tensor:
+        # From middle to middle of the outermost cells, of which half is used: the ends of the trapezoidal rule.
+        return (fractional_index(self.levels, logsnr).round() + 0.5) / len(self.levels)
+
+    def _raw_slope(self, raw: Tensor, logsnr: Tensor) -> Tensor:
+        return self._widths.to(raw)[self._index(raw)] * len(self.levels)
+
+
+def fractional_index(levels: Tensor, logsnr: Tensor) -> Tensor:
+    """Where levels lie in a decreasing list of them, by linear interpolation: 1.5 is halfway from levels[1] to levels[2].
+
+    Args:
+        levels: [N] float64, decreasing.
+        logsnr: Any shape; a level beyond the ends counts as the end.
+    Returns:
+        Shape, dtype and device of logsnr, in [0, N - 1].
+    """
+    levels = levels.to(logsnr.device)
+    wanted = logsnr.double().clamp(levels[-1], levels[0])
+    after = torch.searchsorted(-levels, -wanted.contiguous()).clamp(1, len(levels) - 1)
+    before = after - 1
+    return (before + (levels[before] - wanted) / (levels[before] - levels[after])).to(logsnr.dtype)
+
+
 SCHEDULES: dict[str, type[Schedule]] = {cls.kind: cls for cls in (UniformLogsnr, Cosine, LinearBeta)}
+KINDS = (*SCHEDULES, Discrete.kind)
+
+
+def build_schedule(settings: dict[str, Any]) -> Schedule:
+    """The schedule whose `settings` these are."""
+    arguments = {name: value for name, value in settings.items() if name != "kind"}
+    return Discrete(**arguments) if settings["kind"] == Discrete.kind else SCHEDULES[settings["kind"]](**arguments)

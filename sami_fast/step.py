@@ -68,6 +68,44 @@ def per_image(per_sample: Tensor, levels: int) -> Tensor:
     return per_sample.view(-1, levels).sum(1)
 
 
+def guided_terms(
+    encoder: score.Encoder,
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,  # [S, C, H, W]
+    z: Tensor,  # [S, Z]
+    eps: Tensor | ops.Noise,  # [S, C, H, W]
+    t: Tensor,  # [S]
+    sigma_t: Tensor,  # [S]
+    weight: Tensor,  # [S]
+    unconditional_weight: float,
+    score_method: str,
+) -> tuple[Tensor, Tensor]:
+    """The denoising terms of noisy images whose latents are drawn: where a step does its work, and one graph under torch.compile.
+
+    Args:
+        encoder, denoiser, score_method: As in `training_step`.
+        x_t, eps, t, sigma_t, weight: As `noised` returns them.
+        z: Latents, one per noisy image.
+        unconditional_weight: u.
+    Returns:
+        weighted: the guided term and u times the unguided one, in nats, with its gradient. [S].
+        unguided: ||eps - eps_theta||^2 without its weight, and without gradient. [S].
+    """
+    # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
+    eps_pred = denoiser(x_t, t).to(x_t.dtype)
+    grad_log_q = score.grad_log_q(encoder, x_t, z, score_method)
+
+    # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2
+    weighted, unguided, cotangent = ops.guided_loss(
+        eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight * weight, return_cotangent=True
+    )
+    if score_method == "dual":
+        # The score was a constant in the loss: its gradient comes through <dL/dg, g>, whose own value is taken off again.
+        directional = score.directional(encoder, x_t, z, cotangent)
+        weighted = weighted + (directional - directional.detach())
+    return weighted, unguided
+
+
 def training_step(
     encoder: score.Encoder,
     denoiser: Callable[[Tensor, Tensor], Tensor],
@@ -80,6 +118,8 @@ def training_step(
     score_method: str = "auto",
     store_eps: bool = True,
     global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean,
+    clean_encoder: score.Encoder | None = None,
+    terms_of: Callable[..., tuple[Tensor, Tensor]] = guided_terms,
 ) -> tuple[Tensor, StepTerms]:
     """The loss of one batch: both networks learn from it.
 
@@ -94,6 +134,7 @@ def training_step(
         score_method: How the encoder's score is differentiated (`score.METHODS`); all give the same gradients.
         store_eps: Keep the noise from noising to loss; otherwise it is drawn twice, for 4 bytes per noisy pixel less memory.
         global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of one micro-batch of all ranks.
+        clean_encoder, terms_of: `encoder` for the clean images and `guided_terms`, either of them compiled.
     Returns:
         loss: scalar, nats per image, mean over the batch.
         terms: The measured parts.
@@ -103,23 +144,16 @@ def training_step(
     score_method = score.pick(encoder, score_method)
 
     # z ~ q(z | x_0), one per image, shared by its K noise levels
-    mu_0, var_0 = encoder(x_0)
+    mu_0, var_0 = (clean_encoder or encoder)(x_0)
     eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu_0.shape[1]).to(mu_0.dtype)
-    z = ops.gaussian_reparameterize(mu_0, var_0, eps_z)
+    z = ops.gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)
 
     # x_t = alpha_t x_0 + sigma_t eps
     x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps)
 
-    # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
-    eps_pred = denoiser(x_t, t).to(x_t.dtype)
-    z = z.repeat_interleave(levels, 0)
-    grad_log_q = score.grad_log_q(encoder, x_t, z, score_method)
-
     # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2, then the K levels of each image together
-    diffusion, unguided, cotangent = ops.guided_loss(
-        eps, eps_pred, grad_log_q, sigma_t, weight, objective.unconditional_weight * weight, return_cotangent=True
-    )
-    diffusion, unguided = per_image(diffusion, levels), per_image(weight * unguided, levels)
+    weighted, unguided = terms_of(encoder, denoiser, x_t, z, eps, t, sigma_t, weight, objective.unconditional_weight, score_method)
+    diffusion, unguided = per_image(weighted, levels), per_image(weight * unguided, levels)
 
     # KL( q(z | x_0) || N(0, I) ), each dimension's batch mean free up to the free bits
     kl = ops.gaussian_kl(mu_0, var_0)
@@ -129,10 +163,6 @@ def training_step(
         kl_cost = torch.where(charged, kl_cost, kl_cost.detach())
 
     loss = diffusion.mean() + kl_weight * kl_cost.sum()
-    if score_method == "dual":
-        # The score was a constant in the loss: its gradient comes through <dL/dg, g>, whose own value is taken off again.
-        directional = score.directional(encoder, x_t, z, cotangent / x_0.shape[0]).sum()
-        loss = loss + (directional - directional.detach())
     guided = diffusion.detach() - objective.unconditional_weight * unguided
     return loss, StepTerms(guided, unguided, kl.detach())
 

@@ -15,8 +15,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from sami_fast import checkpoints, ops
 from sami_fast import engine as engines
 from sami_fast.baselines import beta_vae_step, diffae_step
-from sami_fast.config import Config, deepspeed_dict, load_config, settings_table, to_yaml
+from sami_fast.compiled import Compiled
+from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
@@ -34,8 +35,10 @@ from sami_fast.kl_weight import KLWeight
 from sami_fast.latent_model import LatentModel
 from sami_fast.methods import METHODS
 from sami_fast.metrics.latents import LIVE_NATS
+from sami_fast.pretrained import build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
+from sami_fast.schedule import Discrete, Schedule, build_schedule
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
@@ -62,12 +65,16 @@ class TrainingModule(nn.Module):
         self.objective = Objective(**asdict(config.objective))
         self.bf16 = config.engine.precision == "bf16"
         self.mean_over_ranks = lambda local_mean: local_mean
+        self.remote_denoiser: Callable[..., Tensor] | None = None
+        if config.engine.checkpoint_activations:
+            model.denoiser.recompute = True
+        self.compiled = Compiled(model, config)
 
-    def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
         model = self.model
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
             if model.method == "sami":
-                loss, terms, kl = self._sami_step(x_0, draw, kl_weight, joint)
+                loss, terms, kl = self._sami_step(x_0, draw, kl_weight, phase)
             elif model.method == "beta_vae":
                 loss, *terms, kl = beta_vae_step(model, x_0, draw, kl_weight, self.config.beta_vae.decoder_std)
             else:
@@ -76,67 +83,114 @@ class TrainingModule(nn.Module):
         measured = torch.stack((loss.detach(), *(term.mean() for term in terms)))
         return loss / x_0[0].numel(), torch.cat((measured, kl.mean(0))).float()
 
-    def _sami_step(self, x_0: Tensor, draw: Draw, kl_weight: float, joint: bool) -> tuple[Tensor, list[Tensor], Tensor]:
-        sami, store_eps = self.model, self.config.engine.store_eps
-        if joint:
-            loss, terms = training_step(
-                sami.encoder,
-                sami.denoiser,
-                sami.schedule,
-                x_0,
-                draw,
-                self.objective,
-                kl_weight,
-                score_method=self.config.engine.score,
-                store_eps=store_eps,
-                global_mean=self.mean_over_ranks,
-            )
-            return loss, [terms.unguided, terms.diffusion], terms.kl
-        loss, unguided = denoising_step(sami.denoiser, sami.schedule, x_0, draw, self.objective, store_eps=store_eps)
-        # Every rank reduces every gradient: give the waiting encoder zeros. Adam counts these steps, which makes the encoder's
-        # first updates up to twice as large; its own learning-rate warm-up covers them.
-        loss = loss + 0.0 * sum(p.sum() for p in sami.encoder.parameters())
-        return loss, [unguided, unguided], x_0.new_zeros(1, sami.latent_size)
+    def _sami_step(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, list[Tensor], Tensor]:
+        sami, engine, compiled = self.model, self.config.engine, self.compiled
+        denoiser = self.remote_denoiser or compiled.denoiser
+        if phase == "denoiser":
+            loss, unguided = denoising_step(denoiser, sami.schedule, x_0, draw, self.objective, store_eps=engine.store_eps)
+            waiting = sami.encoder(x_0[:1])
+            return loss + _nothing(waiting), [unguided, unguided], x_0.new_zeros(1, sami.latent_size)
+        loss, terms = training_step(
+            sami.encoder,
+            denoiser if phase == "both" else torch.no_grad()(denoiser),
+            sami.schedule,
+            x_0,
+            draw,
+            self.objective,
+            kl_weight,
+            score_method="dual" if engine.zero_stage == engine.encoder_zero_stage == 3 else compiled.score_method,
+            store_eps=engine.store_eps,
+            global_mean=self.mean_over_ranks,
+            clean_encoder=compiled.encoder,
+            terms_of=compiled.guided_terms,
+        )
+        if phase == "encoder" and self.config.train.mode == "finetune":
+            loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
+        return loss, [terms.unguided, terms.diffusion], terms.kl
 
 
-def architecture_of(config: Config, image_shape: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
-    """Arguments of both networks of the config's method for images of this shape."""
+def _nothing(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Zero, with gradients of zero for the parameters behind these outputs.
+
+    Every rank reduces every gradient, so a network that waits for its turn needs some. Adam counts these steps, which makes the network's
+    first updates up to twice as large; its own learning-rate warm-up covers them.
+    """
+    return 0.0 * sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def with_images_of_denoiser(config: Config) -> Config:
+    """The config with the image size and the channels of its pretrained denoiser, where it leaves them open."""
+    if not config.denoiser.pretrained or (config.data.image_size and config.data.channels):
+        return config
+    shape = image_shape_of(config.denoiser.pretrained)
+    if shape is None:
+        return config
+    data = replace(config.data, channels=config.data.channels or shape[0], image_size=config.data.image_size or shape[1])
+    return replace(config, data=data)
+
+
+def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Arguments of both networks of the config's method for images of this shape, with a given denoiser's in place of the config's."""
     image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
     encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
+    del encoder["start"], partner["pretrained"]
+    if config.encoder.start == "denoiser":
+        encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
     if config.method != "sami":
         partner["latent_size"] = config.encoder.latent_size
     if config.method == "beta_vae":  # a decoder sees no noise level
         del partner["embedding_size"]
-    return {"encoder": encoder, METHODS[config.method].partner: partner}
+    return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
+
+
+def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]:
+    """The config's pretrained denoiser, its architecture, and the schedule of the run.
+
+    Raises:
+        UserError: there is none that can be used, or it knows other noise levels than the config asks for.
+    """
+    source, settings = config.denoiser.pretrained, asdict(config.schedule)
+    if not is_diffusers(source):
+        given = Sami.from_pretrained(source)
+        if given.schedule.settings != settings:
+            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
+            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
+        return given.denoiser, given.architecture["denoiser"], given.schedule
+    if config.schedule.kind == Discrete.kind:
+        levels = [level for level in scheduler_levels(source) if config.schedule.logsnr_min <= level <= config.schedule.logsnr_max]
+        settings = {"kind": Discrete.kind, "levels": levels}
+    try:
+        schedule = build_schedule(settings)
+    except ValueError as error:
+        raise UserError(f"schedule: {error}") from None
+    denoiser = load_diffusers(source, schedule)
+    return denoiser, denoiser.architecture, schedule
 
 
 def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
-    """Both networks with weights that depend on the seed alone, or with the given denoiser in frozen mode.
+    """Both networks: fresh ones with weights that depend on the seed alone, and the pretrained denoiser where there is one.
 
     Raises:
-        UserError: the image size does not fit the networks, or the given denoiser does not fit the images.
+        UserError: the image size does not fit the networks, or the pretrained denoiser does not fit the images.
     """
-    architecture = architecture_of(config, image_shape)
-    given: Sami | None = None
-    if config.train.mode == "frozen":
-        given = Sami.from_pretrained(config.train.denoiser_from)
-        if given.denoiser.image_shape != image_shape:
-            raise UserError(
-                f"train.denoiser_from: its images are {list(given.denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
-            )
-        architecture["denoiser"] = given.architecture["denoiser"]
-        if given.schedule.settings != asdict(config.schedule):
-            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
-            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-    torch.manual_seed(config.seed)
-    settings = asdict(config.diffae) if config.method == "diffae" else {}
+    method = METHODS[config.method]
     try:
-        model = METHODS[config.method].build(architecture, asdict(config.schedule), **settings)
+        if not config.denoiser.pretrained:
+            torch.manual_seed(config.seed)
+            settings = asdict(config.diffae) if config.method == "diffae" else {}
+            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **settings)
+        denoiser, its_architecture, schedule = given_denoiser(config)
+        if denoiser.image_shape != image_shape:
+            raise UserError(
+                f"denoiser.pretrained: its images are {list(denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
+            )
+        architecture = architecture_of(config, image_shape, its_architecture)
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(architecture["encoder"], denoiser)
     except ValueError as error:
         raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
-    if given is not None:
-        model.denoiser = given.denoiser.requires_grad_(False)
-    return model
+    denoiser.requires_grad_(config.train.mode == "finetune")
+    return method(encoder, denoiser, schedule, architecture)
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -147,12 +201,11 @@ def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _lasting_settings(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run must share: the data, and all settings but where it writes, how often, and how many threads it takes."""
+    """What a resumed run must share: the data, and all settings but where it writes, how often, and how the work is laid out."""
     settings = asdict(config)
     for key in ("name", "runs_dir", "log", "checkpoint", "report"):
         del settings[key]
-    for key in ("threads", "gradient_accumulation"):
-        del settings["engine"][key]
+    settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
     settings["data"]["files"] = getattr(dataset, "fingerprint", "")
@@ -163,7 +216,7 @@ class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        self.config = config
+        self.config = config = with_images_of_denoiser(config)
         self.rank, self.world_size, self.device = engines.init_distributed()
         engines.set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
@@ -174,12 +227,12 @@ class Trainer:
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.run_folder = RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
-        deepspeed_dict(config, self.world_size)  # all that can be wrong is found before the run folder is touched
+        deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
-        optimizer = engines.build_optimizer(self.model.networks, config, self.device)
+        engines.build_optimizer(self.model.networks, config, self.device)
         engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
-        self.engine = engines.Engine(self.module, optimizer, config)
+        self.engine = engines.Engine(self.module, config, self.device)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
         self.feed = Feed(
             self.dataset,
@@ -230,13 +283,11 @@ class Trainer:
         changed = _difference(manifest["settings"], _lasting_settings(self.config, self.dataset))
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
-        if self.config.engine.zero_stage and self.world_size != manifest["world_size"]:
-            raise UserError(f"{checkpoint}: was written by {manifest['world_size']} ranks, which engine.zero_stage > 0 needs again")
         state = self.engine.load(checkpoint)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.controlled = state["kl_weight"]
         step, measured = state["pending"]
-        self.pending = (step, engines.Measurement(measured))
+        self.pending = (step, engines.Measurement(torch.tensor(measured)))
         engines.on_chief(lambda: self.run_folder.cut_log(self.step))
         self.say(f"resumed from {checkpoint}")
 
@@ -245,7 +296,8 @@ class Trainer:
         try:
             self._steps()
             with self.engine.averaged_weights():
-                engines.on_chief(lambda: self.model.save_pretrained(self.folder / "model"))
+                weights = self.engine.weights()
+            engines.on_chief(lambda: self.model.save_pretrained(self.folder / "model", weights))
         finally:
             self.feed.close()
             self.run_folder.release()
@@ -258,9 +310,9 @@ class Trainer:
         self.say(f"{self.folder}: {place}, steps {self.step} to {steps}")
         interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
         while self.step < steps:
-            joint = self.step >= config.first_joint_step
-            kl_weight = self.kl_weight(self.step - config.first_joint_step) if joint else 0.0
-            measured = self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, joint))  # noqa: B023 (called at once)
+            phase = config.phase(self.step)
+            kl_weight = self.kl_weight(self.step - config.first_joint_step) if phase != "denoiser" else 0.0
+            measured = self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))  # noqa: B023 (called at once)
             self._settle()
             self.pending = (self.step, measured)
             self.step += 1
@@ -276,10 +328,10 @@ class Trainer:
                 self._checkpoint()
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
 
-    def _losses(self, micro: int, kl_weight: float, joint: bool) -> tuple[Tensor, Tensor]:
+    def _losses(self, micro: int, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
         x_0, place = self.feed.micro_batch(self.step, micro)
         draw = Draw(self.config.seed, self.step, place, self.config.train.batch_size)
-        return self.engine.deepspeed(x_0, draw, kl_weight, joint)
+        return self.engine.losses(x_0, draw, kl_weight, phase)
 
     def _settle(self) -> None:
         """Look at the measurements of the step before: stop on bad numbers, steer the KL."""
@@ -329,9 +381,9 @@ class Trainer:
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}" + (
             f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         )
-        phase = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
-        phase = "deterministic encoder" if self.model.deterministic else phase
-        self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {phase} | {pace}")
+        state = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
+        state = "deterministic encoder" if self.model.deterministic else state
+        self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
         if self.model.deterministic:
             return
         if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
@@ -342,7 +394,7 @@ class Trainer:
             )
 
     def _checkpoint(self) -> None:
-        bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
+        bad = self.engine.not_finite()
         if bad is not None:
             raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
         with self.engine.averaged_weights():
@@ -359,7 +411,7 @@ class Trainer:
             "seconds": self.seconds,
             "warned": self.warned,
             "kl_weight": self.kl_weight.controlled,
-            "pending": (step, torch.tensor(measured.read())),
+            "pending": (step, measured.read()),
         }
         if self.chief:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
             self.run_folder.append({"step": self.step, "validation_nats": validation_nats})
@@ -378,7 +430,7 @@ class Trainer:
         total = 0.0
         for place in torch.arange(count).split(VALIDATION_BATCH):
             draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
-            loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, True)
+            loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, "both")
             total += loss.item() * len(place)
         return total / count * math.prod(self.model.image_shape)
 
@@ -428,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             world_size = max(1, engines.from_environment("WORLD_SIZE", 1))
             if engines.from_environment("RANK", 0) == 0:
-                print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dict(config, world_size), indent=2))
+                print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dicts(config, world_size), indent=2))
             return 0
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0

@@ -1,16 +1,26 @@
-"""Trains the tiny run on every rank of a real launcher, once per variant: `deepspeed --num_accelerators 2 ranks_worker.py FOLDER`."""
+"""Trains the tiny run on every rank of a real launcher, once per variant.
 
+deepspeed --num_accelerators 2 ranks_worker.py FOLDER [part]
+"""
+
+import json
+import os
+import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from sami_fast import train as training
-from sami_fast.config import load_config
+from sami_fast.config import Config, load_config
 from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.shards import is_partitioned, local
 
 HERE = Path(__file__).resolve().parent
-# Free bits and the controller both use the KL of the whole batch: they would show a rank that looks at its own part only.
+# Free bits and the controller both use the KL of the whole batch: they would show a rank that looks at its own part only. The clipping
+# always bites: two engines must shrink their gradients by one norm.
 COMMON = [
     "train.batch_size=16",
     "objective.noise_levels=2",
@@ -18,39 +28,105 @@ COMMON = [
     "kl_weight.kind=controller",
     "kl_weight.target=1",
     "kl_weight.gain=0.1",
+    "optimizer.clip=0.5",
+    "checkpoint.keep_last=3",
 ]
-VARIANTS = {f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in (0, 1, 2)} | {
-    # free bits are granted to one micro-batch of all ranks at a time
-    "accumulated": ["engine.zero_stage=1", "engine.gradient_accumulation=2", "objective.free_bits=0"]
-}
+STAGES = (0, 1, 2, 3)
+# Free bits are granted to one micro-batch of all ranks at a time, so accumulation changes what they do.
+ACCUMULATED = ["engine.gradient_accumulation=2", "objective.free_bits=0"]
+VARIANTS = (
+    {f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in STAGES}
+    | {f"accumulated{stage}": [f"engine.zero_stage={stage}", *ACCUMULATED] for stage in STAGES}
+    | {f"encoder{stage}": ["engine.zero_stage=3", f"engine.encoder_zero_stage={stage}"] for stage in (0, 1, 3)}
+    | {"encoder3_accumulated": ["engine.zero_stage=3", "engine.encoder_zero_stage=3", *ACCUMULATED]}
+    | {"offload2": ["engine.zero_stage=2", "engine.offload=optimizer"], "offload3": ["engine.zero_stage=3", "engine.offload=parameters"]}
+    | {f"recomputed{stage}": [f"engine.zero_stage={stage}", "engine.checkpoint_activations=true"] for stage in (2, 3)}
+)
 
 
-def main(folder: str) -> None:
+def settings(folder: str, name: str, *overrides: str) -> Config:
+    return load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", f"name={name}", *overrides])
+
+
+def train_until(config: Config, step: int, end: Callable[[], None]) -> None:
+    """Train, and do something right after the checkpoint of that step."""
+    trainer = training.Trainer(config, resume=False, overwrite=False)
+    save = trainer.engine.save
+
+    def save_and_end(folder, done, state, facts):
+        save(folder, done, state, facts)
+        if done == step:
+            end()
+
+    trainer.engine.save = save_and_end
+    trainer.run()
+
+
+def interrupt() -> None:
+    raise InterruptedError
+
+
+def kill_last_rank() -> None:
+    if torch.distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, part: str = "") -> None:
+    if part:
+        stage = part[-1]
+        config = settings(folder, f"zero{stage}", f"engine.zero_stage={stage}")
+        if part.startswith("kill"):
+            train_until(config, 8, kill_last_rank)
+        else:
+            training.train(config, resume=True)
+        return
     for name, overrides in VARIANTS.items():
-        config = load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", f"name={name}", *overrides])
-        training.train(config)
-        if name == "zero2":  # and a run that stops in the middle and goes on
-            half = load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", "name=resumed", *overrides])
-            trainer = training.Trainer(half, resume=False, overwrite=False)
-            trainer.engine.save, stop = _save_then_stop(trainer.engine.save, at=8), InterruptedError
-            try:
-                trainer.run()
-            except stop:
-                training.train(half, resume=True)
-    full = training.Trainer(
-        load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", "name=full"]), resume=False, overwrite=False
-    )
-    if torch.distributed.get_rank() == 0:  # only this rank writes at ZeRO 0; the other must not wait for it for ever
-        full.engine.deepspeed.checkpoint_engine.save = _no_space
+        training.train(settings(folder, name, *overrides))
+    for stage in STAGES:
+        config = settings(folder, f"resumed{stage}", f"engine.zero_stage={stage}")
+        try:
+            train_until(config, 8, interrupt)
+        except InterruptedError:
+            if torch.distributed.get_rank() == 0:
+                shutil.copytree(config.run_dir, Path(folder) / f"stopped{stage}")
+            training.train(config, resume=True)
+        training.train(settings(folder, f"from_one{stage}", f"engine.zero_stage={stage}"), resume=True)
+    measure_parts(folder)
+    fill_disk(folder)
+    poison(folder)
+
+
+def measure_parts(folder: str) -> None:
+    """Bytes of the denoiser's weights that this rank holds at ZeRO-3, and what they would be in one piece."""
+    trainer = training.Trainer(settings(folder, "parts", "engine.zero_stage=3"), resume=False, overwrite=False)
+    parameters = [p for name, p in trainer.engine.parameters.items() if name.startswith("denoiser.")]
+    held = {
+        "partitioned": sum(is_partitioned(p) and p.numel() == 0 for p in parameters),
+        "bytes": sum(4 * max(local(p).numel(), p.numel()) for p in parameters),
+        "whole": sum(4 * p.ds_numel for p in parameters),
+    }
+    Path(folder, f"parts_{torch.distributed.get_rank()}.json").write_text(json.dumps(held))
+
+
+def fill_disk(folder: str) -> None:
+    """Only the first rank writes; the other must learn of its failure."""
+    full = training.Trainer(settings(folder, "full"), resume=False, overwrite=False)
+    full.engine._write = no_space
     try:
         full.run()
     except UserError as error:
         Path(folder, f"full_{torch.distributed.get_rank()}.txt").write_text(str(error))
-    poisoned = training.Trainer(
-        load_config(str(HERE / "tiny.yaml"), [*COMMON, f"runs_dir={folder}", "name=poisoned"]), resume=False, overwrite=False
-    )
+
+
+def no_space(*arguments, **options):
+    raise OSError("No space left")
+
+
+def poison(folder: str) -> None:
+    """One rank alone sees bad numbers; all must stop."""
+    poisoned = training.Trainer(settings(folder, "poisoned"), resume=False, overwrite=False)
     rank = torch.distributed.get_rank()
-    if rank == 1:  # one rank alone sees bad numbers; all must stop
+    if rank == 1:
         with torch.no_grad():
             poisoned.model.denoiser.stem.weight.fill_(float("nan"))
     try:
@@ -59,19 +135,5 @@ def main(folder: str) -> None:
         Path(folder, f"stopped_{rank}.txt").write_text(str(error))
 
 
-def _no_space(*arguments, **options):
-    raise OSError("No space left")
-
-
-def _save_then_stop(save, at):
-    def wrapped(folder, step, state, facts):
-        saved = save(folder, step, state, facts)
-        if step == at:
-            raise InterruptedError
-        return saved
-
-    return wrapped
-
-
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])

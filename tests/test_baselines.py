@@ -125,7 +125,7 @@ def test_a_baseline_has_no_warm_up_and_no_frozen_mode():
     assert load_config("tests/tiny.yaml", ["method=diffae"]).first_joint_step == 0
     assert load_config("tests/tiny.yaml").first_joint_step > 0
     with pytest.raises(UserError, match=r"train\.mode: expected joint with method diffae, found frozen"):
-        load_config("tests/tiny.yaml", ["method=diffae", "train.mode=frozen", "train.denoiser_from=x"])
+        load_config("tests/tiny.yaml", ["method=diffae", "train.mode=frozen", "denoiser.pretrained=x"])
     with pytest.raises(UserError, match="method: expected one of sami, beta_vae, diffae, found 'vae'"):
         load_config("tests/tiny.yaml", ["method=vae"])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sami_fast.config import Config, builtin_configs, deepspeed_dict, load_config, setting_keys, settings_table, to_yaml
+from sami_fast.config import Config, builtin_configs, deepspeed_dicts, load_config, setting_keys, settings_table, to_yaml
 from sami_fast.errors import UserError
 from sami_fast.train import main
 
@@ -46,9 +46,9 @@ def test_every_setting_says_what_it_means():
     assert "optimizer.clip=" in settings_table()
 
 
-def test_deepspeed_dict_sets_what_deepspeed_would_guess():
+def test_deepspeed_dicts_set_what_deepspeed_would_guess():
     config = load_config(None, ["train.batch_size=48", "engine.gradient_accumulation=3", "engine.zero_stage=2", "optimizer.clip=0"])
-    settings = deepspeed_dict(config, world_size=2)
+    settings = deepspeed_dicts(config, world_size=2)["both"]
     assert settings["train_micro_batch_size_per_gpu"] == 8
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0
@@ -60,7 +60,7 @@ def test_dry_run_prints_config_and_deepspeed_settings(capsys):
     text = capsys.readouterr().out
     head, _, tail = text.partition("# DeepSpeed")
     assert "steps: 777" in head
-    assert json.loads(tail)["gradient_clipping"] == load_config("disks").optimizer.clip
+    assert json.loads(tail)["both"]["gradient_clipping"] == load_config("disks").optimizer.clip
 
 
 @pytest.mark.parametrize("flag", ["--help", "--settings"])
@@ -101,14 +101,14 @@ SETTING_ERRORS = [
     (["data.kind=foo"], "data.kind: expected one of disks, sprites, image_folder, video_folder", "'foo'"),
     (["schedule.kind=linear"], "schedule.kind: expected one of uniform_logsnr, cosine, linear_beta", "'linear'"),
     (["objective.weighting=snr"], "objective.weighting: expected one of elbo", "'snr'"),
-    (["engine.zero_stage=3"], "engine.zero_stage: expected 0, 1 or 2", "found 3"),
+    (["engine.zero_stage=4"], "engine.zero_stage: expected 0, 1, 2 or 3", "found 4"),
     (["engine.precision=fp16"], "engine.precision: expected one of fp32, bf16", "'fp16'"),
     (["name=a/b"], "name: expected a plain folder name", "'a/b'"),
     (["name=.."], "name: expected a plain folder name", "'..'"),
     (["schedule.logsnr_min=6"], "schedule.logsnr_min: expected less than logsnr_max = 5", "found 6"),
     (["train.denoiser_warmup=1"], "train.denoiser_warmup: expected at least 0 and at most 0.99", "found 1.0"),
-    (["train.mode=frozen"], "train.denoiser_from: train.mode frozen needs it", ""),
-    (["train.denoiser_from=runs/a"], "train.denoiser_from:", "no use for it"),
+    (["train.mode=frozen"], "denoiser.pretrained: train.mode frozen and finetune need it", ""),
+    (["denoiser.pretrained=runs/a"], "denoiser.pretrained:", "no use for it"),
     (["data.kind=array"], "data.path: data.kind array needs the path", ""),
     (["kl_weight.end=0"], "kl_weight.kind: exponential needs", "linear"),
     (["kl_weight.kind=controller"], "kl_weight.target: expected above 0 nats", "found 0"),

@@ -14,12 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from ranks_worker import COMMON
+from ranks_worker import COMMON, STAGES, VARIANTS
 from safetensors.torch import load_file
 
 from sami_fast import checkpoints, cli
 from sami_fast.config import load_config
-from sami_fast.engine import build_optimizer
+from sami_fast.engine import WEIGHTS, build_optimizer
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
@@ -76,9 +76,9 @@ def test_run_folder_holds_what_the_docs_say(finished):
 
 def test_saved_model_loads_and_is_the_average(finished):
     model = Sami.from_pretrained(finished)
-    checkpoint = torch.load(finished / "checkpoints/step_12/mp_rank_00_model_states.pt", weights_only=False)
+    checkpoint = load_file(finished / "checkpoints/step_12" / WEIGHTS)
     for name, value in model.named_parameters():
-        assert torch.equal(value, checkpoint["averaged"][f"model.{name}"])
+        assert torch.equal(value, checkpoint[f"{name}/averaged"])
     posterior = model.encode(torch.zeros(2, 1, 8, 8))
     assert posterior.mu.shape == posterior.var.shape == (2, 4)
 
@@ -98,7 +98,7 @@ def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.config = trainer.engine.config = load_config(TINY, [f"runs_dir={tmp_path}", "train.steps=6"])
     for trainer.step in range(4):
-        trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, 0.0, False))
+        trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, 0.0, "denoiser"))
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all(name.startswith("denoiser.") for name in moved)
@@ -178,7 +178,7 @@ def test_monitors_write(tmp_path):
 
 
 def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
-    run = train(tiny(tmp_path, "train.mode=frozen", f"train.denoiser_from={finished}", "seed=1", "optimizer.ema_decay=0"))
+    run = train(tiny(tmp_path, "train.mode=frozen", f"denoiser.pretrained={finished}", "seed=1", "optimizer.ema_decay=0"))
     given, after = weights(finished), weights(run)
     fresh = build_model(tiny(tmp_path, "seed=1"), (1, 8, 8)).state_dict()
     for name, value in after.items():
@@ -225,8 +225,11 @@ def launch(folder: Path, *command) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, alone):
     folder = tmp_path_factory.mktemp("ranks")
+    for stage in STAGES:
+        shutil.copytree(alone[True], folder / f"from_one{stage}")
+        shutil.rmtree(folder / f"from_one{stage}/checkpoints/step_12")
     done = launch(folder, ROOT / "tests/ranks_worker.py", folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
@@ -248,15 +251,66 @@ def test_the_launcher_passes_on_the_status_of_a_mistake(tmp_path):
     assert done.stderr.count("sami-fast: train.batch_size: expected a multiple of 2") == 1
 
 
-@pytest.mark.parametrize("variant", ["zero0", "zero1", "zero2", "accumulated", "resumed"])
-def test_two_ranks_equal_one_process(variant, two_ranks, tmp_path):
-    alone = train(tiny(tmp_path, *COMMON, *(["objective.free_bits=0"] if variant == "accumulated" else [])))
-    run = two_ranks / variant
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the same settings, with free bits granted to the whole batch and to none."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        free_bits: train(tiny(folder / f"free_bits_{free_bits}", *COMMON, *([] if free_bits else ["objective.free_bits=0"])))
+        for free_bits in (True, False)
+    }
+
+
+def assert_same_run(run: Path, expected: Path):
+    """Loss curve and every parameter, to float32 rounding."""
     for key in ("loss_nats", "kl_nats", "kl_weight"):
-        found, expected = ([row[key] for row in rows(folder)] for folder in (run, alone))
-        np.testing.assert_allclose(found, expected, rtol=5e-5, err_msg=key)
-    for name, value in weights(alone).items():
+        found, wanted = ([row[key] for row in rows(folder)] for folder in (run, expected))
+        np.testing.assert_allclose(found, wanted, rtol=5e-5, err_msg=key)
+    assert weights(run).keys() == weights(expected).keys()
+    for name, value in weights(expected).items():
         torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_equal_one_process(variant, two_ranks, alone):
+    assert_same_run(two_ranks / variant, alone["objective.free_bits=0" not in VARIANTS[variant]])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_go_on_where_they_were_stopped(stage, two_ranks):
+    assert_same_weights(two_ranks / f"resumed{stage}", two_ranks / f"zero{stage}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_goes_on_where_two_were_stopped(stage, two_ranks, alone, tmp_path):
+    shutil.copytree(two_ranks / f"stopped{stage}", tmp_path / "tiny")
+    run = train(tiny(tmp_path, *COMMON), resume=True)
+    assert len(rows(run)) == 12
+    assert_same_run(run, alone[True])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_go_on_where_one_was_stopped(stage, two_ranks, alone):
+    assert_same_run(two_ranks / f"from_one{stage}", alone[True])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_rank_is_survived(stage, two_ranks, tmp_path):
+    """SIGKILL to one of two ranks after a checkpoint; the launcher ends the other, and the next launch goes on."""
+    killed = launch(tmp_path, ROOT / "tests/ranks_worker.py", tmp_path, f"kill{stage}")
+    assert killed.returncode != 0
+    assert newest_whole(tmp_path / f"zero{stage}/checkpoints").name == "step_8"
+    done = launch(tmp_path, ROOT / "tests/ranks_worker.py", tmp_path, f"resume{stage}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert_same_weights(tmp_path / f"zero{stage}", two_ranks / f"zero{stage}")
+
+
+def test_the_denoiser_lies_in_parts(two_ranks):
+    """At ZeRO-3 each of two ranks holds half of every weight but the vectors."""
+    for rank in (0, 1):
+        held = json.loads((two_ranks / f"parts_{rank}.json").read_text())
+        assert held["partitioned"] > 10
+        assert held["bytes"] < 0.6 * held["whole"]
 
 
 def test_bad_numbers_on_one_rank_stop_all(two_ranks):
@@ -325,7 +379,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path):
 def test_damaged_checkpoint_is_passed_over(harm, tmp_path, capsys, finished):
     shutil.copytree(finished, tmp_path / "tiny")
     newest = tmp_path / "tiny/checkpoints/step_12"
-    file = newest / ("manifest.json" if harm == "manifest" else "mp_rank_00_model_states.pt")
+    file = newest / ("manifest.json" if harm == "manifest" else WEIGHTS)
     content = file.read_bytes()
     if harm == "lose":
         file.unlink()
@@ -387,7 +441,7 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
         (["encoder.latent_size=5"], "holds another architecture: encoder.latent_size (4 there, 5 here)"),
         (["denoiser.channels=[4,16]"], "holds another architecture: denoiser.channels"),
         (["data.channels=2"], "holds another architecture: denoiser.image_channels (1 there, 2 here)"),
-        (["engine.zero_stage=1"], "belongs to a run with other settings: engine.zero_stage (0 there, 1 here)"),
+        (["engine.precision=bf16"], "belongs to a run with other settings: engine.precision ('fp32' there, 'bf16' here)"),
         (["optimizer.ema_decay=0"], "optimizer.ema_decay (0.9 there, 0.0 here)"),
         (["seed=1"], "seed (0 there, 1 here)"),
         (["train.steps=20"], "train.steps (12 there, 20 here)"),
@@ -419,17 +473,17 @@ def _main_error(arguments, capsys):
         (None, ["--resume", "train.batch_size=9", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2"),
         (None, ["--overwrite", "data.image_size=10"], "image size 10 is not divisible by 4"),
         (None, ["--overwrite", "denoiser.channels=[4,4,4,4,4]"], "image size 8 is not divisible by 16"),
-        (None, ["name=f", "train.mode=frozen", "train.denoiser_from=nowhere"], "nowhere: no config.json there"),
-        (None, ["name=f", "train.mode=frozen", "train.denoiser_from={run}", "data.channels=3"], "its images are [1, 8, 8]"),
-        (None, ["name=f", "train.mode=frozen", "train.denoiser_from={run}", "schedule.kind=cosine"], "kind=uniform_logsnr"),
+        (None, ["name=f", "train.mode=frozen", "denoiser.pretrained=nowhere"], "nowhere: no config.json there"),
+        (None, ["name=f", "train.mode=frozen", "denoiser.pretrained={run}", "data.channels=3"], "its images are [1, 8, 8]"),
+        (None, ["name=f", "train.mode=frozen", "denoiser.pretrained={run}", "schedule.kind=cosine"], "kind=uniform_logsnr"),
         (
             lambda run: (run / "model/model.safetensors").write_bytes(b"0" * 50),
-            ["name=f", "train.mode=frozen", "train.denoiser_from={run}"],
+            ["name=f", "train.mode=frozen", "denoiser.pretrained={run}"],
             "damaged or not a safetensors file",
         ),
         (
             lambda run: (run / "model/config.json").write_text('{"format": "other"}'),
-            ["name=f", "train.mode=frozen", "train.denoiser_from={run}"],
+            ["name=f", "train.mode=frozen", "denoiser.pretrained={run}"],
             "expected format sami-fast/1, found 'other'",
         ),
     ],
@@ -462,8 +516,7 @@ def test_nan_stops_the_run_and_names_step_and_term(network, term, at_step, tmp_p
         trainer.run()
     whole = newest_whole(trainer.checkpoints)
     assert whole.name == ("step_4" if at_step == 6 else "step_8")
-    state = torch.load(whole / "mp_rank_00_model_states.pt", weights_only=False)
-    assert all(value.isfinite().all() for value in state["module"].values())
+    assert all(value.isfinite().all() for value in load_file(whole / WEIGHTS).values())
 
 
 def test_full_disk_on_one_rank_stops_all(two_ranks):
@@ -481,7 +534,7 @@ def test_bad_numbers_after_the_last_update_stop_too(tmp_path):
         measured = update(step, losses)
         if step == 11:
             with torch.no_grad():
-                trainer.engine.averaged["model.denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
+                trainer.engine.averaged["denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
         return measured
 
     trainer.engine.update = overshooting_update

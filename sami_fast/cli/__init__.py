@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..errors import UserError
-from . import evaluation, facts, sampling
+from . import evaluation, facts, plan, sampling
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     facts.add_commands(command)
     sampling.add_commands(command)
     evaluation.add_commands(command)
+    plan.add_commands(command)
     return parser
 
 

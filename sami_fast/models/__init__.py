@@ -3,5 +3,6 @@
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .encoder import Encoder
+from .half_unet import DenoiserTrunk, HalfUNet
 
-__all__ = ["Decoder", "Denoiser", "Encoder"]
+__all__ = ["Decoder", "Denoiser", "DenoiserTrunk", "Encoder", "HalfUNet"]

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .layers import AttentionBlock, ResBlock, Upsample, checked_sides, conv, norm_act
 
@@ -15,10 +16,36 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def _run(level: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
+def way_down(net: nn.Module, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The first half of a U-Net: features after the middle, and what each resolution left for the way up.
+
+    Args:
+        net: Has stem, down, shrink and middle; with `recompute`, backward computes its blocks again.
+        x: [B, C, H, W].
+        embedding: Of the noise level. [B, E].
+    """
+    h = net.stem(x)
+    skips = []
+    for level, shrink in zip(net.down, [*net.shrink, None], strict=True):
+        h = _run(level, h, embedding, getattr(net, "recompute", False))
+        if shrink is not None:
+            skips.append(h)
+            h = shrink(h)
+    return net.middle(h, embedding=embedding), skips
+
+
+def _run(level: nn.ModuleList, h: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
     for layer in level:
-        h = layer(h, embedding=embedding) if isinstance(layer, ResBlock) else layer(h)
+        if recompute and torch.is_grad_enabled():
+            # The other kind compares the sizes of weights then and now, and ZeRO-3's are empty in between.
+            h = checkpoint(_block, layer, h, embedding, use_reentrant=True, preserve_rng_state=False)
+        else:
+            h = _block(layer, h, embedding)
     return h
+
+
+def _block(layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    return layer(h, embedding=embedding) if isinstance(layer, ResBlock) else layer(h)
 
 
 class Denoiser(nn.Module):
@@ -38,7 +65,8 @@ class Denoiser(nn.Module):
         x_t [B, C, H, W], t [B] in [0, 1], z [B, Z] if conditional -> eps_pred [B, C, H, W].
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
-    Differentiable: twice, though training needs it once.
+    With `recompute` set, backward computes the residual and attention blocks again instead of keeping what is inside them.
+    Differentiable: twice, though training needs it once; with `recompute` by `backward()` alone and once.
     """
 
     def __init__(
@@ -58,6 +86,7 @@ class Denoiser(nn.Module):
         sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.embedding_size = embedding_size
+        self.recompute = False
         self.embed = nn.Sequential(
             nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
         )
@@ -97,14 +126,7 @@ class Denoiser(nn.Module):
         embedding = self.embed(time_embedding(t, self.embedding_size).to(self.stem.weight.dtype))
         if z is not None:
             embedding = embedding + self.embed_z(z.to(embedding.dtype))
-        h = self.stem(x_t)
-        skips = []
-        for level, shrink in zip(self.down, [*self.shrink, None], strict=True):
-            h = _run(level, h, embedding)
-            if shrink is not None:
-                skips.append(h)
-                h = shrink(h)
-        h = self.middle(h, embedding=embedding)
+        h, skips = way_down(self, x_t, embedding)
         for grow, level in zip(self.grow, self.up, strict=True):
-            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding)
+            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding, self.recompute)
         return self.out(self.out_norm(h))

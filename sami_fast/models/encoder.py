@@ -9,6 +9,8 @@ from torch import Tensor
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
 from .layers import AttentionBlock, ResBlock, checked_sides, conv, norm_act
 
+MIN_VAR = 1e-4
+
 
 class Variance(Pointwise):
     """var = softplus(raw_var)^2 + min_var."""
@@ -26,6 +28,15 @@ class Variance(Pointwise):
     def curvature(self, x: Tensor) -> Tensor:
         s = torch.sigmoid(x)
         return 2 * s * (s + F.softplus(x) * (1 - s))
+
+
+def gaussian_heads(features: int, latent_size: int, init_std: float, bias: bool = True) -> tuple[Linear, Linear, Variance]:
+    """Heads for mu and the variance over [B, features]: mu(h) and var(raw_var(h)), with standard deviation init_std at the start."""
+    mu, raw_var = Linear(features, latent_size, bias=bias), Linear(features, latent_size)
+    with torch.no_grad():
+        raw_var.weight.mul_(0.1)
+        raw_var.bias.fill_(math.log(math.expm1(init_std)))
+    return mu, raw_var, Variance(MIN_VAR)
 
 
 class Encoder(Layer):
@@ -50,8 +61,6 @@ class Encoder(Layer):
     Differentiable: twice by autograd; also swept (sweeps.py): adjoint of (grad_mu, grad_var), tangent (tmu, tvar).
     Source: SAMI, arXiv:2512.17127, encoder; var in float32 under autocast.
     """
-
-    min_var = 1e-4
 
     def __init__(
         self,
@@ -82,12 +91,7 @@ class Encoder(Layer):
         # The middle: a plain convolution that ends every path, residual or not, in a norm and an activation.
         layers += [conv(width, width, 3, style), norm_act(width, groups, style)]
         self.body = Chain(*layers)
-        self.mu = Linear(width * side * side, latent_size, bias=style != "bias_free_relu")
-        self.raw_var = Linear(width * side * side, latent_size)
-        self.var = Variance(self.min_var)
-        with torch.no_grad():
-            self.raw_var.weight.mul_(0.1)
-            self.raw_var.bias.fill_(math.log(math.expm1(init_std)))
+        self.mu, self.raw_var, self.var = gaussian_heads(width * side * side, latent_size, init_std, style != "bias_free_relu")
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(mu, var), or ((mu, var), (tmu, tvar)) with their tangents along tx."""

@@ -1,0 +1,547 @@
+"""What a run will cost, before anything runs: parameters, FLOPs, memory of a rank, bytes on the wire, time.
+
+Counted, on tensors that have a shape and no data: parameters, FLOPs, and the bytes a network keeps for its backward. Estimated, from
+those and from what DeepSpeed 0.19 does at each ZeRO stage: everything else. No GPU is asked, and none has confirmed the times.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from . import score
+from .config import Config
+from .data import open_dataset
+from .errors import UserError
+from .latent_model import LatentModel
+
+FLOAT = 4  # bytes of a float32: weights, gradients, moments and averages are never anything else
+STAGES = (0, 1, 2, 3)
+MFU = 0.25  # assumed share of a GPU's peak that convolutions reach, norms and waiting for memory included
+LINK_SHARE = 0.7  # assumed share of a link's bandwidth that collectives reach
+USABLE = 0.9  # share of a GPU's memory that tensors may take: the rest is the driver's, the libraries' and lost between tensors
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A vendor's published figures: dense, per GPU, links in one direction (half of the advertised sum of both)."""
+
+    memory: float  # GB
+    bf16: float  # TFLOP/s of the tensor cores
+    tf32: float  # TFLOP/s of the tensor cores, which the engine leaves off: float32 means float32
+    fp32: float  # TFLOP/s outside the tensor cores
+    nvlink: float  # GB/s
+    network: float  # GB/s of the adapter beside each GPU
+    source: str
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s that convolutions and matrix products can reach."""
+        return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
+
+    def link(self, ranks: int) -> float:
+        """Bytes per second of a ring: within a machine NVLink; between machines all their adapters together, where that is less."""
+        return LINK_SHARE * 1e9 * (self.nvlink if ranks <= PER_MACHINE else min(self.nvlink, PER_MACHINE * self.network))
+
+
+PER_MACHINE = 8  # GPUs of one machine, joined by NVLink, one network adapter beside each
+GPUS = {
+    "a100-80": GPU(80, 312, 156, 19.5, 300, 25, "NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU"),
+    "h100-sxm": GPU(80, 989, 494, 67, 450, 50, "NVIDIA H100 SXM data sheet; DGX H100: 400 Gb/s per GPU"),
+    "h200": GPU(141, 989, 494, 67, 450, 50, "NVIDIA H200 SXM data sheet; DGX H200: 400 Gb/s per GPU"),
+    "b200": GPU(180, 2250, 1100, 80, 900, 50, "NVIDIA Blackwell architecture brief, HGX B200; DGX B200: 180 GB and 400 Gb/s per GPU"),
+}
+
+
+# ---- what a network costs, counted
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Inside, `torch.empty` gives tensors of the device "meta": weights of any size are made at once, and initialised to nothing."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside, and the bytes of the tensors made there that are still alive.
+
+    Attributes:
+        flops: FLOPs by torch's formulas, without attention.
+        attention: FLOPs of the products of attention that torch has formulas for.
+        held, peak: Bytes alive now, and the most there were at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.attention = self.held = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            count = formula(*args, **(kwargs or {}), out_val=out)
+            if any(name in str(func) for name in ("bmm", "scaled_dot_product")):
+                self.attention += count
+            else:
+                self.flops += count
+        elif func is torch.ops.sami_fast.attention.default:
+            q, k = args[:2]
+            self.attention += 4 * q.numel() * k.shape[1]  # two products of 2 S_q S_k D for every head
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.held -= size
+
+
+@dataclass(frozen=True)
+class Network:
+    """What one image costs in one network: FLOPs of each pass over its layers (about 1F each), and bytes.
+
+    Attributes:
+        parameters, trained: How many numbers.
+        sizes: Of each trained parameter.
+        forward, inputs, weights: FLOPs of the forward pass, of the gradients of all layers' inputs, and of their weights.
+        spared: The part of `inputs` that a training step leaves out: nobody asks for the gradient of an image.
+        attention: FLOPs of the two products of attention's forward.
+        again: FLOPs of what the backward computes again.
+        kept: Bytes alive between forward and backward.
+        peak: The most bytes alive in forward and backward.
+        passing: The most bytes alive in a forward without gradients.
+    """
+
+    parameters: int
+    trained: int
+    sizes: tuple[int, ...]
+    forward: int
+    inputs: int
+    weights: int
+    spared: int
+    attention: int
+    again: int
+    kept: int
+    peak: int
+    passing: int
+
+
+def count(
+    network: nn.Module, arguments: Sequence[Tensor], differentiable: Sequence[bool], learns: bool, recompute: bool = False
+) -> Network:
+    """Count a network of fake tensors.
+
+    Args:
+        network: Called with the arguments; all its parameters get a gradient here, whether or not it `learns`.
+        arguments: Of one image, all of batch 1.
+        differentiable: Which of them a training step asks a gradient of.
+        learns: Whether its parameters are trained.
+        recompute: Whether its backward computes activations again; FLOPs are counted without that.
+    """
+    parameters = list(network.parameters())
+
+    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool]) -> tuple[_Meter, _Meter, int]:
+        """FLOPs of forward and of backward, bytes alive between them."""
+        for parameter in parameters:
+            parameter.requires_grad_(of_weights)
+        given = [
+            torch.empty(batch, *a.shape[1:], dtype=a.dtype).requires_grad_(asked) for a, asked in zip(arguments, of_arguments, strict=True)
+        ]
+        forward, backward = _Meter(), _Meter()
+        with forward:
+            out = network(*given)
+            kept = forward.held
+            total = sum(part.sum() for part in tree_leaves(out))
+            if total.requires_grad:
+                with backward:
+                    total.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        return forward, backward, kept
+
+    every = [a.is_floating_point() for a in arguments]
+    with torch.no_grad():
+        plain, _, _ = run(1, False, [False] * len(every))
+    learning, both, to_inputs = (run(1, *asked)[1] for asked in ((True, differentiable), (True, every), (False, every)))
+    if recompute:
+        network.recompute = True
+    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable) for batch in (1, 2))
+    sizes = tuple(p.numel() for p in parameters) if learns else ()
+    return Network(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(sizes),
+        sizes=sizes,
+        forward=plain.flops,
+        inputs=to_inputs.flops,
+        weights=both.flops - to_inputs.flops,
+        spared=both.flops - learning.flops,
+        attention=plain.attention,
+        again=once_more.flops + once_more.attention - learning.flops - learning.attention,
+        kept=kept_of_two - kept,  # of one more image: what is there whatever the batch does not count
+        peak=two.peak - one.peak,
+        passing=plain.peak,
+    )
+
+
+def networks_of(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
+    """The networks that training would build, without memory for their weights (a pretrained one is loaded first).
+
+    Raises:
+        UserError: as `train.build_model`.
+    """
+    from .train import build_model
+
+    if config.denoiser.pretrained:
+        model = build_model(config, image_shape)
+    else:
+        with _WithoutMemory():
+            model = build_model(config, image_shape)
+    return model
+
+
+def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, int, int]) -> tuple[Network, Network]:
+    """The encoder, and the network beside it. The model's weights are replaced by tensors without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+        image, t, z = torch.empty(1, *image_shape), torch.empty(1), torch.empty(1, model.latent_size)
+        arguments, differentiable = {
+            "sami": ((image, t), (False, False)),
+            "diffae": ((image, t, z), (False, False, True)),
+            "beta_vae": ((z,), (True,)),
+        }[model.method]
+        partner = model.networks[model.partner]
+        return (
+            count(model.encoder, (image,), (False,), True),
+            count(partner, arguments, differentiable, config.train.mode != "frozen", config.engine.checkpoint_activations),
+        )
+
+
+# ---- FLOPs of a step
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a way of using a network makes each pass over it."""
+
+    forward: int
+    inputs: int
+    weights: int
+    spared: int  # how many of the `inputs` passes stop short of the image
+    attention: int  # products of attention, two of them in a forward: docs/kernels.md
+
+    def flops(self, network: Network) -> float:
+        """Of one image."""
+        convolutions = self.forward * network.forward + self.inputs * network.inputs + self.weights * network.weights
+        return convolutions - self.spared * network.spared + self.attention / 2 * network.attention
+
+
+PASSES = {
+    # 1F: a forward whose result is a constant
+    "forward": Passes(1, 0, 0, 0, 2),
+    # 3F: forward, gradients of the inputs, gradients of the weights
+    "trained": Passes(1, 1, 1, 1, 9),
+    # The score and its gradients. 6F: forward, adjoint (inputs), tangent (as a forward), joint (inputs; weights of x and of the tangent)
+    "sweeps": Passes(2, 2, 2, 1, 33),
+    # 6F: forward, gradient (inputs), that gradient's own backward (as a forward, and weights), the forward's (inputs, weights)
+    "reverse": Passes(2, 2, 2, 0, 34),
+    # 8F: forward and gradient for the value; forward of value and tangent, and the backward of both for the gradients
+    "dual": Passes(3, 3, 2, 2, 42),
+}
+# Bytes of the encoder's kept tensors that its score holds when the most is alive: x, adjoint and tangent; x and tangent; x and adjoint.
+KEPT_BY_SCORE = {"sweeps": 3, "dual": 2, "reverse": 2}
+
+
+def step_flops(config: Config, encoder: Network, partner: Network, method: str) -> dict[str, float]:
+    """FLOPs of one optimiser step in which both networks learn, over all ranks: by network, and what the denoiser's warm-up takes.
+
+    Args:
+        method: How the score is differentiated, one of `KEPT_BY_SCORE`.
+    """
+    images, levels = config.train.batch_size, config.objective.noise_levels
+    clean = PASSES["trained"].flops(encoder)  # enc(x_0), for z and its KL
+    guided = PASSES[method].flops(encoder) * levels if config.method == "sami" else 0.0
+    # At most 1F more where the backward computes the denoiser's blocks again.
+    denoising = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
+    if config.method != "beta_vae":
+        denoising *= levels
+    return {"encoder": images * clean, "score": images * guided, partner_name(config): images * denoising}
+
+
+def partner_name(config: Config) -> str:
+    return "decoder" if config.method == "beta_vae" else "denoiser"
+
+
+# ---- memory and wire of one rank
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU when the most is alive. `host` are bytes in the machine's memory instead."""
+
+    weights: float
+    gathered: float  # whole weights during a step, where `weights` are parts
+    gradients: float
+    optimizer: float
+    averaged: float
+    buckets: float
+    activations: float
+    host: float = 0.0
+
+    @property
+    def on_gpu(self) -> tuple[float, ...]:
+        """All but `host`, in order."""
+        return tuple(getattr(self, kind.name) for kind in fields(self))[:-1]
+
+    @property
+    def gpu(self) -> float:
+        return sum(self.on_gpu)
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(*(mine + others for mine, others in zip((*self.on_gpu, self.host), (*other.on_gpu, other.host), strict=True)))
+
+
+def part(elements: int, ranks: int, granule: int = 2) -> int:
+    """The elements of one rank, where all together are rounded up to a whole number of granules for each."""
+    return granule * math.ceil(elements / (granule * ranks))
+
+
+def touched(sizes: Sequence[int], ranks: int) -> int:
+    """Elements of the parameters that lie at least partly in a rank's part, for the rank that has most of them."""
+    step, ends = part(sum(sizes), ranks), list(accumulate(sizes))
+    held: Counter[int] = Counter()
+    for size, end in zip(sizes, ends, strict=True):
+        for rank in range((end - size) // step, (end - 1) // step + 1):
+            held[rank] += size
+    return max(held.values(), default=0)
+
+
+def bucket_elements(learning: int) -> int:
+    """Elements of the buffer that gradients are reduced in, as engine.py sets it."""
+    return min(500_000_000, 2 * learning)
+
+
+def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> Memory:
+    """Bytes of one engine that do not grow with the batch.
+
+    Args:
+        networks: All that the engine holds; each trained one is a parameter group, partitioned by itself.
+        stage: Its ZeRO stage.
+    """
+    trained = [network for network in networks if network.trained]
+    everything, learning = sum(n.parameters for n in networks), sum(n.trained for n in trained)
+    mine = sum(part(n.trained, ranks) for n in trained)
+    weights = everything if stage < 3 else math.ceil(everything / ranks)
+    # Stage 3: DeepSpeed lets whole weights go only where they are not needed again within `REUSE`.
+    gathered = 0 if stage < 3 else min(everything, REUSE)
+    # Stage 1 keeps whole gradients until the last micro-batch; stage 2 those of whole parameters of which a part is its own.
+    gradients = {0: learning, 1: learning, 2: sum(touched(n.sizes, ranks) for n in trained), 3: mine}[stage]
+    # Adam's two moments; stages 1 and 2 update a copy of their part of the weights, float32 as these are.
+    moments = {0: 2 * learning, 1: 3 * mine, 2: 3 * mine, 3: 2 * mine}[stage]
+    # The average is a copy on every rank, at stage 3 of its own part.
+    averaged = 0 if not config.optimizer.ema_decay else mine if stage == 3 else learning
+    # Stage 0 copies the gradients side by side to reduce them; the others allocate a bucket, however small the networks.
+    buckets = min(learning, 500_000_000) if stage == 0 else bucket_elements(learning)
+    host = 0
+    if config.engine.offload != "none" and stage:  # DeepSpeed moves a part's gradients along with its moments
+        host, moments = moments, 0
+        if stage >= 2:
+            host, gradients = host + gradients, 0
+        if config.engine.offload == "parameters" and stage == 3:
+            host, weights = host + weights, 0
+    return Memory(*(FLOAT * elements for elements in (weights, gathered, gradients, moments, averaged, buckets, 0, host)))
+
+
+REUSE = 1_000_000_000  # elements; DeepSpeed's stage3_max_reuse_distance
+
+
+def activations(config: Config, encoder: Network, partner: Network, method: str, images: int) -> float:
+    """Bytes of one micro-batch on one rank when the most is alive.
+
+    Args:
+        images: Of the micro-batch on this rank.
+    """
+    levels = 1 if config.method == "beta_vae" else config.objective.noise_levels
+    # The score's sweeps end before the denoiser's backward begins, and begin when all of it is kept.
+    guided = KEPT_BY_SCORE[method] * encoder.kept if config.method == "sami" else 0
+    noisy = max(partner.kept + guided, partner.peak) if partner.trained else max(partner.passing, guided)
+    # Under autocast convolutions, norms and what they keep are bfloat16.
+    share = 0.5 if config.engine.precision == "bf16" else 1.0
+    return images * share * (encoder.kept + levels * noisy)
+
+
+def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> float:
+    """Bytes that one rank sends in one optimiser step, by ring algorithms; it receives as many.
+
+    A ring sends (ranks - 1) / ranks of the data to gather or to scatter it, and twice that to add it up everywhere.
+    """
+    around = (ranks - 1) / ranks
+    weights, gradients = (FLOAT * sum(getattr(n, kind) for n in networks) for kind in ("parameters", "trained"))
+    micro_batches = config.engine.gradient_accumulation
+    if stage == 3:
+        # In every micro-batch: the weights for the forward, again for the backward if they had to be let go, and the gradients' scatter.
+        gathers = 2 if gradients and weights > FLOAT * REUSE / 2 else 1
+        return around * micro_batches * (gathers * weights + gradients)
+    # DeepSpeed 0.19 adds gradients up everywhere even where a rank keeps its part alone: once a step, at stage 2 in every micro-batch.
+    reduced = 2 * around * gradients * (micro_batches if stage == 2 else 1)
+    # Stages 1 and 2: every rank has updated its part of the weights and sends it round.
+    return reduced + (around * gradients if stage else 0)
+
+
+# ---- the plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of GPUs at one ZeRO stage; everything but `images` estimated.
+
+    Attributes:
+        images: Of one micro-batch on one GPU.
+        sent: Bytes that a GPU sends in a step.
+        compute, transfer: Seconds of a step, each by itself; a step takes between the larger of them and their sum.
+    """
+
+    gpus: int
+    stage: int
+    images: int
+    memory: Memory
+    fits: bool
+    sent: float
+    compute: float
+    transfer: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` finds out.
+
+    Attributes:
+        flops: Of one step over all GPUs, by part of the step.
+        unsplit: Numbers of GPUs that the batch cannot be split over.
+    """
+
+    config: Config
+    image_shape: tuple[int, int, int]
+    gpu: str
+    mfu: float
+    networks: dict[str, Network]
+    method: str
+    flops: dict[str, float]
+    rows: tuple[Row, ...]
+    unsplit: tuple[int, ...]
+
+
+def image_shape_of(config: Config) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a config, from its settings where they decide, else from the data.
+
+    Raises:
+        UserError: neither says it.
+    """
+    data = config.data
+    if data.kind in ("image_folder", "video_folder", "celeba"):  # an index of a large folder takes its time, and may not be there
+        return (data.channels or 3, data.image_size or 64, data.image_size or 64)
+    if data.kind in ("disks", "sprites") or Path(data.path).exists():
+        return open_dataset(data, config.seed).image_shape
+    if not (data.image_size and data.channels):
+        raise UserError(f"data.path: no file {data.path}, and without it a plan needs data.image_size and data.channels")
+    return (data.channels, data.image_size, data.image_size)
+
+
+def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: float = MFU) -> Plan:
+    """What a run of this config costs.
+
+    Args:
+        counts: Numbers of GPUs; each is planned at every ZeRO stage that the method can run at.
+        gpu: A name in `GPUS`.
+        mfu: Assumed share of the GPU's peak.
+    Raises:
+        UserError: unknown GPU; as `image_shape_of` and `train.build_model`.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, found {gpu!r}")
+    from .train import with_images_of_denoiser
+
+    config = with_images_of_denoiser(config)
+    image_shape = image_shape_of(config)
+    model = networks_of(config, image_shape)
+    encoder, partner = count_networks(config, model, image_shape)
+    try:
+        method = "dual" if config.engine.compile == "step" else score.pick(model.encoder, config.engine.score)
+    except TypeError as error:
+        raise UserError(f"engine.{error}") from None
+    rows, unsplit = [], []
+    for ranks in counts:
+        pieces = ranks * config.engine.gradient_accumulation
+        if config.train.batch_size % pieces:
+            unsplit.append(ranks)
+            continue
+        images = config.train.batch_size // pieces
+        for stage in STAGES if config.method == "sami" else STAGES[:3]:
+            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, ranks, stage, images))
+    flops = step_flops(config, encoder, partner, method)
+    networks = {"encoder": encoder, partner_name(config): partner}
+    return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit))
+
+
+def _row(config: Config, encoder: Network, partner: Network, method: str, gpu: GPU, mfu: float, ranks: int, stage: int, images: int) -> Row:
+    # Stage 3: an engine for each network, the encoder's at its own stage; there a partitioned encoder takes dual numbers.
+    engines = [([encoder, partner], stage)] if stage < 3 else [([encoder], config.engine.encoder_zero_stage), ([partner], 3)]
+    if stage == 3 and config.engine.encoder_zero_stage == 3:
+        method = "dual"
+    alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, method, images))
+    sent = 0.0
+    for networks, own_stage in engines:
+        alive += state(networks, config, own_stage, ranks)
+        sent += wire(networks, config, own_stage, ranks)
+    return Row(
+        gpus=ranks,
+        stage=stage,
+        images=images,
+        memory=alive,
+        fits=alive.gpu <= USABLE * 1e9 * gpu.memory,
+        sent=sent,
+        compute=sum(step_flops(config, encoder, partner, method).values()) / ranks / (mfu * gpu.peak(config.engine.precision)),
+        transfer=sent / gpu.link(ranks),
+    )
+
+
+def facts(found: Plan) -> dict[str, Any]:
+    """The plan as plain values, for JSON. Bytes, seconds, FLOPs."""
+    networks = {name: {key: value for key, value in asdict(n).items() if key != "sizes"} for name, n in found.networks.items()}
+    rows = [asdict(row) | {"memory": asdict(row.memory) | {"gpu": row.memory.gpu}} for row in found.rows]
+    return {
+        "config": found.config.name,
+        "image_shape": list(found.image_shape),
+        "batch_size": found.config.train.batch_size,
+        "score": found.method,
+        "counted": {"networks": networks, "flops_per_step": found.flops},
+        "assumed": {"gpu": found.gpu, **asdict(GPUS[found.gpu]), "mfu": found.mfu, "link_share": LINK_SHARE, "usable_memory": USABLE},
+        "estimated": rows,
+        "batch_does_not_split_over": list(found.unsplit),
+    }

@@ -1,0 +1,296 @@
+"""Denoisers that somebody else trained: discrete timesteps, any prediction, diffusers' UNet2DModel; and encoders that start from one."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import UserError
+from .hub import located
+from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
+from .schedule import Schedule, alpha_sigma, fractional_index
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of the noise, of alpha_t eps - sigma_t x_0, of x_0
+
+
+class DiscreteTimeDenoiser(nn.Module):
+    """A network (x_t, timestep) -> prediction as a denoiser (x_t, t) -> eps_pred.
+
+    t of the schedule is a noise level, and the level a place among the network's own timesteps: between two of them it is fractional.
+
+        eps = prediction                                "epsilon"
+        eps = sigma_t x_t + alpha_t prediction          "v_prediction"
+        eps = (x_t - alpha_t prediction) / sigma_t      "sample"
+
+    Args:
+        network: (x_t [B, C, H, W], timestep [B]) -> [B, C, H, W], or an object whose `sample` that is. Channels after the C-th, a learned
+            variance, are dropped.
+        alphas_cumprod: alpha_t^2 of timesteps 0, 1, ..., decreasing. [N].
+        schedule: The levels of training and sampling, within those of the timesteps.
+        prediction: What the network predicts.
+        fractional: Whether the network takes timesteps between two of its own; otherwise it gets the nearest, as int64. With the schedule
+            `Discrete` there are none between.
+    Raises:
+        ValueError: unknown prediction, alphas that are no such list, a schedule with levels that no timestep has.
+    Differentiable: as the network.
+    Source: Ho et al., arXiv:2006.11239; Salimans & Ho, arXiv:2202.00512, v-prediction.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor], Any],
+        alphas_cumprod: Tensor,
+        schedule: Schedule,
+        *,
+        prediction: str = "epsilon",
+        fractional: bool = True,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: expected {', '.join(PREDICTIONS)}, found {prediction!r}")
+        levels = timestep_levels(alphas_cumprod)
+        low, high = levels[-1].item(), levels[0].item()
+        slack = 1e-6 * max(abs(low), abs(high))
+        if schedule.logsnr_min < low - slack or schedule.logsnr_max > high + slack:
+            raise ValueError(
+                f"schedule: expected logsnr within {low:.4g} to {high:.4g}, those of the denoiser's timesteps, "
+                f"found {schedule.logsnr_min:g} to {schedule.logsnr_max:g}"
+            )
+        self.network, self.schedule, self.prediction, self.fractional = network, schedule, prediction, fractional
+        self.register_buffer("levels", levels, persistent=False)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Where t in [0, 1] lies among the network's timesteps 0 ... N - 1. [B] -> [B]."""
+        place = fractional_index(self.levels.double(), self.schedule.logsnr(t))
+        return place if self.fractional else place.round().long()
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        predicted = self.network(x_t, self.timestep(t))
+        predicted = (predicted if isinstance(predicted, Tensor) else predicted.sample)[:, : x_t.shape[1]].to(x_t.dtype)
+        if self.prediction == "epsilon":
+            return predicted
+        alpha_t, sigma_t = (a.view(-1, 1, 1, 1) for a in alpha_sigma(self.schedule.logsnr(t)))
+        return sigma_t * x_t + alpha_t * predicted if self.prediction == "v_prediction" else (x_t - alpha_t * predicted) / sigma_t
+
+
+def timestep_levels(alphas_cumprod: Tensor) -> Tensor:
+    """logsnr of each timestep. [N] -> [N] float64, decreasing.
+
+    Raises:
+        ValueError: alphas_cumprod does not fall from below 1 to at least 0.
+    """
+    alphas = alphas_cumprod.detach().double().cpu()
+    if alphas.dim() != 1 or len(alphas) < 2 or not (alphas.diff() < 0).all() or not (alphas[0] < 1 and alphas[-1] >= 0):
+        raise ValueError(f"alphas_cumprod: expected at least two decreasing numbers in [0, 1), found {list(alphas.shape)}")
+    return torch.logit(alphas.clamp_min(1e-9))  # a last timestep of pure noise stays finite
+
+
+class UNetTrunk(nn.Module):
+    """x [B, C, H, W] -> features [B, C', H', W'] of a diffusers UNet2DModel at its cleanest timestep; a copy of its layers."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.conv_in, self.down_blocks, self.mid_block = map(copy.deepcopy, (unet.conv_in, unet.down_blocks, unet.mid_block))
+        with torch.no_grad():
+            first = torch.zeros(1, dtype=torch.long, device=unet.device)
+            self.embedding = nn.Parameter(unet.time_embedding(unet.time_proj(first).to(unet.dtype)))
+        self.requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, embedding = self.conv_in(x), self.embedding.expand(len(x), -1)
+        for block in self.down_blocks:
+            h, _ = block(hidden_states=h, temb=embedding)
+        return h if self.mid_block is None else self.mid_block(h, embedding)
+
+
+class DiffusersDenoiser(DiscreteTimeDenoiser):
+    """A diffusers UNet2DModel with its scheduler's timesteps and prediction.
+
+    Args:
+        unet: The model.
+        scheduler: The scheduler's settings, as in its scheduler_config.json.
+        schedule: The levels of training and sampling.
+    Raises:
+        ValueError: a model or a scheduler that is not of the kind: unconditional, square images, alphas that fall with the timestep.
+    """
+
+    def __init__(self, unet: nn.Module, scheduler: dict[str, Any], schedule: Schedule) -> None:
+        size, channels, out = unet.config.sample_size, unet.config.in_channels, unet.config.out_channels
+        side = size if isinstance(size, int) else size[0] if size and len({*size}) == 1 else None
+        if side is None:
+            raise ValueError(f"sample_size: expected one side length, found {size}")
+        if unet.class_embedding is not None:
+            raise ValueError("num_class_embeds: expected an unconditional model, found one that is told a class")
+        if out not in (channels, 2 * channels):
+            raise ValueError(f"out_channels: expected {channels}, or {2 * channels} with a learned variance, found {out}")
+        if any(hasattr(block, "skip_conv") for block in unet.down_blocks) or unet.config.time_embedding_type == "fourier":
+            raise ValueError("time_embedding_type, down_block_types: expected a model of discrete timesteps, found one of a score SDE")
+        settings = scheduler_settings(scheduler)
+        super().__init__(
+            unet,
+            settings.alphas_cumprod,
+            schedule,
+            prediction=settings.config.prediction_type,
+            fractional=unet.config.time_embedding_type == "positional",
+        )
+        self.image_shape = (channels, side, side)
+        self.architecture = {"unet": _plain(unet.config), "scheduler": _plain(scheduler)}
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward computes the blocks again instead of keeping what is inside them; then it is `backward()` alone, and once."""
+        return self.network.is_gradient_checkpointing
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        if on:
+            self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+        else:
+            self.network.disable_gradient_checkpointing()
+
+
+def scheduler_settings(scheduler: dict[str, Any]) -> Any:
+    """A diffusers scheduler with `alphas_cumprod` and `config.prediction_type`, of any scheduler's settings that name betas.
+
+    Raises:
+        ValueError: they name none.
+    """
+    from diffusers import DDPMScheduler
+
+    if not {"beta_schedule", "trained_betas"} & scheduler.keys():
+        raise ValueError(f"scheduler: expected one with betas, found {scheduler.get('_class_name', 'none')}")
+    made = DDPMScheduler.from_config({name: value for name, value in scheduler.items() if not name.startswith("_")})
+    if made.config.prediction_type not in PREDICTIONS:
+        raise ValueError(f"prediction_type: expected {', '.join(PREDICTIONS)}, found {made.config.prediction_type}")
+    return made
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if not name.startswith("_")}
+
+
+def build_denoiser(arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
+    """A fresh denoiser of this architecture: this package's, or a diffusers UNet."""
+    if "unet" not in arguments:
+        return Denoiser(**arguments)
+    from diffusers import UNet2DModel
+
+    return DiffusersDenoiser(UNet2DModel.from_config(arguments["unet"]), arguments["scheduler"], schedule)
+
+
+def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) -> nn.Module:
+    """A fresh encoder of this architecture: this package's own, or half of a denoiser.
+
+    Args:
+        arguments: Encoder's; or {"half_of": the denoiser's architecture, "latent_size", "init_std"}.
+        denoiser: Whose weights half of it starts from; a fresh one when None.
+    """
+    if "half_of" not in arguments:
+        return Encoder(**arguments)
+    arguments = dict(arguments)
+    architecture = arguments.pop("half_of")
+    if "unet" in architecture:
+        from diffusers import UNet2DModel
+
+        unet = UNet2DModel.from_config(architecture["unet"]) if denoiser is None else denoiser.network
+        side, channels, groups = unet.config.sample_size, unet.config.in_channels, unet.config.norm_num_groups
+        side = side if isinstance(side, int) else side[0]
+        return HalfUNet(UNetTrunk(unet), (channels, side, side), groups=groups, **arguments)
+    denoiser = Denoiser(**architecture) if denoiser is None else denoiser
+    return HalfUNet(DenoiserTrunk(denoiser), denoiser.image_shape, groups=architecture["groups"], **arguments)
+
+
+def is_diffusers(folder_or_id: str | os.PathLike[str]) -> bool:
+    """Whether a diffusers checkpoint lies there; errors as in `hub.located`."""
+    return _unet_folder(located(folder_or_id)) is not None
+
+
+def _unet_folder(folder: Path) -> Path | None:
+    for candidate in (folder / "unet", folder):
+        try:
+            config = json.loads((candidate / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and "_diffusers_version" in config:
+            return candidate
+    return None
+
+
+def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images of a diffusers checkpoint or of one of this package's models, from its config alone; None if it does not say.
+
+    Raises:
+        UserError: as `hub.located`.
+    """
+    folder = located(folder_or_id)
+    try:
+        config = json.loads(((_unet_folder(folder) or folder) / "config.json").read_text())
+        if "sample_size" in config:
+            side = config["sample_size"]
+            side = side if isinstance(side, int) else side[0]
+            return config["in_channels"], side, side
+        return config["encoder"]["image_channels"], config["encoder"]["image_size"], config["encoder"]["image_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_scheduler(folder_or_id: str | os.PathLike[str]) -> dict[str, Any]:
+    """scheduler_config.json of a diffusers checkpoint.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder = located(folder_or_id)
+    for candidate in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+        if candidate.is_file():
+            try:
+                return json.loads(candidate.read_text())
+            except ValueError as error:
+                raise UserError(f"{candidate}: not valid JSON ({error})") from None
+    raise UserError(f"{folder_or_id}: no scheduler_config.json there, which says what the timesteps and the predictions mean")
+
+
+def scheduler_levels(folder_or_id: str | os.PathLike[str]) -> list[float]:
+    """logsnr of each timestep of a diffusers checkpoint, decreasing; errors as `load_diffusers`."""
+    scheduler = read_scheduler(folder_or_id)
+    try:
+        return timestep_levels(scheduler_settings(scheduler).alphas_cumprod).tolist()
+    except Exception as error:
+        raise _unusable(folder_or_id, error) from None
+
+
+def _unusable(folder_or_id: str | os.PathLike[str], error: Exception) -> UserError:
+    if isinstance(error, ImportError):
+        return UserError(f"{folder_or_id}: a diffusers model needs `pip install 'sami-fast[pretrained]'`")
+    return UserError(f"{folder_or_id}: cannot be used as a denoiser ({' '.join(str(error).split())[:300]})")
+
+
+def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> DiffusersDenoiser:
+    """A diffusers UNet2DModel with its scheduler as a denoiser, in evaluation mode. Images are in [-1, 1], diffusers' convention.
+
+    Args:
+        folder_or_id: What `save_pretrained` of a DDPMPipeline wrote, or of a UNet2DModel and a scheduler into one folder; or a hub id.
+        schedule: The levels of training and sampling.
+    Raises:
+        UserError: diffusers is missing, or the checkpoint is damaged, pickled, or of another kind.
+    """
+    folder = _unet_folder(located(folder_or_id))
+    scheduler = read_scheduler(folder_or_id)
+    if not (folder / "diffusion_pytorch_model.safetensors").is_file():
+        raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors there; pickled weights are not read, convert them first")
+    try:
+        from diffusers import UNet2DModel
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()
+        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+        return DiffusersDenoiser(unet, scheduler, schedule).eval()
+    except Exception as error:  # of config, weights or scheduler: diffusers raises many kinds
+        raise _unusable(folder_or_id, error) from None
