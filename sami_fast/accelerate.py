@@ -101,6 +101,7 @@ def accelerate(module: nn.Module) -> Report:
       - nn.MultiheadAttention, and modules whose own code or diffusers processor calls F.scaled_dot_product_attention;
       - nn.Conv2d of 3x3 with stride 1 and padding 1, which is faster on the CPU and torch's own elsewhere.
     Modules of these very classes, that is: a subclass may compute something else and is left alone. So is every SiLU by itself.
+    Who needs first gradients only gains little: on a CPU torch's own attention is then as fast.
 
     What our attention does not have (masks but the causal one, dropout, weights as an output, unequal shapes, autocast to another dtype)
     goes to torch's mathematical attention where gradients are wanted, call by call. The first such call of a module warns and names it.
@@ -457,7 +458,7 @@ def _layer(module: nn.Module) -> Iterator[Decision]:
     elif "forward" in vars(module):
         yield None, REPLACED
     elif kind is nn.SiLU:
-        yield None, "torch's by itself, which can be differentiated twice; directly after a group norm a part of its pass"
+        yield None, "torch's, which can be differentiated twice; a pass that it shares with a group norm is listed with their container"
     elif kind is nn.GroupNorm:
         yield (GroupNorm, "ops.group_norm_silu") if module.affine else (None, "ours has a weight and a bias, this one has neither")
     elif kind is nn.MultiheadAttention:

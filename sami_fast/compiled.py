@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,38 @@ from .latent_model import LatentModel
 from .step import guided_terms
 
 
-class Compiled:
-    """The parts of a step as the config wants them, compiled or as they are.
+@dataclass(frozen=True)
+class Parts:
+    """What a training step calls, each as it is or compiled."""
 
-    Args:
-        model: The networks.
-        config: Its `engine.compile`: "denoiser" compiles the network beside the encoder, "step" also the encoder and, as one graph,
-            everything from the noisy images to the loss, with the score method `dual`.
+    encoder: Callable[..., Any]  # of clean images; the score differentiates the encoder itself
+    denoiser: Callable[..., Any]
+    guided_terms: Callable[..., Any]
+    score_method: str
+
+
+def eager_parts(model: LatentModel, config: Config) -> Parts:
+    """Nothing compiled."""
+    engine = config.engine
+    dual = engine.compile == "step" or engine.zero_stage == engine.encoder_zero_stage == 3
+    return Parts(model.encoder, getattr(model, model.partner), guided_terms, "dual" if dual else engine.score)
+
+
+def compiled_parts(model: LatentModel, config: Config) -> Parts:
+    """What `engine.compile` says: nothing, the denoiser, or ("step") the encoder and, as one graph, all from the noisy images to the loss.
+
+    A step's shapes are the same from the first to the last, so graphs are made for them alone. Random numbers are drawn outside: the
+    number of the step, which they depend on, would be part of a graph.
     """
-
-    def __init__(self, model: LatentModel, config: Config) -> None:
-        engine = config.engine
-        self.score_method = "dual" if engine.compile == "step" else engine.score
-        self.encoder: Callable[..., Any] = model.encoder
-        self.denoiser: Callable[..., Any] = getattr(model, model.partner)
-        self.guided_terms: Callable[..., Any] = guided_terms
-        if engine.compile == "off":
-            return
-        _keep_cache()
-        # Shapes are those of the config from the first step to the last; validation has its own.
-        options = {"dynamic": False, "mode": "reduce-overhead" if engine.cuda_graphs else None}
-        if engine.compile == "denoiser":
-            self.denoiser = torch.compile(self.denoiser, **options)
-        else:
-            self.encoder = torch.compile(self.encoder, **options)
-            self.guided_terms = torch.compile(guided_terms, fullgraph=True, **options)
+    parts, engine = eager_parts(model, config), config.engine
+    if engine.compile == "none":
+        return parts
+    _keep_cache()
+    options = {"dynamic": False, "mode": "reduce-overhead" if engine.cuda_graphs else None}
+    if engine.compile == "denoiser":
+        return Parts(parts.encoder, torch.compile(parts.denoiser, **options), guided_terms, parts.score_method)
+    whole = torch.compile(guided_terms, fullgraph=True, **options)
+    return Parts(torch.compile(parts.encoder, **options), parts.denoiser, whole, parts.score_method)
 
 
 def _keep_cache() -> None:

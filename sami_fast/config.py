@@ -54,7 +54,7 @@ def interval(low: float, high: float) -> Check:
 PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ANYTHING: Check = ("anything", lambda value: True)
 STAGE: Check = ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))
-COMPILE = ("off", "denoiser", "step")
+COMPILE = ("none", "denoiser", "step")
 
 
 def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") -> Any:
@@ -294,7 +294,7 @@ class EngineConfig(Section):
         one_of("none", "optimizer", "parameters"),
     )
     checkpoint_activations: bool = setting(False, "compute the denoiser's forward again in backward instead of keeping its activations")
-    compile: str = setting("off", "torch.compile: the denoiser, or the step around both networks with score dual", one_of(*COMPILE))
+    compile: str = setting("none", "torch.compile: the denoiser, or the step around both networks with score dual", one_of(*COMPILE))
     cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs; on a GPU")
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
@@ -400,13 +400,15 @@ class Config(Section):
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[engine.offload]
         if engine.zero_stage < lowest:
             raise UserError(f"engine.offload: {engine.offload} needs engine.zero_stage of at least {lowest}, found {engine.zero_stage}")
-        if engine.compile != "off" and (engine.zero_stage == 3 or engine.checkpoint_activations):
+        if engine.compile != "none" and self.method != "sami":
+            raise UserError(f"engine.compile: expected none with method {self.method}, found {engine.compile}")
+        if engine.compile != "none" and (engine.zero_stage == 3 or engine.checkpoint_activations):
             other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
-            raise UserError(f"engine.compile: expected off with engine.{other}, found {engine.compile}")
+            raise UserError(f"engine.compile: expected none with engine.{other}, found {engine.compile}")
         if engine.compile == "step":
-            if self.method != "sami" or engine.score not in ("auto", "dual") or self.encoder.start == "denoiser" or not engine.store_eps:
-                raise UserError("engine.compile: step needs method sami, score auto or dual, store_eps and encoder.start fresh")
-        elif engine.cuda_graphs and engine.compile == "off":
+            if engine.score not in ("auto", "dual") or self.encoder.start == "denoiser" or not engine.store_eps:
+                raise UserError("engine.compile: step needs engine.score auto or dual, store_eps and encoder.start fresh")
+        elif engine.cuda_graphs and engine.compile == "none":
             raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")
 
     @property

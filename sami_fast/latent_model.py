@@ -101,8 +101,8 @@ class LatentModel(nn.Module):
         return cls(encoder, partner, levels, architecture, **settings)
 
     @classmethod
-    def build_encoder(cls, arguments: dict[str, Any]) -> nn.Module:
-        """A fresh encoder of this architecture."""
+    def build_encoder(cls, arguments: dict[str, Any], partner: nn.Module | None = None) -> nn.Module:
+        """A fresh encoder of this architecture, which may start from the network beside it."""
         return Encoder(**arguments)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 Counted, on tensors that have a shape and no data: parameters, FLOPs, and the bytes a network keeps for its backward. Estimated, from
 those and from what DeepSpeed 0.19 does at each ZeRO stage: everything else. No GPU is asked, and none has confirmed the times.
+Without the compiled core attention is counted as plain torch keeps it, which is more than a GPU's kernels do.
 """
 
 import math
@@ -279,19 +280,19 @@ KEPT_BY_SCORE = {"sweeps": 3, "dual": 2, "reverse": 2}
 
 
 def step_flops(config: Config, encoder: Network, partner: Network, method: str) -> dict[str, float]:
-    """FLOPs of one optimiser step in which both networks learn, over all ranks: by network, and what the denoiser's warm-up takes.
+    """FLOPs of one optimiser step in which both networks learn, over all ranks, by part.
 
     Args:
         method: How the score is differentiated, one of `KEPT_BY_SCORE`.
     """
-    images, levels = config.train.batch_size, config.objective.noise_levels
-    clean = PASSES["trained"].flops(encoder)  # enc(x_0), for z and its KL
-    guided = PASSES[method].flops(encoder) * levels if config.method == "sami" else 0.0
+    images = config.train.batch_size
+    noisy = images * (1 if config.method == "beta_vae" else config.objective.noise_levels)
+    flops = {"encoder": images * PASSES["trained"].flops(encoder)}  # enc(x_0), for z and its KL
+    if config.method == "sami":
+        flops["score"] = noisy * PASSES[method].flops(encoder)
     # At most 1F more where the backward computes the denoiser's blocks again.
-    denoising = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
-    if config.method != "beta_vae":
-        denoising *= levels
-    return {"encoder": images * clean, "score": images * guided, partner_name(config): images * denoising}
+    of_one = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
+    return flops | {partner_name(config): noisy * of_one}
 
 
 def partner_name(config: Config) -> str:
@@ -374,7 +375,7 @@ def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -
         if stage >= 2:
             host, gradients = host + gradients, 0
         if config.engine.offload == "parameters" and stage == 3:
-            host, weights = host + weights, 0
+            host, weights, averaged = host + weights + averaged, 0, 0
     return Memory(*(FLOAT * elements for elements in (weights, gathered, gradients, moments, averaged, buckets, 0, host)))
 
 
@@ -382,7 +383,7 @@ REUSE = 1_000_000_000  # elements; DeepSpeed's stage3_max_reuse_distance
 
 
 def activations(config: Config, encoder: Network, partner: Network, method: str, images: int) -> float:
-    """Bytes of one micro-batch on one rank when the most is alive.
+    """Bytes of one micro-batch on one rank when the most is alive. A diffusers network keeps more in bf16: its norms stay float32.
 
     Args:
         images: Of the micro-batch on this rank.
@@ -391,9 +392,11 @@ def activations(config: Config, encoder: Network, partner: Network, method: str,
     # The score's sweeps end before the denoiser's backward begins, and begin when all of it is kept.
     guided = KEPT_BY_SCORE[method] * encoder.kept if config.method == "sami" else 0
     noisy = max(partner.kept + guided, partner.peak) if partner.trained else max(partner.passing, guided)
-    # Under autocast convolutions, norms and what they keep are bfloat16.
-    share = 0.5 if config.engine.precision == "bf16" else 1.0
-    return images * share * (encoder.kept + levels * noisy)
+    per_image = encoder.kept + levels * noisy
+    if config.engine.precision == "fp32":
+        return images * per_image
+    # Under autocast convolutions and norms keep bfloat16, half as much, and copies of the weights beside it.
+    return images * per_image / 2 + 2 * (encoder.parameters + partner.parameters)
 
 
 def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .accelerate import accelerate
 from .errors import UserError
 from .hub import located
 from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
@@ -102,6 +103,7 @@ class UNetTrunk(nn.Module):
             first = torch.zeros(1, dtype=torch.long, device=unet.device)
             self.embedding = nn.Parameter(unet.time_embedding(unet.time_proj(first).to(unet.dtype)))
         self.requires_grad_()
+        accelerate(self)  # torch's fused attention has no second derivative
 
     def forward(self, x: Tensor) -> Tensor:
         h, embedding = self.conv_in(x), self.embedding.expand(len(x), -1)

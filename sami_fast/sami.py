@@ -32,8 +32,8 @@ class Sami(LatentModel):
     guided_eta = 2.0
 
     @classmethod
-    def build_encoder(cls, arguments: dict[str, Any]) -> nn.Module:
-        return build_encoder(arguments)
+    def build_encoder(cls, arguments: dict[str, Any], partner: nn.Module | None = None) -> nn.Module:
+        return build_encoder(arguments, partner)
 
     @classmethod
     def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:

@@ -144,7 +144,7 @@ def training_step(
     score_method = score.pick(encoder, score_method)
 
     # z ~ q(z | x_0), one per image, shared by its K noise levels
-    mu_0, var_0 = (clean_encoder or encoder)(x_0)
+    mu_0, var_0 = (encoder if clean_encoder is None else clean_encoder)(x_0)
     eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu_0.shape[1]).to(mu_0.dtype)
     z = ops.gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sami_fast import checkpoints, ops
 from sami_fast import engine as engines
 from sami_fast.baselines import beta_vae_step, diffae_step
-from sami_fast.compiled import Compiled
+from sami_fast.compiled import compiled_parts, eager_parts
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.environment import describe
@@ -68,7 +68,7 @@ class TrainingModule(nn.Module):
         self.remote_denoiser: Callable[..., Tensor] | None = None
         if config.engine.checkpoint_activations:
             model.denoiser.recompute = True
-        self.compiled = Compiled(model, config)
+        self.parts = {True: compiled_parts(model, config), False: eager_parts(model, config)}  # with gradients, and for validation
 
     def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
         model = self.model
@@ -84,8 +84,8 @@ class TrainingModule(nn.Module):
         return loss / x_0[0].numel(), torch.cat((measured, kl.mean(0))).float()
 
     def _sami_step(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        sami, engine, compiled = self.model, self.config.engine, self.compiled
-        denoiser = self.remote_denoiser or compiled.denoiser
+        sami, engine, parts = self.model, self.config.engine, self.parts[torch.is_grad_enabled()]
+        denoiser = parts.denoiser if self.remote_denoiser is None else self.remote_denoiser
         if phase == "denoiser":
             loss, unguided = denoising_step(denoiser, sami.schedule, x_0, draw, self.objective, store_eps=engine.store_eps)
             waiting = sami.encoder(x_0[:1])
@@ -98,11 +98,11 @@ class TrainingModule(nn.Module):
             draw,
             self.objective,
             kl_weight,
-            score_method="dual" if engine.zero_stage == engine.encoder_zero_stage == 3 else compiled.score_method,
+            score_method=parts.score_method,
             store_eps=engine.store_eps,
             global_mean=self.mean_over_ranks,
-            clean_encoder=compiled.encoder,
-            terms_of=compiled.guided_terms,
+            clean_encoder=parts.encoder,
+            terms_of=parts.guided_terms,
         )
         if phase == "encoder" and self.config.train.mode == "finetune":
             loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))

@@ -26,7 +26,7 @@ ALLOWED = {
     "plan": {"config", "data", "errors", "latent_model", "score", "train"},
     "hub": {"errors"},
     "latent_model": {"errors", "files", "hub", "models", "ops", "schedule", "score"},
-    "pretrained": {"errors", "hub", "models", "schedule"},
+    "pretrained": {"accelerate", "errors", "hub", "models", "schedule"},
     "sami": {"latent_model", "pretrained", "schedule", "score"},
     "compiled": {"config", "latent_model", "step"},
     "shards": set(),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,11 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def counted(config):
-    return plan.count_networks(config, plan.networks_of(config, SHAPE), SHAPE)
+@cache
+def counted(*overrides):
+    """A config, its encoder and its denoiser."""
+    config = load_config(None, [*SMALL, *overrides])
+    return config, *plan.count_networks(config, plan.networks_of(config, SHAPE), SHAPE)
 
 
 def real_step(config, method):
@@ -74,9 +78,9 @@ def real_step(config, method):
 
 
 def test_parameters_are_those_of_the_networks():
-    config = load_config(None, SMALL)
+    config, *networks = counted()
     model = build_model(config, SHAPE)
-    for network, real in zip(counted(config), model.networks.values(), strict=True):
+    for network, real in zip(networks, model.networks.values(), strict=True):
         assert network.parameters == network.trained == sum(p.numel() for p in real.parameters())
         assert network.sizes == tuple(p.numel() for p in real.parameters())
 
@@ -84,8 +88,8 @@ def test_parameters_are_those_of_the_networks():
 @pytest.mark.parametrize("method", ["sweeps", "dual", "reverse"])
 def test_flops_of_a_step(method):
     """Exactly, layer by layer: 3F of the denoiser, 3F and 6F or 8F of the encoder, less what an image's gradient would have cost."""
-    config = load_config(None, SMALL)
-    flops = plan.step_flops(config, *counted(config), method)
+    flops = plan.step_flops(*counted(), method)
+    config = counted()[0]
     with Counter() as real:
         real_step(config, method)()
     # torch's own double backward of a strided convolution computes a weight gradient somewhat larger than the weight, and cuts it
@@ -96,29 +100,27 @@ def test_flops_of_a_step(method):
 
 
 def test_the_score_costs_6f_or_8f():
-    config = load_config(None, ["encoder.channels=[32,32]", "encoder.blocks=3", "data.image_size=16", "train.batch_size=1"])
-    encoder, partner = counted(config)
+    config, encoder, partner = counted("encoder.channels=[32,32]", "encoder.blocks=3", "objective.noise_levels=1", "train.batch_size=1")
     for method, count in (("sweeps", 6), ("reverse", 6), ("dual", 8)):
         assert plan.step_flops(config, encoder, partner, method)["score"] / encoder.forward == pytest.approx(count, rel=0.05)
 
 
 def test_flops_of_a_baseline():
-    config = load_config(None, [*SMALL, "method=diffae"])
+    config, encoder, partner = counted("method=diffae")
     with Counter() as real:
         real_step(config, "")()
-    assert sum(plan.step_flops(config, *counted(config), "sweeps").values()) == real.total
+    assert sum(plan.step_flops(config, encoder, partner, "sweeps").values()) == real.total
 
 
 def test_flops_of_a_frozen_denoiser():
-    config = load_config(None, SMALL)
-    encoder, partner = counted(config)
+    config, encoder, partner = counted()
     frozen = plan.Network(**asdict(partner) | {"trained": 0, "sizes": ()})
     assert plan.step_flops(config, encoder, frozen, "sweeps")["denoiser"] == 12 * partner.forward
 
 
 def test_recomputing_costs_flops_and_keeps_less():
-    config, again = (load_config(None, [*SMALL, f"engine.checkpoint_activations={on}"]) for on in (False, True))
-    (_, once), (encoder, twice) = counted(config), counted(again)
+    again, encoder, twice = counted("engine.checkpoint_activations=true")
+    _, _, once = counted()
     with Counter() as real:
         real_step(again, "sweeps")()
     assert sum(plan.step_flops(again, encoder, twice, "sweeps").values()) == real.total
@@ -128,10 +130,9 @@ def test_recomputing_costs_flops_and_keeps_less():
 
 def test_attention_is_counted_in_products():
     """Two products of 2 S^2 D N in a forward over S = 8 * 8 tokens."""
-    config = load_config(None, [*SMALL, "encoder.attention=[8]"])
-    encoder, _ = counted(config)
+    _, encoder, _ = counted("encoder.attention=[8]")
     assert encoder.attention == 2 * 2 * 64**2 * 8
-    assert encoder.forward > counted(load_config(None, SMALL))[0].forward  # q, k, v and out are convolutions
+    assert encoder.forward > counted()[1].forward  # q, k, v and out are convolutions
 
 
 # ---- memory of a micro-batch
@@ -152,20 +153,48 @@ def test_attention_is_counted_in_products():
 def test_activations_grow_as_planned(overrides, wide):
     """The most that torch's allocator holds in real steps, per image, is within 12 % of the plan's."""
     wider = {"encoder": ["encoder.channels=[32,32]"], "denoiser": ["denoiser.channels=[32,32]"]}[wide]
-    config = load_config(None, [*SMALL, *wider, *overrides])
+    config, encoder, partner = counted(*wider, *overrides)
     method = "sweeps" if config.engine.score == "auto" else config.engine.score
     peaks = []
     for batch in (4, 12):
         step = real_step(load_config(None, [*SMALL, *wider, *overrides, f"train.batch_size={batch}"]), method)
         step()
         peaks.append(peak_bytes(step))
-    assert plan.activations(config, *counted(config), method, 1) == pytest.approx((peaks[1] - peaks[0]) / 8, rel=0.12)
+    assert plan.activations(config, encoder, partner, method, 1) == pytest.approx((peaks[1] - peaks[0]) / 8, rel=0.12)
 
 
 def test_bf16_halves_activations_and_nothing_else():
-    rows = [plan.plan(load_config(None, [*SMALL, f"engine.precision={p}"]), [2]).rows[1].memory for p in ("fp32", "bf16")]
-    assert rows[1].activations == 0.5 * rows[0].activations
-    assert (rows[1].weights, rows[1].optimizer) == (rows[0].weights, rows[0].optimizer)
+    found = [plan.plan(load_config(None, [*SMALL, f"engine.precision={p}"]), [2]) for p in ("fp32", "bf16")]
+    copies = 2 * sum(n.parameters for n in found[0].networks.values())
+    full, half = (f.rows[1].memory for f in found)
+    assert half.activations == 0.5 * full.activations + copies
+    assert (half.weights, half.optimizer) == (full.weights, full.optimizer)
+
+
+def test_a_pretrained_denoiser(tmp_path):
+    """Frozen it costs one forward and keeps nothing; fine-tuned it is like any other. Its image size is the data's."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    unet = diffusers.UNet2DModel(sample_size=16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, **blocks)
+    unet.save_pretrained(tmp_path)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    small = [o for o in SMALL if not o.startswith("data.")] + [
+        "data.kind=image_folder",
+        "data.path=not there",
+        f"denoiser.pretrained={tmp_path}",
+    ]
+    frozen, tuned = (plan.plan(load_config(None, [*small, f"train.mode={mode}"]), [2]) for mode in ("frozen", "finetune"))
+    assert frozen.image_shape == (3, 16, 16)
+    one, other = frozen.networks["denoiser"], tuned.networks["denoiser"]
+    assert one.parameters == other.trained == sum(p.numel() for p in unet.parameters())
+    assert one.trained == 0
+    assert frozen.flops["denoiser"] == 12 * (one.forward + one.attention)
+    assert tuned.flops["denoiser"] == pytest.approx(3 * frozen.flops["denoiser"], rel=0.1)
+    before, after = (found.rows[0].memory for found in (frozen, tuned))
+    assert before.weights == after.weights
+    assert before.gradients == 4 * frozen.networks["encoder"].parameters
+    assert after.gradients == after.weights
+    assert before.activations < 0.6 * after.activations
 
 
 # ---- one rank's share, by arithmetic
@@ -222,6 +251,13 @@ def test_offload_moves_moments_to_the_host():
     )
     assert there.optimizer == there.gradients == 0
     assert there.host == here.optimizer + here.gradients
+
+
+def test_offload_of_parameters_leaves_nothing_but_whole_weights_in_use():
+    config = load_config(None, ["engine.zero_stage=3", "engine.offload=parameters", "optimizer.ema_decay=0.9"])
+    memory = plan.state([NETWORK], config, 3, 2)
+    assert memory.gpu == memory.gathered + memory.buckets
+    assert memory.host == 0.5 * 4000 * 5  # weights, gradients, two moments, average
 
 
 def test_a_row_that_does_not_fit():
@@ -324,6 +360,14 @@ def test_arrays_that_are_not_there_need_a_shape(capsys):
     status, text, _ = run(capsys, *arguments[:2], "data.image_size=32", "data.channels=1", *arguments[2:])
     assert status == 0
     assert json.loads(text)["image_shape"] == [1, 32, 32]
+
+
+def test_the_docs_show_what_the_command_prints(capsys):
+    """After a change that is meant to alter it, docs/scaling.md needs all its tables anew."""
+    text = (ROOT / "docs/scaling.md").read_text()
+    assert "`sami-fast plan celeba64 data.path=celeba --gpus 8 64 512`" in text
+    _, printed, _ = run(capsys, "celeba64", "data.path=celeba", "--gpus", "8", "64", "512")
+    assert textwrap.indent(printed, "    ") in text
 
 
 @pytest.mark.parametrize(

@@ -42,16 +42,16 @@ def _lines(found: "Plan") -> list[str]:
         "Counted, for one image and one forward pass",
     ]
     for name, network in found.networks.items():
-        lines.append(
-            f"  {name:<9} {network.parameters / 1e6:>8.2f} M parameters{'' if network.trained else ' (frozen)'}, "
-            f"{(network.forward + network.attention) / 1e9:.2f} GFLOP, keeps {network.kept / 2**20:.1f} MiB for its backward in float32"
-        )
+        kept = f"keeps {network.kept / 2**20:.1f} MiB for its backward in float32" if network.trained else "frozen"
+        work = (network.forward + network.attention) / 1e9
+        lines.append(f"  {name:<9} {network.parameters / 1e6:>8.2f} M parameters, {work:.3g} GFLOP, {kept}")
     parts = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in found.flops.items())
-    recomputed = " and the denoiser's blocks computed twice" if config.engine.checkpoint_activations else ""
+    guided = f", with score {found.method}" if config.method == "sami" else ""
+    recomputed = ", the denoiser's blocks computed twice" if config.engine.checkpoint_activations else ""
     peak = f"{gpu.peak(config.engine.precision) / 1e12:g} TFLOP/s in {config.engine.precision}"
     lines += [
         "",
-        f"One step over all GPUs, with score {found.method}{recomputed}: {sum(found.flops.values()) / 1e12:.3g} TFLOP ({parts})",
+        f"One step over all GPUs{guided}{recomputed}: {sum(found.flops.values()) / 1e12:.3g} TFLOP ({parts})",
         "",
         f"Estimated, nothing of it measured, for {found.gpu} ({gpu.source})",
         f"  assumed: {found.mfu:.0%} of {peak}; {LINK_SHARE:.0%} of {gpu.nvlink:g} GB/s inside a machine of {PER_MACHINE} GPUs "

@@ -41,11 +41,16 @@ def encode(run: Run, model: LatentModel) -> Latents:
 
 
 def untrained(run: Run) -> LatentModel:
-    """The run's networks as they were before the first step: same architecture, same seed; its latents are drawn, whatever the method."""
+    """The run's encoder as it was before the first step, beside its trained partner; its latents are drawn, whatever the method.
+
+    Half of a denoiser that was then fine-tuned is half of the denoiser as it is now.
+    """
     model = run.model
+    partner = model.networks[model.partner]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
-        fresh = type(model).build(model.architecture, model.schedule.settings, **model.settings)
+        encoder = model.build_encoder(model.architecture["encoder"], partner)
+    fresh = type(model)(encoder, partner, model.schedule, model.architecture, **model.settings)
     fresh.deterministic = False
     return fresh.to(model.device).eval()
 

@@ -18,9 +18,9 @@ class DenoiserTrunk(nn.Module):
         self.stem, self.down, self.shrink, self.middle = map(
             copy.deepcopy, (denoiser.stem, denoiser.down, denoiser.shrink, denoiser.middle)
         )
-        dtype = denoiser.stem.weight.dtype
+        weight = denoiser.stem.weight
         with torch.no_grad():
-            clean = denoiser.embed(time_embedding(torch.zeros(1, device=denoiser.stem.weight.device), denoiser.embedding_size).to(dtype))
+            clean = denoiser.embed(time_embedding(weight.new_zeros(1), denoiser.embedding_size))
         self.embedding = nn.Parameter(clean)
         self.requires_grad_()
 
@@ -45,8 +45,9 @@ class HalfUNet(nn.Module):
     def __init__(self, trunk: nn.Module, image_shape: tuple[int, int, int], latent_size: int, groups: int, init_std: float = 0.97) -> None:
         super().__init__()
         self.image_shape, self.latent_size = image_shape, latent_size
+        weight = next(trunk.parameters())
         with torch.no_grad():
-            _, width, *sides = trunk(torch.zeros(1, *image_shape)).shape
+            _, width, *sides = trunk(weight.new_zeros(1, *image_shape)).shape
         self.trunk, self.norm = trunk, GroupNormSiLU(width, groups)
         self.mu, self.raw_var, self.var = gaussian_heads(width * sides[0] * sides[1], latent_size, init_std)
 

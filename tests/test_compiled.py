@@ -1,0 +1,64 @@
+"""`engine.compile`: the same losses and weights as without it, and one cache for all processes."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sami_fast.compiled import compiled_parts, eager_parts
+from sami_fast.config import load_config
+from sami_fast.step import guided_terms
+from sami_fast.train import build_model, train
+
+TINY = str(Path(__file__).parent / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    """Compiled code of these tests stays out of the user's own cache, and one test finds the other's."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+    torch._dynamo.reset()
+
+
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss_nats"] for row in rows if "loss_nats" in row]
+
+
+@pytest.mark.parametrize("overrides", [[], ["objective.noise_levels=2", "objective.unconditional_weight=0.1", "engine.precision=bf16"]])
+@pytest.mark.parametrize("what", ["denoiser", "step"])
+def test_same_losses_and_weights(what, overrides, tmp_path):
+    eager, compiled = (
+        train(load_config(TINY, [f"runs_dir={tmp_path}", f"name={name}", f"engine.compile={name}", *overrides])) for name in ("none", what)
+    )
+    bf16 = "engine.precision=bf16" in overrides
+    np.testing.assert_allclose(losses(compiled), losses(eager), rtol=2e-3 if bf16 else 2e-5)
+    theirs = load_file(compiled / "model/model.safetensors")
+    for name, value in load_file(eager / "model/model.safetensors").items():
+        torch.testing.assert_close(theirs[name], value, rtol=0.1 if bf16 else 1e-4, atol=5e-3 if bf16 else 2e-6)
+
+
+def test_what_is_compiled():
+    """`step` is compiled as one graph around the dual numbers; without gradients nothing is compiled."""
+    configs = {name: load_config(TINY, [f"engine.compile={name}"]) for name in ("none", "denoiser", "step")}
+    model = build_model(configs["none"], (1, 8, 8))
+    parts = {name: compiled_parts(model, config) for name, config in configs.items()}
+    assert parts["none"] == eager_parts(model, configs["none"])
+    assert parts["denoiser"].denoiser is not model.denoiser
+    assert parts["denoiser"].guided_terms is guided_terms
+    assert parts["denoiser"].score_method == "auto"
+    assert parts["step"].guided_terms is not guided_terms
+    assert parts["step"].denoiser is model.denoiser  # it is inside the graph
+    assert parts["step"].score_method == eager_parts(model, configs["step"]).score_method == "dual"
+
+
+def test_compiled_code_is_kept_beside_the_other_caches(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = load_config(TINY, ["engine.compile=denoiser"])
+    compiled_parts(build_model(config, (1, 8, 8)), config)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sami-fast/compiled")
