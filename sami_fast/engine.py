@@ -428,7 +428,7 @@ class Engine:
 def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:
     """Sizes that DeepSpeed would guess for networks of billions of parameters."""
     total = sum(p.numel() for p in parameters)
-    bucket = min(500_000_000, 2 * total)
+    bucket = min(500_000_000, total + total % 2)  # DeepSpeed wants an even number
     if stage < 3:
         return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     vectors = max((p.numel() for p in parameters if p.dim() < 2), default=0)

@@ -345,7 +345,7 @@ def touched(sizes: Sequence[int], ranks: int) -> int:
 
 def bucket_elements(learning: int) -> int:
     """Elements of the buffer that gradients are reduced in, as engine.py sets it."""
-    return min(500_000_000, 2 * learning)
+    return min(500_000_000, learning + learning % 2)
 
 
 def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> Memory:

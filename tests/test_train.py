@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from ranks_worker import COMMON, STAGES, VARIANTS
 from safetensors.torch import load_file
 
@@ -226,12 +227,19 @@ def launch(folder: Path, *command) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, alone):
-    folder = tmp_path_factory.mktemp("ranks")
-    for stage in STAGES:
-        shutil.copytree(alone[True], folder / f"from_one{stage}")
-        shutil.rmtree(folder / f"from_one{stage}/checkpoints/step_12")
-    done = launch(folder, ROOT / "tests/ranks_worker.py", folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    """All runs of two ranks, made by the first test process that asks; they take both cores anyway."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_ranks"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for stage in STAGES:
+                shutil.copytree(alone[True], folder / f"from_one{stage}")
+                shutil.rmtree(folder / f"from_one{stage}/checkpoints/step_12")
+            done = launch(folder, ROOT / "tests/ranks_worker.py", folder)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (folder / "done").touch()
     return folder
 
 
