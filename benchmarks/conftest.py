@@ -129,7 +129,8 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
 
 def _rival(row: dict[str, Any]) -> str:
     """The baseline, where it has no row of its own."""
-    return f" to {row['baseline']}" if ("target" in row and row["mode"] != "step") or row["mode"] == "feed" else ""
+    alone = ("target" in row and row["mode"] != "step") or row["mode"] == "feed" or "compile_seconds" in row
+    return f" to {row['baseline']}" if alone else ""
 
 
 def _target(row: dict[str, Any]) -> str:
@@ -189,6 +190,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(
             f"{op}: torch's convolutions alone, each in its faster layout, take {milliseconds:.1f} ms; of the step's time that is: {shares}"
         )
+
+    for row in rows:
+        if "compile_seconds" in row:
+            empty, full = (row["compile_seconds"][cache] for cache in ("empty", "full"))
+            terminalreporter.line(
+                f"{row['op']}: the first step with {row['implementation']} took {empty:.1f} s, with everything in the cache {full:.1f} s"
+            )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

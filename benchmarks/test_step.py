@@ -4,8 +4,9 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sami_fast import ops
+from sami_fast.compiled import compiled_parts
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.reference.step import step as reference_step
@@ -59,6 +61,7 @@ class Step:
         # The denoiser starts as zero, where almost all of its gradients are zero too.
         with torch.no_grad():
             torch.nn.init.normal_(self.sami.denoiser.out.weight, std=0.02)
+        self.config = config
         self.objective = Objective(**asdict(config.objective))
         self.kl_weight = config.kl_weight.start
         batch = config.train.batch_size
@@ -76,13 +79,16 @@ class Step:
         eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.encoder.latent_size)
         return t, eps.unflatten(0, t.shape), eps_z
 
-    def engine(self, score_method: str) -> Callable[[], Sequence[Tensor]]:
-        """Draws its noise inside the clock."""
+    def engine(self, score_method: str, compiled: str = "none") -> Callable[[], Sequence[Tensor]]:
+        """Draws its noise inside the clock. `compiled` is `engine.compile`."""
         sami, parameters = self.sami, list(self.sami.parameters())
+        engine = replace(self.config.engine, score=score_method, compile=compiled)
+        parts = compiled_parts(sami, replace(self.config, engine=engine))
+        compiled_kwargs = {"score_method": parts.score_method, "clean_encoder": parts.encoder, "terms_of": parts.guided_terms}
 
         def run() -> Sequence[Tensor]:
-            networks = sami.encoder, sami.denoiser, sami.schedule
-            loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, score_method=score_method)
+            networks = sami.encoder, parts.denoiser, sami.schedule
+            loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, **compiled_kwargs)
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         return run
@@ -190,3 +196,30 @@ def test_step(config_name: str, name: str, record: Callable[..., None]) -> None:
         **flops(run),
     }
     record(row, "images/s", run, step.reference(), run)
+
+
+@pytest.mark.parametrize("what", ["denoiser", "step"])
+def test_compiled_step(what: str, record: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disks step under torch.compile against the same step without, and how long compiling takes with an empty cache and a full one."""
+    config, step, exact, rival, _ = prepared("disks")
+    score_method = "dual" if what == "step" else "auto"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    eager, seconds = step.engine(score_method), {}
+    for kind in ("empty", "full"):
+        torch._dynamo.reset()
+        run, start = step.engine(score_method, what), time.perf_counter()
+        results = run()
+        seconds[kind] = time.perf_counter() - start
+    compare(f"step disks: compiled {what}", "step", results, exact, rival)
+    row = {
+        "op": "step disks, compiled",
+        "shape": step.shape,
+        "dtype": "float32",
+        "mode": "step",
+        "implementation": what,
+        "baseline": f"{score_method}, not compiled",
+        "config": {section: asdict(getattr(config, section)) for section in ("encoder", "denoiser", "schedule", "objective")},
+        "images": step.shape["B"],
+        "compile_seconds": seconds,
+    }
+    record(row, "images/s", run, eager, None)
