@@ -1,4 +1,5 @@
-"""A diffusers UNet as it comes and accelerated: first gradients, and a step on a gradient penalty; correct first, then timed."""
+"""Other people's networks as they come and accelerated: a diffusers UNet's first gradients and gradient penalty, and SAMI's step with an
+encoder and a UNet in plain torch. Correct first, then timed."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -13,6 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sami_fast import ops
 from sami_fast.accelerate import accelerate
 from sami_fast.ops.backend import refusal
+from sami_fast.pretrained import DiscreteTimeDenoiser, timestep_levels
+from sami_fast.reference.step import step as reference_step
+from sami_fast.schedule import Discrete
+from sami_fast.step import Draw, Objective, training_step
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -95,3 +100,97 @@ def test_accelerate(mode: str, name: str, record: Callable[..., None]) -> None:
         "images": SHAPE["B"],
     }
     record(row, "images/s", run, problem.runner(BASELINE, mode), run)
+
+
+FOREIGN = {"B": 16, "K": 1, "C": 3, "H": 32, "W": 32}
+
+
+class TheirEncoder(nn.Module):
+    """x -> (mu, var) as people write it, in plain torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
+            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.body, self.heads = nn.Sequential(*layers, nn.Flatten()), nn.Linear(64 * 16, 2 * 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, raw_var = self.heads(self.body(x)).chunk(2, 1)
+        return mu, nn.functional.softplus(raw_var) + 1e-4
+
+
+class TheirUNet(nn.Module):
+    """(x_t, integer t) -> eps in plain torch: two resolutions, the timestep from a table."""
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self.embedding, self.first = nn.Embedding(timesteps, 32), nn.Conv2d(3, 32, 3, 1, 1)
+        self.down = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1))
+        self.middle = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, 64, 3, 1, 1))
+        self.up = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, 1, 1))
+        self.last = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 3, 3, 1, 1))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        h = self.first(x_t) + self.embedding(t)[:, :, None, None]
+        return self.last(h + self.up(self.middle(self.down(h))))
+
+
+class ForeignStep:
+    """One batch for networks in plain torch: the method by autograd alone, and the engine's step with both accelerated."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.alphas = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
+        self.schedule = Discrete(timestep_levels(self.alphas).tolist())
+        self.encoder, self.unet = TheirEncoder(), TheirUNet(1000)
+        index = torch.arange(FOREIGN["B"])
+        self.x_0, self.draw = torch.randn(*(FOREIGN[letter] for letter in "BCHW")).clamp(-1, 1), Draw(1, 2, index, len(index))
+
+    def run(self, name: str, dtype: torch.dtype = torch.float32) -> Callable[[], Sequence[Tensor]]:
+        encoder, unet = (copy.deepcopy(network).to(dtype) for network in (self.encoder, self.unet))
+        denoiser = DiscreteTimeDenoiser(unet, self.alphas, self.schedule, fractional=False)
+        parameters, x_0 = [*encoder.parameters(), *unet.parameters()], self.x_0.to(dtype)
+        if name == BASELINE:  # is given the noise that the engine draws inside the clock
+            t = self.schedule.sample(self.draw.index, 1, len(x_0), seed=1, step=2)
+            ones = torch.ones_like(t)
+            _, eps = ops.noise_sample(self.x_0, ones, ones, self.draw.index, seed=1, step=2)
+            eps_z = ops.random_normal(1, 2, ops.Stream.EPS_Z, self.draw.index, 8)
+            t, eps, eps_z = (value.to(dtype) for value in (t, eps[:, None], eps_z))
+            given = (x_0, t, self.schedule.logsnr(t), self.schedule.weight(t, "elbo"), eps, eps_z, 0.1)
+
+            def loss() -> Tensor:
+                return reference_step(encoder, denoiser, *given)
+        else:
+            accelerate(encoder)
+            accelerate(unet)
+
+            def loss() -> Tensor:
+                with ops.use_backend(name):
+                    return training_step(encoder, denoiser, self.schedule, x_0, self.draw, Objective(), 0.1)[0]
+
+        def run() -> Sequence[Tensor]:
+            value = loss()
+            return value.detach(), *torch.autograd.grad(value, parameters)
+
+        return run
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_foreign_step(name: str, record: Callable[..., None]) -> None:
+    if name != BASELINE and (reason := refusal(name, "cpu", torch.float32)) is not None:
+        pytest.skip(reason)
+    step = ForeignStep()
+    run, rival = step.run(name), step.run(BASELINE)
+    compare(f"foreign step: {name}", "step", run(), step.run(BASELINE, torch.float64)(), rival())
+    row = {
+        "op": "foreign step",
+        "shape": FOREIGN,
+        "dtype": "float32",
+        "mode": "step",
+        "implementation": name,
+        "baseline": BASELINE,
+        "images": FOREIGN["B"],
+    }
+    record(row, "images/s", run, rival, run)
