@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint cuda recovery methods clean
+.PHONY: install train test bench lint cuda recovery methods pretrained clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ recovery: install
 # SAMI, a beta-VAE and a diffusion autoencoder on disks and sprites, three seeds each: writes docs/results.md. About two hours on two cores.
 methods: install
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+# Encoders on a pretrained diffusers UNet against the joint run, three seeds: writes docs/results.md. About fifteen minutes.
+pretrained: install
+	$(BIN)/python benchmarks/pretrained.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

@@ -1,0 +1,180 @@
+"""How soon do latents arrive on a denoiser that is trained already? Against the joint run, seed by seed, losers included.
+
+python benchmarks/pretrained.py                        # docs/results.md
+python benchmarks/pretrained.py --seeds 0 --denoiser-steps 500 --output try.md
+
+Trains a diffusers UNet2DModel with diffusers' own scheduler and pipeline, then encoders beside it, frozen. The time of each frozen run is
+set beside the time in which the joint run of the same seed gets its worst factor as far. Runs take turns, one thread each.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from recovery import ROOT, write_generated
+
+from sami_fast.config import Config, load_config
+from sami_fast.data import open_dataset
+from sami_fast.environment import describe
+from sami_fast.metrics.identifiability import linear_r2
+from sami_fast.sampling import encode
+from sami_fast.train import Trainer
+
+MIN_R2, MAX_SHARE = 0.9, 1 / 3
+# What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
+FROZEN = [
+    "train.mode=frozen",
+    "train.steps=300",
+    "encoder.start=denoiser",
+    "objective.time_power=2",
+    "kl_weight.start=0.05",
+    "kl_weight.end=0.005",
+    "optimizer.encoder_lr=0.002",
+    "optimizer.warmup_steps=40",
+    "optimizer.clip=3",
+    "optimizer.ema_decay=0.95",
+]
+IMAGES = 4000
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a run had come."""
+
+    step: int
+    seconds: float  # of training alone
+    r2: list[float]  # of each factor, from sampled latents
+
+
+def train_denoiser(folder: Path, steps: int) -> float:
+    """diffusers' own UNet, noise and loss on generated disks; returns the last loss, a mean square per pixel."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    images = open_dataset(load_config("disks").data, seed=0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    scheduler = DDPMScheduler()
+    optimizer = torch.optim.Adam(unet.parameters(), 2e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    average = 1.0
+    for step in range(steps):
+        x_0 = images.images(torch.arange(step * 64, (step + 1) * 64))
+        eps, timestep = torch.randn_like(x_0), torch.randint(0, 1000, (64,))
+        loss = (unet(scheduler.add_noise(x_0, eps, timestep), timestep).sample - eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        average = 0.99 * average + 0.01 * loss.item()
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    return average
+
+
+def run(config: Config, every: int) -> Iterator[Reached]:
+    """Train, and look at the latents every so many steps."""
+    trainer = Trainer(config, resume=False, overwrite=True)
+    index = torch.arange(IMAGES)
+    images, factors = trainer.validation.images(index), trainer.validation.factors(index).numpy()
+    seconds = 0.0
+    try:
+        while trainer.step < config.train.steps:
+            start, phase = time.process_time(), config.phase(trainer.step)
+            kl_weight = trainer.kl_weight(trainer.step - config.first_joint_step) if phase != "denoiser" else 0.0
+            trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, kl_weight, phase))  # noqa: B023 (called at once)
+            trainer.step += 1
+            seconds += time.process_time() - start
+            if trainer.step % every == 0 or trainer.step == config.train.steps:
+                with trainer.engine.averaged_weights():
+                    codes = encode(trainer.model, images).draw(index, config.seed).numpy()
+                yield Reached(trainer.step, seconds, linear_r2(codes, factors).tolist())
+    finally:
+        trainer.feed.close()
+        trainer.run_folder.release()
+
+
+def settings(arguments: argparse.Namespace, name: str, seed: int, overrides: Sequence[str]) -> Config:
+    own = [f"name={name}_seed{seed}", f"seed={seed}", f"runs_dir={arguments.runs}", "engine.threads=1"]
+    return load_config("disks", [*own, *overrides])
+
+
+def compare(arguments: argparse.Namespace, seed: int) -> tuple[Reached, Reached | None, Reached]:
+    """The frozen run at its end; the joint run where its worst factor was as far, if ever; and at its end."""
+    frozen_settings = [*FROZEN, f"denoiser.pretrained={arguments.runs / 'ddpm'}", *arguments.overrides]
+    frozen = list(run(settings(arguments, "frozen", seed, frozen_settings), every=10**9))[-1]
+    same = None
+    for joint in run(settings(arguments, "joint", seed, []), every=50):
+        if min(joint.r2) >= min(frozen.r2):
+            same = joint
+            break
+    return frozen, same, joint
+
+
+def row(seed: int, frozen: Reached, same: Reached | None, last: Reached) -> tuple[bool, str]:
+    share = frozen.seconds / (same or last).seconds
+    passes = min(frozen.r2) >= MIN_R2 and share < MAX_SHARE
+    joint = f"{same.seconds:.0f}, step {same.step}" if same else f"not in {last.seconds:.0f}"
+    r2 = " | ".join(f"{value:.3f}" for value in frozen.r2)
+    return passes, f"| {seed} | {r2} | {frozen.seconds:.0f} | {joint} | {share:.2f} | {'yes' if passes else '**no**'} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/pretrained.py --seeds 0 1")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--denoiser-steps", type=int, default=2500, help="steps of the UNet; one that is there is taken as it is")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/pretrained", help="where the UNet and the run folders go")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md", help="markdown file whose generated part is replaced")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the frozen runs that differ")
+    arguments = parser.parse_intermixed_args()
+    torch.set_num_threads(1)
+    facts = arguments.runs / "ddpm.json"
+    if not facts.exists():
+        start = time.process_time()
+        loss = train_denoiser(arguments.runs / "ddpm", arguments.denoiser_steps)
+        facts.write_text(json.dumps({"steps": arguments.denoiser_steps, "loss": loss, "seconds": time.process_time() - start}))
+    unet = json.loads(facts.read_text())
+    rows = []
+    for seed in arguments.seeds:
+        rows.append(row(seed, *compare(arguments, seed)))
+        print(rows[-1][1], flush=True)
+    passed, environment = sum(passes for passes, _ in rows), describe()
+    command = " ".join(["python benchmarks/pretrained.py", *arguments.overrides])
+    generated = "\n".join(
+        [
+            f"`{command}`, {date.today()}, torch {environment['packages']['torch']}, CPU, one thread, commit {environment['commit']}.",
+            "",
+            f"The denoiser: a diffusers `UNet2DModel` with `DDPMScheduler`, {unet['steps']} steps of 64 disks in {unet['seconds']:.0f} s, "
+            f"mean squared error {unet['loss']:.4f} per pixel.",
+            "",
+            f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the frozen run, in less than a "
+            "third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores are from sampled z; "
+            "seconds are processor time of training alone.",
+            "",
+            "| seed | R2 x | R2 y | R2 background | frozen, s | joint to the same R2, s | share | passes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(line for _, line in rows),
+        ]
+    )
+    write_generated(arguments.output, "pretrained disks", generated)
+    print(generated)
+    return 0 if passed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        raise SystemExit(main())
