@@ -23,8 +23,9 @@ from torch.utils.data import Dataset as MapDataset
 from sami_fast.config import load_config
 from sami_fast.data import Feed, ImageFolder, VideoFolder, open_dataset
 from sami_fast.engine import set_threads
+from sami_fast.networks import build_model
 from sami_fast.step import Draw
-from sami_fast.train import TrainingModule, build_model
+from sami_fast.train import TrainingModule
 
 pytest.importorskip("nvidia.dali", reason="needs DALI: pip install 'sami-fast[feed]'")
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'")

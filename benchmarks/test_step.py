@@ -20,10 +20,10 @@ from sami_fast import ops
 from sami_fast.compiled import compiled_parts
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
+from sami_fast.networks import build_model
 from sami_fast.reference.step import step as reference_step
 from sami_fast.sami import Sami
 from sami_fast.step import Draw, Objective, training_step
-from sami_fast.train import build_model
 
 CONFIGS = {
     "disks": ("disks", ["data.image_size=32", "train.batch_size=32"]),

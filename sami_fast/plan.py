@@ -27,6 +27,7 @@ from .config import Config
 from .data import open_dataset
 from .errors import UserError
 from .latent_model import LatentModel
+from .networks import build_model, with_images_of_denoiser
 
 FLOAT = 4  # bytes of a float32: weights, gradients, moments and averages are never anything else
 STAGES = (0, 1, 2, 3)
@@ -212,10 +213,8 @@ def networks_of(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
     """The networks that training would build, without memory for their weights (a pretrained one is loaded first).
 
     Raises:
-        UserError: as `train.build_model`.
+        UserError: as `networks.build_model`.
     """
-    from .train import build_model
-
     if config.denoiser.pretrained:
         model = build_model(config, image_shape)
     else:
@@ -484,12 +483,10 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
         gpu: A name in `GPUS`.
         mfu: Assumed share of the GPU's peak.
     Raises:
-        UserError: unknown GPU; as `image_shape_of` and `train.build_model`.
+        UserError: unknown GPU; as `image_shape_of` and `networks.build_model`.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, found {gpu!r}")
-    from .train import with_images_of_denoiser
-
     config = with_images_of_denoiser(config)
     image_shape = image_shape_of(config)
     model = networks_of(config, image_shape)

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,9 @@ from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
 from sami_fast.latent_model import LatentModel
-from sami_fast.methods import METHODS
 from sami_fast.metrics.latents import LIVE_NATS
-from sami_fast.pretrained import build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from sami_fast.networks import build_model, with_images_of_denoiser
 from sami_fast.run_folder import RunFolder
-from sami_fast.sami import Sami
-from sami_fast.schedule import Discrete, Schedule, build_schedule
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
@@ -118,81 +115,6 @@ def _nothing(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return 0.0 * sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
-def with_images_of_denoiser(config: Config) -> Config:
-    """The config with the image size and the channels of its pretrained denoiser, where it leaves them open."""
-    if not config.denoiser.pretrained or (config.data.image_size and config.data.channels):
-        return config
-    shape = image_shape_of(config.denoiser.pretrained)
-    if shape is None:
-        return config
-    data = replace(config.data, channels=config.data.channels or shape[0], image_size=config.data.image_size or shape[1])
-    return replace(config, data=data)
-
-
-def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Arguments of both networks of the config's method for images of this shape, with a given denoiser's in place of the config's."""
-    image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
-    encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
-    del encoder["start"], partner["pretrained"]
-    if config.encoder.start == "denoiser":
-        encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
-    if config.method != "sami":
-        partner["latent_size"] = config.encoder.latent_size
-    if config.method == "beta_vae":  # a decoder sees no noise level
-        del partner["embedding_size"]
-    return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
-
-
-def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]:
-    """The config's pretrained denoiser, its architecture, and the schedule of the run.
-
-    Raises:
-        UserError: there is none that can be used, or it knows other noise levels than the config asks for.
-    """
-    source, settings = config.denoiser.pretrained, asdict(config.schedule)
-    if not is_diffusers(source):
-        given = Sami.from_pretrained(source)
-        if given.schedule.settings != settings:
-            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
-            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-        return given.denoiser, given.architecture["denoiser"], given.schedule
-    if config.schedule.kind == Discrete.kind:
-        levels = [level for level in scheduler_levels(source) if config.schedule.logsnr_min <= level <= config.schedule.logsnr_max]
-        settings = {"kind": Discrete.kind, "levels": levels}
-    try:
-        schedule = build_schedule(settings)
-    except ValueError as error:
-        raise UserError(f"schedule: {error}") from None
-    denoiser = load_diffusers(source, schedule)
-    return denoiser, denoiser.architecture, schedule
-
-
-def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
-    """Both networks: fresh ones with weights that depend on the seed alone, and the pretrained denoiser where there is one.
-
-    Raises:
-        UserError: the image size does not fit the networks, or the pretrained denoiser does not fit the images.
-    """
-    method = METHODS[config.method]
-    try:
-        if not config.denoiser.pretrained:
-            torch.manual_seed(config.seed)
-            settings = asdict(config.diffae) if config.method == "diffae" else {}
-            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **settings)
-        denoiser, its_architecture, schedule = given_denoiser(config)
-        if denoiser.image_shape != image_shape:
-            raise UserError(
-                f"denoiser.pretrained: its images are {list(denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
-            )
-        architecture = architecture_of(config, image_shape, its_architecture)
-        torch.manual_seed(config.seed)
-        encoder = build_encoder(architecture["encoder"], denoiser)
-    except ValueError as error:
-        raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
-    denoiser.requires_grad_(config.train.mode == "finetune")
-    return method(encoder, denoiser, schedule, architecture)
-
-
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two nested dicts differ."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -229,7 +151,7 @@ class Trainer:
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
-        engines.build_optimizer(self.model.networks, config, self.device)
+        engines.build_optimizer(self.model.networks, config, self.device)  # tried here for the same reason; the engines make their own
         engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
         self.engine = engines.Engine(self.module, config, self.device)

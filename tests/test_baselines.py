@@ -11,10 +11,11 @@ from sami_fast.baselines import BetaVAE, DiffAE, beta_vae_step, diffae_step
 from sami_fast.config import load_config
 from sami_fast.errors import UserError
 from sami_fast.methods import METHODS, load_model
+from sami_fast.networks import build_model
 from sami_fast.sami import Sami
 from sami_fast.schedule import alpha_sigma
 from sami_fast.step import Draw, Objective
-from sami_fast.train import Trainer, build_model, train
+from sami_fast.train import Trainer, train
 
 SCHEDULE = {"kind": "uniform_logsnr", "logsnr_min": -6.0, "logsnr_max": 5.0}
 IMAGE = {"image_channels": 1, "image_size": 8}

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from sami_fast.compiled import compiled_parts, eager_parts
 from sami_fast.config import load_config
+from sami_fast.networks import build_model
 from sami_fast.step import guided_terms
-from sami_fast.train import build_model, train
+from sami_fast.train import train
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
 

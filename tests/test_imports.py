@@ -23,7 +23,7 @@ ALLOWED = {
     "score": {"ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
-    "plan": {"config", "data", "errors", "latent_model", "score", "train"},
+    "plan": {"config", "data", "errors", "latent_model", "networks", "score"},
     "hub": {"errors"},
     "latent_model": {"errors", "files", "hub", "models", "ops", "schedule", "score"},
     "pretrained": {"accelerate", "errors", "hub", "models", "schedule"},
@@ -32,6 +32,7 @@ ALLOWED = {
     "shards": set(),
     "baselines": {"latent_model", "models", "ops", "step"},
     "methods": {"baselines", "errors", "latent_model", "sami"},
+    "networks": {"config", "errors", "latent_model", "methods", "pretrained", "sami", "schedule"},
     "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
     "data": {"config", "errors", "files", "ops"},
     "engine": {"checkpoints", "config", "errors", "files", "shards"},

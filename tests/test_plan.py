@@ -21,8 +21,8 @@ from sami_fast import cli, plan
 from sami_fast.baselines import diffae_step
 from sami_fast.config import load_config
 from sami_fast.errors import UserError
+from sami_fast.networks import build_model
 from sami_fast.step import Draw, Objective, denoising_step, training_step
-from sami_fast.train import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (3, 16, 16)

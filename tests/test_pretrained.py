@@ -16,12 +16,13 @@ from sami_fast.config import load_config
 from sami_fast.errors import UserError
 from sami_fast.methods import load_model
 from sami_fast.models import DenoiserTrunk, HalfUNet
+from sami_fast.networks import build_model
 from sami_fast.pretrained import DiscreteTimeDenoiser, load_diffusers, scheduler_levels, timestep_levels
 from sami_fast.sami import Sami
 from sami_fast.sampling import sample
 from sami_fast.schedule import Discrete, UniformLogsnr, alpha_sigma
 from sami_fast.step import Draw, Objective, training_step
-from sami_fast.train import build_model, main, train
+from sami_fast.train import main, train
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -25,6 +25,7 @@ from sami_fast.evaluation import Latents, encode, known_factors, open_run, profi
 from sami_fast.evaluation.latents import untrained
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
+from sami_fast.networks import build_model
 from sami_fast.report import write_report
 from sami_fast.report.charts import COLOURS, MATRIX_ROWS, correlations, line, scatter_fits
 from sami_fast.report.discoveries import axis_scores, discoveries
@@ -33,7 +34,6 @@ from sami_fast.report.markup import POLICY, document
 from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
 from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips
 from sami_fast.report.tables import axis_tables, lines, score_section
-from sami_fast.train import build_model
 
 LATENTS = 3
 SMALL = [

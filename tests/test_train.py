@@ -22,9 +22,10 @@ from sami_fast import checkpoints, cli
 from sami_fast.config import load_config
 from sami_fast.engine import WEIGHTS, build_optimizer
 from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.networks import build_model
 from sami_fast.run_folder import RunFolder
 from sami_fast.sami import Sami
-from sami_fast.train import Trainer, build_model, main, train
+from sami_fast.train import Trainer, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")

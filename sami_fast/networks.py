@@ -1,0 +1,90 @@
+"""From a config to its networks: fresh ones, or fresh ones around a denoiser that is trained already."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Config
+from .errors import UserError
+from .latent_model import LatentModel
+from .methods import METHODS
+from .pretrained import build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from .sami import Sami
+from .schedule import Discrete, Schedule, build_schedule
+
+
+def with_images_of_denoiser(config: Config) -> Config:
+    """The config with the image size and the channels of its pretrained denoiser, where it leaves them open."""
+    if not config.denoiser.pretrained or (config.data.image_size and config.data.channels):
+        return config
+    shape = image_shape_of(config.denoiser.pretrained)
+    if shape is None:
+        return config
+    data = replace(config.data, channels=config.data.channels or shape[0], image_size=config.data.image_size or shape[1])
+    return replace(config, data=data)
+
+
+def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Arguments of both networks of the config's method for images of this shape, with a given denoiser's in place of the config's."""
+    image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
+    encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
+    del encoder["start"], partner["pretrained"]
+    if config.encoder.start == "denoiser":
+        encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
+    if config.method != "sami":
+        partner["latent_size"] = config.encoder.latent_size
+    if config.method == "beta_vae":  # a decoder sees no noise level
+        del partner["embedding_size"]
+    return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
+
+
+def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]:
+    """The config's pretrained denoiser, its architecture, and the schedule of the run.
+
+    Raises:
+        UserError: there is none that can be used, or it knows other noise levels than the config asks for.
+    """
+    source, settings = config.denoiser.pretrained, asdict(config.schedule)
+    if not is_diffusers(source):
+        given = Sami.from_pretrained(source)
+        if given.schedule.settings != settings:
+            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
+            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
+        return given.denoiser, given.architecture["denoiser"], given.schedule
+    if config.schedule.kind == Discrete.kind:
+        levels = [level for level in scheduler_levels(source) if config.schedule.logsnr_min <= level <= config.schedule.logsnr_max]
+        settings = {"kind": Discrete.kind, "levels": levels}
+    try:
+        schedule = build_schedule(settings)
+    except ValueError as error:
+        raise UserError(f"schedule: {error}") from None
+    denoiser = load_diffusers(source, schedule)
+    return denoiser, denoiser.architecture, schedule
+
+
+def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
+    """Both networks: fresh ones with weights that depend on the seed alone, and the pretrained denoiser where there is one.
+
+    Raises:
+        UserError: the image size does not fit the networks, or the pretrained denoiser does not fit the images.
+    """
+    method = METHODS[config.method]
+    try:
+        if not config.denoiser.pretrained:
+            torch.manual_seed(config.seed)
+            settings = asdict(config.diffae) if config.method == "diffae" else {}
+            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **settings)
+        denoiser, its_architecture, schedule = given_denoiser(config)
+        if denoiser.image_shape != image_shape:
+            raise UserError(
+                f"denoiser.pretrained: its images are {list(denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
+            )
+        architecture = architecture_of(config, image_shape, its_architecture)
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(architecture["encoder"], denoiser)
+    except ValueError as error:
+        raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
+    denoiser.requires_grad_(config.train.mode == "finetune")
+    return method(encoder, denoiser, schedule, architecture)
