@@ -207,11 +207,17 @@ class GroupNorm(Accelerated, nn.GroupNorm):
 
 
 def _group_norm(norm: GroupNorm, x: Tensor, silu: bool) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
-        _say(*norm._place, "group norm is torch's under autocast, which decides on the dtype of the result")
-        y = nn.GroupNorm.forward(norm, x)
-        return F.silu(y) if silu else y
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+        y = ops.group_norm_silu(x.float(), norm.weight, norm.bias, norm.num_groups, norm_eps=norm.eps, silu=silu)
+        return y.to(_autocast_result(x.device.type, x.dtype))
     return ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm_eps=norm.eps, silu=silu)
+
+
+@cache
+def _autocast_result(device: str, dtype: torch.dtype) -> torch.dtype:
+    """What torch's group norm makes of this dtype under autocast, which differs from device to device."""
+    with torch.autocast(device, torch.get_autocast_dtype(device)):
+        return F.group_norm(torch.zeros(1, 1, 2, device=device, dtype=dtype), 1).dtype
 
 
 def _why_apart(norm: nn.Module, act: nn.Module | None) -> str | None:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .files import PARTIAL
 
 MANIFEST = "manifest.json"
-FACTS = {"files", "step", "world_size", "architecture", "settings", "validation_nats", "state", "adam_steps"}  # what every manifest states
+FORMAT = 2  # of what `Engine.save` writes; 1 was DeepSpeed's own files
+# What every manifest states.
+FACTS = {"format", "files", "step", "world_size", "architecture", "settings", "validation_nats", "state", "adam_steps"}
 
 
 def write_failure(error: Exception, folder: Path) -> str:
@@ -45,6 +48,24 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         return None
     complete = isinstance(manifest, dict) and manifest.keys() >= FACTS and isinstance(manifest["files"], dict) and manifest["files"]
     return manifest if complete else None
+
+
+def refuse_other_formats(folder: Path) -> None:
+    """Checkpoints that another version wrote are neither damaged nor readable.
+
+    Raises:
+        UserError: there is one among those of a run.
+    """
+    for checkpoint in list_checkpoints(folder):
+        try:
+            manifest = json.loads((checkpoint / MANIFEST).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(manifest, dict) and manifest.keys() >= {"files", "step"} and manifest.get("format", 1) != FORMAT:
+            raise UserError(
+                f"{checkpoint}: expected format {FORMAT}, found {manifest.get('format', 1)}; finish the run with the version of sami-fast "
+                "that began it, or start again with --overwrite"
+            )
 
 
 def damage(checkpoint: Path) -> str:

@@ -387,6 +387,8 @@ class Config(Section):
         for key, value, special in (("encoder.start", self.encoder.start, "denoiser"), ("schedule.kind", self.schedule.kind, "discrete")):
             if value == special and not pretrained:
                 raise UserError(f"{key}: {special} needs denoiser.pretrained")
+        if self.encoder.start == "denoiser" and self.engine.score not in ("auto", "reverse"):
+            raise UserError(f"engine.score: expected auto or reverse with encoder.start denoiser, found {self.engine.score}")
 
     def _check_engine(self) -> None:
         engine = self.engine
@@ -433,6 +435,9 @@ class Config(Section):
         if step < self.first_joint_step:
             return "denoiser"
         return "encoder" if step < self.first_denoiser_step else "both"
+
+
+RENAMED = {"train.denoiser_from": "denoiser.pretrained"}  # in files that earlier versions wrote
 
 
 def builtin_configs() -> Path:
@@ -506,6 +511,12 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
             raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not OmegaConf.is_dict(layer):
             raise UserError(f"--config: {file} should hold `key: value` lines, found a list")
+        for before, after in RENAMED.items():
+            value = OmegaConf.select(layer, before)
+            if value is not None:
+                section, _, key = before.rpartition(".")
+                del OmegaConf.select(layer, section)[key]
+                OmegaConf.update(layer, after, value)
         merged = _merge(merged, layer, str(file))
     for override in overrides:
         key, separator, _ = override.partition("=")

@@ -144,6 +144,8 @@ def posterior_draws(
 def _reverse(sami: Sami, x_t: Tensor, t: Tensor, index: Tensor, seed: int, clip_x_0: bool) -> Tensor:
     """The last estimate of x_0, from x_t at level t[0] down the levels t. [S, C, H, W] -> [S, C, H, W]"""
     logsnr = sami.schedule.logsnr(t)
+    distinct = logsnr.diff(prepend=logsnr.new_tensor([-math.inf])) != 0  # a schedule of discrete levels may have fewer than asked for
+    t, logsnr = t[distinct], logsnr[distinct]
     alpha, sigma = (v.tolist() for v in alpha_sigma(logsnr))
 
     def estimate(x: Tensor, step: int) -> Tensor:

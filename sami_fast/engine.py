@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import shards
-from .checkpoints import MANIFEST, fingerprint, read_manifest, sync, write_failure
+from .checkpoints import FORMAT, MANIFEST, fingerprint, read_manifest, sync, write_failure
 from .config import Config, deepspeed_dicts
 from .errors import UserError
 from .files import PARTIAL, write_text_whole
@@ -73,6 +75,9 @@ def init_distributed() -> tuple[int, int, torch.device]:
     # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+    # Not for users: torch renamed two collectives that DeepSpeed calls.
+    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
+
     # float32 means float32: rank counts and restarts must not show. bf16 is the switch for speed.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -117,6 +122,12 @@ def _nvidia_apex_adam() -> type[torch.optim.Optimizer]:
     return FusedAdam
 
 
+@cache
+def _say_that_it_compiles() -> None:
+    place = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+    print(f"DeepSpeed compiles its Adam once; if this never ends, a killed build left a file `lock` under {place}", flush=True)
+
+
 def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torch.device) -> torch.optim.Optimizer:
     """One optimiser with a parameter group per trained network, under the network's name.
 
@@ -144,8 +155,7 @@ def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torc
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         if device.type == "cpu":
-            cache = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
-            print(f"DeepSpeed compiles its Adam once; if this never ends, a killed build left a file `lock` under {cache}", flush=True)
+            _say_that_it_compiles()
             return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
         return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
     except UserError:
@@ -378,6 +388,7 @@ class Engine:
                 sync(partial / WEIGHTS)
                 manifest = {
                     **facts,
+                    "format": FORMAT,
                     "step": step,
                     "world_size": self.world_size,
                     "state": state,

@@ -1,6 +1,7 @@
 """Where a saved model lies: a folder here, or a model of the Hugging Face hub, which is fetched."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from .errors import UserError
@@ -28,6 +29,7 @@ def located(folder_or_id: str | os.PathLike[str]) -> Path:
     return folder
 
 
+@cache
 def _fetched(hub_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
@@ -36,4 +38,5 @@ def _fetched(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=FILES + FOLDERS))
     except Exception as error:  # offline, unknown id, no permission: many kinds, one meaning
-        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({reason})") from None

@@ -182,6 +182,8 @@ class LatentModel(nn.Module):
                 raise UserError(f"{folder_or_id}: expected a model of method {cls.method}, found {method}")
             architecture = {key: config[key] for key in ("encoder", cls.partner)}
             model = cls.build(architecture, config["schedule"], **config.get("settings", {}))
+        except ImportError as error:
+            raise UserError(f"{folder_or_id}: needs {error.name}: `pip install 'sami-fast[pretrained]'`") from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
         try:

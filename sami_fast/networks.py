@@ -1,5 +1,7 @@
 """From a config to its networks: fresh ones, or fresh ones around a denoiser that is trained already."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ from .config import Config
 from .errors import UserError
 from .latent_model import LatentModel
 from .methods import METHODS
-from .pretrained import build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from .pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
 from .sami import Sami
 from .schedule import Discrete, Schedule, build_schedule
 
@@ -40,28 +42,54 @@ def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser:
     return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
 
 
+def schedule_of(config: Config, levels: Sequence[float] = ()) -> Schedule:
+    """The schedule of a config.
+
+    Args:
+        levels: logsnr of a pretrained denoiser's timesteps, of which a discrete schedule takes those in the config's range.
+    Raises:
+        UserError: too few of them are.
+    """
+    settings = config.schedule
+    if settings.kind != Discrete.kind:
+        return build_schedule(asdict(settings))
+    inside = [level for level in levels if settings.logsnr_min <= level <= settings.logsnr_max]
+    if len(inside) < 2:
+        raise UserError(
+            f"schedule.logsnr_min, schedule.logsnr_max: expected a range with two of the denoiser's {len(levels)} timesteps or more, "
+            f"found {len(inside)} in {settings.logsnr_min:g} to {settings.logsnr_max:g}"
+        )
+    return Discrete(inside)
+
+
 def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]:
     """The config's pretrained denoiser, its architecture, and the schedule of the run.
 
     Raises:
         UserError: there is none that can be used, or it knows other noise levels than the config asks for.
     """
-    source, settings = config.denoiser.pretrained, asdict(config.schedule)
-    if not is_diffusers(source):
-        given = Sami.from_pretrained(source)
-        if given.schedule.settings != settings:
-            there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
-            raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-        return given.denoiser, given.architecture["denoiser"], given.schedule
-    if config.schedule.kind == Discrete.kind:
-        levels = [level for level in scheduler_levels(source) if config.schedule.logsnr_min <= level <= config.schedule.logsnr_max]
-        settings = {"kind": Discrete.kind, "levels": levels}
-    try:
-        schedule = build_schedule(settings)
-    except ValueError as error:
-        raise UserError(f"schedule: {error}") from None
-    denoiser = load_diffusers(source, schedule)
-    return denoiser, denoiser.architecture, schedule
+    source = config.denoiser.pretrained
+    if is_diffusers(source):
+        schedule = schedule_of(config, scheduler_levels(source) if config.schedule.kind == Discrete.kind else ())
+        denoiser = load_diffusers(source, schedule)
+        return denoiser, denoiser.architecture, schedule
+    given = Sami.from_pretrained(source)
+    if isinstance(given.denoiser, DiscreteTimeDenoiser):
+        schedule = schedule_of(config, given.denoiser.levels.tolist())
+        given.denoiser.use(schedule)
+        return given.denoiser, given.architecture["denoiser"], schedule
+    if given.schedule.settings != asdict(config.schedule):
+        there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
+        raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
+    return given.denoiser, given.architecture["denoiser"], given.schedule
+
+
+def fingerprint_of(network: nn.Module) -> str:
+    """sha256 of a network's weights."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:

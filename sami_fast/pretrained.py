@@ -56,7 +56,13 @@ class DiscreteTimeDenoiser(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected {', '.join(PREDICTIONS)}, found {prediction!r}")
-        levels = timestep_levels(alphas_cumprod)
+        self.network, self.prediction, self.fractional = network, prediction, fractional
+        self.register_buffer("levels", timestep_levels(alphas_cumprod), persistent=False)
+        self.use(schedule)
+
+    def use(self, schedule: Schedule) -> None:
+        """Take t for a time of this schedule from now on; ValueError as above."""
+        levels = self.levels.double()
         low, high = levels[-1].item(), levels[0].item()
         slack = 1e-6 * max(abs(low), abs(high))
         if schedule.logsnr_min < low - slack or schedule.logsnr_max > high + slack:
@@ -64,8 +70,7 @@ class DiscreteTimeDenoiser(nn.Module):
                 f"schedule: expected logsnr within {low:.4g} to {high:.4g}, those of the denoiser's timesteps, "
                 f"found {schedule.logsnr_min:g} to {schedule.logsnr_max:g}"
             )
-        self.network, self.schedule, self.prediction, self.fractional = network, schedule, prediction, fractional
-        self.register_buffer("levels", levels, persistent=False)
+        self.schedule = schedule
 
     def timestep(self, t: Tensor) -> Tensor:
         """Where t in [0, 1] lies among the network's timesteps 0 ... N - 1. [B] -> [B]."""
@@ -94,7 +99,10 @@ def timestep_levels(alphas_cumprod: Tensor) -> Tensor:
 
 
 class UNetTrunk(nn.Module):
-    """x [B, C, H, W] -> features [B, C', H', W'] of a diffusers UNet2DModel at its cleanest timestep; a copy of its layers."""
+    """x [B, C, H, W] -> features [B, C', H', W'] of a diffusers UNet2DModel at its cleanest timestep; a copy of its layers.
+
+    It stays in evaluation mode, as the UNet was: dropout is off, in training too.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -103,10 +111,11 @@ class UNetTrunk(nn.Module):
             first = torch.zeros(1, dtype=torch.long, device=unet.device)
             self.embedding = nn.Parameter(unet.time_embedding(unet.time_proj(first).to(unet.dtype)))
         self.requires_grad_()
+        self.center = unet.config.center_input_sample
         accelerate(self)  # torch's fused attention has no second derivative
 
     def forward(self, x: Tensor) -> Tensor:
-        h, embedding = self.conv_in(x), self.embedding.expand(len(x), -1)
+        h, embedding = self.conv_in(2 * x - 1 if self.center else x), self.embedding.expand(len(x), -1)
         for block in self.down_blocks:
             h, _ = block(hidden_states=h, temb=embedding)
         return h if self.mid_block is None else self.mid_block(h, embedding)
@@ -214,15 +223,17 @@ def is_diffusers(folder_or_id: str | os.PathLike[str]) -> bool:
     return _unet_folder(located(folder_or_id)) is not None
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; empty where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def _unet_folder(folder: Path) -> Path | None:
-    for candidate in (folder / "unet", folder):
-        try:
-            config = json.loads((candidate / "config.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict) and "_diffusers_version" in config:
-            return candidate
-    return None
+    return next((place for place in (folder / "unet", folder) if "_diffusers_version" in _config(place)), None)
 
 
 def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int] | None:
@@ -232,15 +243,14 @@ def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int]
         UserError: as `hub.located`.
     """
     folder = located(folder_or_id)
-    try:
-        config = json.loads(((_unet_folder(folder) or folder) / "config.json").read_text())
-        if "sample_size" in config:
-            side = config["sample_size"]
-            side = side if isinstance(side, int) else side[0]
-            return config["in_channels"], side, side
-        return config["encoder"]["image_channels"], config["encoder"]["image_size"], config["encoder"]["image_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    config = _config(_unet_folder(folder) or folder)
+    own = config.get("denoiser", {}) if "format" in config else config
+    network = own.get("unet", own)
+    channels, side = network.get("in_channels", network.get("image_channels")), network.get("sample_size", network.get("image_size"))
+    if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
+        side = side[0]
+    known = all(isinstance(value, int) and value > 0 for value in (channels, side))
+    return (channels, side, side) if known else None
 
 
 def read_scheduler(folder_or_id: str | os.PathLike[str]) -> dict[str, Any]:
@@ -253,9 +263,12 @@ def read_scheduler(folder_or_id: str | os.PathLike[str]) -> dict[str, Any]:
     for candidate in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if candidate.is_file():
             try:
-                return json.loads(candidate.read_text())
+                scheduler = json.loads(candidate.read_text())
             except ValueError as error:
                 raise UserError(f"{candidate}: not valid JSON ({error})") from None
+            if not isinstance(scheduler, dict):
+                raise UserError(f"{candidate}: expected a scheduler's settings, found a {type(scheduler).__name__}")
+            return scheduler
     raise UserError(f"{folder_or_id}: no scheduler_config.json there, which says what the timesteps and the predictions mean")
 
 
@@ -275,7 +288,9 @@ def _unusable(folder_or_id: str | os.PathLike[str], error: Exception) -> UserErr
 
 
 def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> DiffusersDenoiser:
-    """A diffusers UNet2DModel with its scheduler as a denoiser, in evaluation mode. Images are in [-1, 1], diffusers' convention.
+    """A diffusers UNet2DModel with its scheduler as a denoiser, in evaluation mode, which fine-tuning keeps: dropout is off.
+
+    Images are in [-1, 1], diffusers' convention.
 
     Args:
         folder_or_id: What `save_pretrained` of a DDPMPipeline wrote, or of a UNet2DModel and a scheduler into one folder; or a hub id.
@@ -284,6 +299,8 @@ def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> 
         UserError: diffusers is missing, or the checkpoint is damaged, pickled, or of another kind.
     """
     folder = _unet_folder(located(folder_or_id))
+    if (kind := _config(folder).get("_class_name")) != "UNet2DModel":
+        raise UserError(f"{folder}: expected a UNet2DModel, found {kind}; a denoiser works on pixels and is told nothing but the timestep")
     scheduler = read_scheduler(folder_or_id)
     if not (folder / "diffusion_pytorch_model.safetensors").is_file():
         raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors there; pickled weights are not read, convert them first")

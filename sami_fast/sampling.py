@@ -220,6 +220,7 @@ class _Levels:
             self.logsnr = levels.logsnr(self.t)
         else:
             self.logsnr = torch.linspace(levels.logsnr_min, levels.logsnr_max, num_steps, dtype=like.dtype, device=like.device)
+            self.logsnr = levels.nearest(self.logsnr)
             self.t = levels.t(self.logsnr)
         self.alpha, self.sigma = alpha_sigma(self.logsnr)
 

@@ -63,6 +63,10 @@ class Schedule(ABC):
         """Inverse of `logsnr`, in [0, 1]."""
         return ((self._raw_time(logsnr) - self._raw_first) / (self._raw_last - self._raw_first)).clamp(0, 1)
 
+    def nearest(self, logsnr: Tensor) -> Tensor:
+        """The schedule's own levels nearest to these: themselves, where it has all levels between its ends."""
+        return logsnr
+
     def slope(self, t: Tensor) -> Tensor:
         """-d logsnr / dt, > 0: the density of t over logsnr is its inverse when t is uniform."""
         raw = self._raw(t)
@@ -195,6 +199,9 @@ class Discrete(Schedule):
     @property
     def settings(self) -> dict[str, Any]:
         return {"kind": self.kind, "levels": self.levels.tolist()}
+
+    def nearest(self, logsnr: Tensor) -> Tensor:
+        return self.levels.to(logsnr)[fractional_index(self.levels, logsnr).round().long()]
 
     def _index(self, raw: Tensor) -> Tensor:
         return (raw * len(self.levels)).long().clamp(0, len(self.levels) - 1)

@@ -34,7 +34,7 @@ from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
 from sami_fast.latent_model import LatentModel
 from sami_fast.metrics.latents import LIVE_NATS
-from sami_fast.networks import build_model, with_images_of_denoiser
+from sami_fast.networks import build_model, fingerprint_of, with_images_of_denoiser
 from sami_fast.run_folder import RunFolder
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
@@ -122,8 +122,12 @@ def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [d for key in sorted({*old, *new}) for d in _difference(old.get(key), new.get(key), f"{prefix}{key}.")]
 
 
-def _lasting_settings(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run must share: the data, and all settings but where it writes, how often, and how the work is laid out."""
+def _lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[str, Any]:
+    """What a resumed run must share: the data, and all settings but where it writes, how often, and how the work is laid out.
+
+    Args:
+        denoiser: What the pretrained denoiser's weights were at the start, if there is one: its place may change, and what lies there.
+    """
     settings = asdict(config)
     for key in ("name", "runs_dir", "log", "checkpoint", "report"):
         del settings[key]
@@ -131,6 +135,7 @@ def _lasting_settings(config: Config, dataset: Dataset) -> dict[str, Any]:
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
     settings["data"]["files"] = getattr(dataset, "fingerprint", "")
+    settings["denoiser"]["pretrained"] = denoiser
     return settings
 
 
@@ -151,6 +156,8 @@ class Trainer:
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
+        pretrained = fingerprint_of(self.model.denoiser) if config.denoiser.pretrained else ""
+        self.lasting = _lasting_settings(config, self.dataset, pretrained)
         engines.build_optimizer(self.model.networks, config, self.device)  # tried here for the same reason; the engines make their own
         engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
@@ -192,6 +199,7 @@ class Trainer:
             print(message, flush=True)
 
     def _restore(self) -> None:
+        engines.on_chief(lambda: checkpoints.refuse_other_formats(self.checkpoints))
         engines.on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say))
         checkpoint = next(iter(checkpoints.list_checkpoints(self.checkpoints)), None)
         if checkpoint is None:
@@ -202,7 +210,7 @@ class Trainer:
         changed = _difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        changed = _difference(manifest["settings"], _lasting_settings(self.config, self.dataset))
+        changed = _difference(manifest["settings"], self.lasting)
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
         state = self.engine.load(checkpoint)
@@ -325,7 +333,7 @@ class Trainer:
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
         facts = {
             "architecture": self.model.architecture,
-            "settings": _lasting_settings(self.config, self.dataset),
+            "settings": self.lasting,
             "validation_nats": validation_nats,
         }
         step, measured = self.pending

@@ -514,8 +514,12 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = output(model, x, more)
         accelerate(model)
-        with pytest.warns(UserWarning, match="autocast"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             found = output(model, x, more)
+        features = normal(2, 8, 4, 4, dtype=torch.bfloat16)
+        norm = accelerate(nn.Sequential(nn.GroupNorm(2, 8))).module[0]
+        assert norm(features).dtype == nn.GroupNorm(2, 8)(features).dtype
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 

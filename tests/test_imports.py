@@ -36,7 +36,7 @@ ALLOWED = {
     "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
     "data": {"config", "errors", "files", "ops"},
     "engine": {"checkpoints", "config", "errors", "files", "shards"},
-    "checkpoints": {"files"},
+    "checkpoints": {"errors", "files"},
     "files": set(),
     "images": set(),
     "metrics": {"latent_model", "ops", "schedule"},  # only `bound` and `scale_profile` run networks

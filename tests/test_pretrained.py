@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from sami_fast import ops, score
 from sami_fast.config import load_config
+from sami_fast.discovery import posterior_draws
 from sami_fast.errors import UserError
 from sami_fast.methods import load_model
+from sami_fast.metrics.bound import negative_elbo
 from sami_fast.models import DenoiserTrunk, HalfUNet
 from sami_fast.networks import build_model
-from sami_fast.pretrained import DiscreteTimeDenoiser, load_diffusers, scheduler_levels, timestep_levels
+from sami_fast.pretrained import DiscreteTimeDenoiser, UNetTrunk, load_diffusers, scheduler_levels, timestep_levels
 from sami_fast.sami import Sami
 from sami_fast.sampling import sample
 from sami_fast.schedule import Discrete, UniformLogsnr, alpha_sigma
@@ -120,6 +123,26 @@ def test_a_schedule_beyond_the_timesteps_is_refused():
         DiscreteTimeDenoiser(lambda x_t, t: x_t, ALPHAS.flip(0), UniformLogsnr(-7.0, 5.0))
     with pytest.raises(ValueError, match="expected epsilon, v_prediction, sample, found 'flow'"):
         DiscreteTimeDenoiser(lambda x_t, t: x_t, ALPHAS, UniformLogsnr(-7.0, 5.0), prediction="flow")
+
+
+def test_discrete_levels_have_noise_that_their_timestep_knows():
+    """A network without error has none in the bound either, and draws of x_0 go down distinct levels only."""
+    levels = timestep_levels(ALPHAS)[100:900:90].tolist()
+    schedule, x_0 = Discrete(levels), torch.full((1, 1, 4, 4), 0.3)
+
+    def exact(x_t: Tensor, timestep: Tensor) -> Tensor:
+        alpha_t, sigma_t = (a.to(x_t).view(-1, 1, 1, 1) for a in alpha_sigma(timestep_levels(ALPHAS)[timestep]))
+        return (x_t - alpha_t * x_0) / sigma_t
+
+    denoiser = DiscreteTimeDenoiser(exact, ALPHAS, schedule, fractional=False)
+    sami = Sami(lambda x: (x.mean((2, 3)), 0.1 + 0 * x.mean((2, 3))), denoiser, schedule, image_shape=(1, 4, 4), latent_size=1)
+    bound = negative_elbo(sami, lambda index: x_0.expand(len(index), -1, -1, -1), 64, seed=0, decoder_var=1.0, eight_bit=False)
+    assert np.abs(bound.unguided).max() < 1e-6
+    for level in (levels[0] - 0.01, levels[3], schedule.logsnr_min):
+        drawn = posterior_draws(sami, lambda index: x_0.expand(len(index), -1, -1, -1), 4, level, draws=2, seed=0)
+        np.testing.assert_allclose(drawn, 0.3, atol=1e-5)
+    for solver in ("ddim", "dpm2m"):
+        np.testing.assert_allclose(sample(sami, 2, seed=0, z=None, solver=solver), 0.3, atol=1e-5)
 
 
 # ---- predictions
@@ -236,6 +259,61 @@ def test_the_encoder_starts_as_half_of_the_denoiser(own, checkpoint, tmp_path):
     mu, var = again.encoder(normal(2, 1, 8, 8, dtype=torch.float32))
     assert mu.shape == var.shape == (2, 4)
     assert any(not torch.equal(a, b) for a, b in zip(again.encoder.parameters(), model.encoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"center_input_sample": True},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+        {"downsample_type": "resnet", "mid_block_type": None},
+    ],
+    ids=str,
+)
+def test_the_trunk_is_the_unets_own(changes):
+    """Features of the copy, on our ops, are those of the UNet at its first timestep."""
+    theirs, features = unet(**changes), []
+    last = theirs.down_blocks[-1] if theirs.mid_block is None else theirs.mid_block
+    last.register_forward_hook(lambda module, inputs, output: features.append(output[0] if isinstance(output, tuple) else output))
+    x = normal(2, 1, 8, 8, dtype=torch.float32)
+    theirs(x, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(UNetTrunk(theirs)(x), features[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_may_be_somebodys_denoiser(checkpoint, tmp_path):
+    """One with discrete levels and an encoder that is half of it gives its size and its timesteps on."""
+    options = ["train.mode=frozen", "schedule.kind=discrete", "train.steps=2", "checkpoint.every=2"]
+    first = train(tiny(tmp_path, *options, f"denoiser.pretrained={checkpoint}", "encoder.start=denoiser", "name=first"))
+    second = load_model(train(tiny(tmp_path, *options, f"denoiser.pretrained={first}", "schedule.logsnr_max=3", "name=second")))
+    assert second.image_shape == (1, 8, 8)
+    assert second.schedule.logsnr_max <= 3
+    assert second.denoiser.schedule.settings == second.schedule.settings
+    assert set(second.schedule.levels.tolist()) < set(load_model(first).schedule.levels.tolist())
+
+
+def test_another_denoiser_in_the_same_place_stops_a_resume(checkpoint, tmp_path):
+    folder = tmp_path / "ddpm"
+    shutil.copytree(checkpoint, folder)
+    config = tiny(tmp_path, "train.mode=frozen", f"denoiser.pretrained={folder}")
+    train(config)
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    train(tiny(tmp_path, "train.mode=frozen", f"denoiser.pretrained={moved}"), resume=True)  # the same weights elsewhere
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"belongs to a run with other settings: denoiser\.pretrained"):
+        train(config, resume=True)
+
+
+def test_without_diffusers_a_saved_model_says_what_is_missing(checkpoint, tmp_path, monkeypatch):
+    run = train(tiny(tmp_path, "train.mode=frozen", f"denoiser.pretrained={checkpoint}", "train.steps=1"))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match="pip install 'sami-fast\\[pretrained\\]'"):
+        load_model(run)
+    with pytest.raises(UserError, match="pip install 'sami-fast\\[pretrained\\]'"):
+        load_diffusers(checkpoint, UniformLogsnr(-7.0, 5.0))
 
 
 def test_half_a_denoiser_is_an_encoder_to_second_order():
@@ -370,6 +448,15 @@ MISTAKES = [
     (lambda folder: None, ["schedule.logsnr_min=-12"], "schedule: expected logsnr within -10.12 to 9.21"),
     (lambda folder: None, ["data.image_size=16"], "denoiser.pretrained: its images are [1, 8, 8] (C, H, W), the data's are [1, 16, 16]"),
     (lambda folder: None, ["train.mode=joint"], "denoiser.pretrained: train.mode frozen and finetune need it"),
+    (lambda folder: None, ["encoder.start=denoiser", "engine.score=dual"], "engine.score: expected auto or reverse with encoder.start"),
+    (
+        lambda folder: None,
+        ["schedule.kind=discrete", "schedule.logsnr_min=4.98"],
+        "with two of the denoiser's 1000 timesteps",
+    ),
+    (_rewrite("unet/config.json", _class_name="UNet2DConditionModel"), [], "expected a UNet2DModel, found UNet2DConditionModel"),
+    (_rewrite("unet/config.json", sample_size=[]), [], "sample_size: expected one side length"),
+    (lambda folder: (folder / "scheduler/scheduler_config.json").write_text("[]"), [], "expected a scheduler's settings, found a list"),
     (lambda folder: None, ["method=diffae"], "train.mode: expected joint with method diffae"),
     (shutil.rmtree, [], "no config.json there"),
 ]

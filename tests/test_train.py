@@ -437,6 +437,25 @@ def test_damaged_manifest_is_passed_over(manifest, tmp_path, finished):
     assert_same_weights(train(tiny(tmp_path), resume=True), finished)
 
 
+def test_a_run_of_an_earlier_version_is_left_alone(tmp_path, finished):
+    """Its checkpoints are neither damaged nor readable; its config is read, with the keys of then."""
+    run = tmp_path / "tiny"
+    shutil.copytree(finished, run)
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        facts = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("format", "state", "adam_steps")}))
+    text = (run / "config.yaml").read_text()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="expected format 2, found 1; finish the run with the version"):
+        train(tiny(tmp_path), resume=True)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    old = tmp_path / "old.yaml"
+    old.write_text(text.replace("  denoiser_warmup", "  denoiser_from: ''\n  denoiser_warmup"))
+    assert load_config(str(old)) == load_config(str(run / "config.yaml"))
+    old.write_text("train: {mode: frozen, denoiser_from: elsewhere}")
+    assert load_config(str(old)).denoiser.pretrained == "elsewhere"
+
+
 def test_resume_without_a_checkpoint_starts(tmp_path):
     assert rows(train(tiny(tmp_path, "train.steps=5"), resume=True))[0]["step"] == 1
 

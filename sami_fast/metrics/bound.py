@@ -137,7 +137,8 @@ def negative_elbo(
     parts = []
     for index in everything.split(batch_size):
         x_0 = images(index)
-        index, logsnr = index.to(x_0.device), level[index].to(x_0)
+        # Rounded to levels, uniforms over logsnr are the trapezoidal rule over these.
+        index, logsnr = index.to(x_0.device), schedule.nearest(level[index].to(x_0))
         posterior = model.encode(x_0)
         z = posterior.draw(index, seed)
 
