@@ -36,7 +36,7 @@ FROZEN = [
     "kl_weight.start=0.05",
     "kl_weight.end=0.005",
     "optimizer.encoder_lr=0.002",
-    "optimizer.warmup_steps=40",
+    "optimizer.warmup_steps=100",
     "optimizer.clip=3",
     "optimizer.ema_decay=0.95",
 ]

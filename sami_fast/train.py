@@ -36,6 +36,7 @@ from sami_fast.latent_model import LatentModel
 from sami_fast.metrics.latents import LIVE_NATS
 from sami_fast.networks import build_model, fingerprint_of, with_images_of_denoiser
 from sami_fast.run_folder import RunFolder
+from sami_fast.schedule import Discrete
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
@@ -238,6 +239,11 @@ class Trainer:
         config, steps = self.config, self.config.train.steps
         place = f"{self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each"
         self.say(f"{self.folder}: {place}, steps {self.step} to {steps}")
+        schedule = self.model.schedule
+        if isinstance(schedule, Discrete):
+            self.say(
+                f"noise levels: {len(schedule.levels)} of the denoiser's, logsnr {schedule.logsnr_min:.2f} to {schedule.logsnr_max:.2f}"
+            )
         interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
         while self.step < steps:
             phase = config.phase(self.step)

@@ -32,6 +32,7 @@ COMMON = [
     "checkpoint.keep_last=3",
 ]
 STAGES = (0, 1, 2, 3)
+MODES = ("frozen", "finetune")
 # Free bits are granted to one micro-batch of all ranks at a time, so accumulation changes what they do.
 ACCUMULATED = ["engine.gradient_accumulation=2", "objective.free_bits=0"]
 VARIANTS = (
@@ -82,6 +83,10 @@ def main(folder: str, part: str = "") -> None:
         return
     for name, overrides in VARIANTS.items():
         training.train(settings(folder, name, *overrides))
+    for mode in MODES:
+        for stage in (0, 3):
+            overrides = [f"train.mode={mode}", f"denoiser.pretrained={folder}/zero0", f"engine.zero_stage={stage}"]
+            training.train(settings(folder, f"{mode}{stage}", *overrides))
     for stage in STAGES:
         config = settings(folder, f"resumed{stage}", f"engine.zero_stage={stage}")
         try:

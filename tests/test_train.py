@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from ranks_worker import COMMON, STAGES, VARIANTS
+from ranks_worker import COMMON, MODES, STAGES, VARIANTS
 from safetensors.torch import load_file
 
 from sami_fast import checkpoints, cli
@@ -283,6 +283,11 @@ def assert_same_run(run: Path, expected: Path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_equal_one_process(variant, two_ranks, alone):
     assert_same_run(two_ranks / variant, alone["objective.free_bits=0" not in VARIANTS[variant]])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_engines_equal_one_on_a_trained_denoiser(mode, two_ranks):
+    assert_same_run(two_ranks / f"{mode}3", two_ranks / f"{mode}0")
 
 
 @pytest.mark.parametrize("stage", STAGES)
