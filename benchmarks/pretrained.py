@@ -94,9 +94,8 @@ def run(config: Config, every: int) -> Iterator[Reached]:
     seconds = 0.0
     try:
         while trainer.step < config.train.steps:
-            start, phase = time.process_time(), config.phase(trainer.step)
-            kl_weight = trainer.kl_weight(trainer.step - config.first_joint_step) if phase != "denoiser" else 0.0
-            trainer.engine.update(trainer.step, lambda micro: trainer._losses(micro, kl_weight, phase))  # noqa: B023 (called at once)
+            start = time.process_time()
+            trainer.update()
             trainer.step += 1
             seconds += time.process_time() - start
             if trainer.step % every == 0 or trainer.step == config.train.steps:

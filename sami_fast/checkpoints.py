@@ -42,12 +42,18 @@ def fingerprint(path: Path) -> str:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None when it has none that can be read."""
+    manifest = _stated(checkpoint)
+    complete = manifest.keys() >= FACTS and isinstance(manifest["files"], dict) and manifest["files"]
+    return manifest if complete else None
+
+
+def _stated(checkpoint: Path) -> dict[str, Any]:
+    """What stands in a manifest, of whichever format; empty where nothing can be read."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
-        return None
-    complete = isinstance(manifest, dict) and manifest.keys() >= FACTS and isinstance(manifest["files"], dict) and manifest["files"]
-    return manifest if complete else None
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def refuse_other_formats(folder: Path) -> None:
@@ -57,13 +63,10 @@ def refuse_other_formats(folder: Path) -> None:
         UserError: there is one among those of a run.
     """
     for checkpoint in list_checkpoints(folder):
-        try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(manifest, dict) and manifest.keys() >= {"files", "step"} and manifest.get("format", 1) != FORMAT:
+        manifest = _stated(checkpoint)
+        if manifest.keys() >= {"files", "step"} and (found := manifest.get("format", 1)) != FORMAT:
             raise UserError(
-                f"{checkpoint}: expected format {FORMAT}, found {manifest.get('format', 1)}; finish the run with the version of sami-fast "
+                f"{checkpoint}: expected format {FORMAT}, found {found}; finish the run with the version of sami-fast "
                 "that began it, or start again with --overwrite"
             )
 

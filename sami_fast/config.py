@@ -597,6 +597,11 @@ def deepspeed_dicts(config: Config, world_size: int) -> dict[str, dict[str, Any]
     }
 
 
+def bucket_elements(trained: int) -> int:
+    """Elements of the buffer in which DeepSpeed reduces gradients: all of them, to an even number, and at most its own default."""
+    return min(500_000_000, trained + trained % 2)
+
+
 def _zero(engine: EngineConfig, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if engine.offload != "none" and stage:

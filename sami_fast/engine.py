@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from . import shards
 from .checkpoints import FORMAT, MANIFEST, fingerprint, read_manifest, sync, write_failure
-from .config import Config, deepspeed_dicts
+from .config import Config, bucket_elements, deepspeed_dicts
 from .errors import UserError
 from .files import PARTIAL, write_text_whole
 
@@ -122,12 +121,6 @@ def _nvidia_apex_adam() -> type[torch.optim.Optimizer]:
     return FusedAdam
 
 
-@cache
-def _say_that_it_compiles() -> None:
-    place = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
-    print(f"DeepSpeed compiles its Adam once; if this never ends, a killed build left a file `lock` under {place}", flush=True)
-
-
 def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torch.device) -> torch.optim.Optimizer:
     """One optimiser with a parameter group per trained network, under the network's name.
 
@@ -155,7 +148,8 @@ def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torc
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         if device.type == "cpu":
-            _say_that_it_compiles()
+            cache = os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")
+            print(f"DeepSpeed compiles its Adam once; if this never ends, a killed build left a file `lock` under {cache}", flush=True)
             return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **arguments)
         return FusedAdam(groups, adam_w_mode=decoupled, **arguments)
     except UserError:
@@ -163,6 +157,15 @@ def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torc
     except Exception as error:  # a just-in-time build can fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"optimizer.implementation: {settings.implementation} cannot run here ({reason}); use torch") from None
+
+
+def build_optimizers(networks: dict[str, nn.Module], config: Config, device: torch.device) -> dict[str, torch.optim.Optimizer | None]:
+    """The optimiser of each engine, by the engine's name; None where nothing is trained. Errors as `build_optimizer`."""
+    inside = {"both": networks} if config.engine.zero_stage < 3 else {name: {name: network} for name, network in networks.items()}
+    return {
+        name: build_optimizer(held, config, device) if any(p.requires_grad for n in held.values() for p in n.parameters()) else None
+        for name, held in inside.items()
+    }
 
 
 class Measurement:
@@ -225,11 +228,11 @@ class Engine:
     Args:
         module: Called with the step's arguments, returns (loss to differentiate, anything). Has `model`, the networks, and
             `remote_denoiser`, what stands for the denoiser where it has an engine of its own.
+        optimizers: From `build_optimizers`.
         config: The run's settings.
-        device: This rank's.
     """
 
-    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, optimizers: dict[str, torch.optim.Optimizer | None], config: Config) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -247,17 +250,14 @@ class Engine:
             if self.rank:
                 for monitor in ("tensorboard", "csv_monitor", "wandb"):
                     settings.pop(monitor, None)
-            inside = networks if name == "both" else {name: networks[name]}
-            learning = [p for network in inside.values() for p in network.parameters() if p.requires_grad]
-            settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning or list(networks[name].parameters()))
-            optimizer = build_optimizer(inside, config, device) if learning else None
             wrapped = {"both": module, "encoder": _Half(module)}.get(name) or networks[name]
-            self.engines[name], *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
+            learning = [p for p in wrapped.parameters() if p.requires_grad] or list(wrapped.parameters())
+            settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning)
+            self.engines[name], *_ = deepspeed.initialize(model=wrapped, optimizer=optimizers[name], config=settings)
         if "denoiser" in self.engines:
             self._remote = module.remote_denoiser = _Remote(self.engines["denoiser"])
         self.losses = next(iter(self.engines.values()))  # called with the step's arguments
-        learning = {name.partition(".")[0] for name in self._trained} | {"both"}
-        self._learning = [engine for name, engine in self.engines.items() if name in learning]
+        self._learning = [engine for name, engine in self.engines.items() if optimizers[name] is not None]
         averaged = self._trained if config.optimizer.ema_decay > 0 else {}
         self._averaged_parts = [shards.local(p) for p in averaged.values()]
         self.averaged = {name: part.detach().clone() for name, part in zip(averaged, self._averaged_parts, strict=True)}
@@ -384,7 +384,7 @@ class Engine:
         if self.rank == 0:
             try:
                 partial.mkdir(exist_ok=True)
-                self._write(partial / WEIGHTS, tensors)
+                save_file(tensors, partial / WEIGHTS)
                 sync(partial / WEIGHTS)
                 manifest = {
                     **facts,
@@ -408,10 +408,6 @@ class Engine:
         if reason:
             raise UserError(f"{folder}: cannot write a checkpoint ({reason}); the checkpoints before it are whole")
         return final
-
-    @staticmethod
-    def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, path)
 
     def _gathered(self, value: Any) -> list[Any]:
         """What every rank gives, so that all of them learn of what happened to one."""
@@ -439,7 +435,7 @@ class Engine:
 def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:
     """Sizes that DeepSpeed would guess for networks of billions of parameters."""
     total = sum(p.numel() for p in parameters)
-    bucket = min(500_000_000, total + total % 2)  # DeepSpeed wants an even number
+    bucket = bucket_elements(total)
     if stage < 3:
         return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     vectors = max((p.numel() for p in parameters if p.dim() < 2), default=0)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import score
-from .config import Config
+from .config import Config, bucket_elements
 from .data import open_dataset
 from .errors import UserError
 from .latent_model import LatentModel
@@ -340,11 +340,6 @@ def touched(sizes: Sequence[int], ranks: int) -> int:
         for rank in range((end - size) // step, (end - 1) // step + 1):
             held[rank] += size
     return max(held.values(), default=0)
-
-
-def bucket_elements(learning: int) -> int:
-    """Elements of the buffer that gradients are reduced in, as engine.py sets it."""
-    return min(500_000_000, learning + learning % 2)
 
 
 def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> Memory:

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,9 @@ class DiffusersDenoiser(DiscreteTimeDenoiser):
     """
 
     def __init__(self, unet: nn.Module, scheduler: dict[str, Any], schedule: Schedule) -> None:
-        size, channels, out = unet.config.sample_size, unet.config.in_channels, unet.config.out_channels
-        side = size if isinstance(size, int) else size[0] if size and len({*size}) == 1 else None
-        if side is None:
-            raise ValueError(f"sample_size: expected one side length, found {size}")
+        shape, channels, out = _image_shape(unet.config), unet.config.in_channels, unet.config.out_channels
+        if shape is None:
+            raise ValueError(f"sample_size: expected one side length, found {unet.config.sample_size}")
         if unet.class_embedding is not None:
             raise ValueError("num_class_embeds: expected an unconditional model, found one that is told a class")
         if out not in (channels, 2 * channels):
@@ -151,7 +150,7 @@ class DiffusersDenoiser(DiscreteTimeDenoiser):
             prediction=settings.config.prediction_type,
             fractional=unet.config.time_embedding_type == "positional",
         )
-        self.image_shape = (channels, side, side)
+        self.image_shape = shape
         self.architecture = {"unet": _plain(unet.config), "scheduler": _plain(scheduler)}
 
     @property
@@ -211,9 +210,7 @@ def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) 
         from diffusers import UNet2DModel
 
         unet = UNet2DModel.from_config(architecture["unet"]) if denoiser is None else denoiser.network
-        side, channels, groups = unet.config.sample_size, unet.config.in_channels, unet.config.norm_num_groups
-        side = side if isinstance(side, int) else side[0]
-        return HalfUNet(UNetTrunk(unet), (channels, side, side), groups=groups, **arguments)
+        return HalfUNet(UNetTrunk(unet), _image_shape(unet.config), groups=unet.config.norm_num_groups, **arguments)
     denoiser = Denoiser(**architecture) if denoiser is None else denoiser
     return HalfUNet(DenoiserTrunk(denoiser), denoiser.image_shape, groups=architecture["groups"], **arguments)
 
@@ -245,9 +242,13 @@ def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int]
     folder = located(folder_or_id)
     config = _config(_unet_folder(folder) or folder)
     own = config.get("denoiser", {}) if "format" in config else config
-    network = own.get("unet", own)
+    return _image_shape(own.get("unet", own))
+
+
+def _image_shape(network: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """(C, H, W) by the settings of a diffusers UNet or of this package's denoiser; None where they name no square images."""
     channels, side = network.get("in_channels", network.get("image_channels")), network.get("sample_size", network.get("image_size"))
-    if isinstance(side, list) and len(side) == 2 and side[0] == side[1]:
+    if isinstance(side, list | tuple) and len({*side}) == 1:
         side = side[0]
     known = all(isinstance(value, int) and value > 0 for value in (channels, side))
     return (channels, side, side) if known else None

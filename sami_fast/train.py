@@ -159,10 +159,10 @@ class Trainer:
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
         pretrained = fingerprint_of(self.model.denoiser) if config.denoiser.pretrained else ""
         self.lasting = _lasting_settings(config, self.dataset, pretrained)
-        engines.build_optimizer(self.model.networks, config, self.device)  # tried here for the same reason; the engines make their own
+        optimizers = engines.build_optimizers(self.model.networks, config, self.device)
         engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
-        self.engine = engines.Engine(self.module, config, self.device)
+        self.engine = engines.Engine(self.module, optimizers, config)
         self.module.mean_over_ranks = self.engine.mean_over_ranks
         self.feed = Feed(
             self.dataset,
@@ -246,9 +246,7 @@ class Trainer:
             )
         interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
         while self.step < steps:
-            phase = config.phase(self.step)
-            kl_weight = self.kl_weight(self.step - config.first_joint_step) if phase != "denoiser" else 0.0
-            measured = self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))  # noqa: B023 (called at once)
+            kl_weight, measured = self.update()
             self._settle()
             self.pending = (self.step, measured)
             self.step += 1
@@ -263,6 +261,12 @@ class Trainer:
                 self.seconds += time.perf_counter() - interval_start
                 self._checkpoint()
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
+
+    def update(self) -> tuple[float, engines.Measurement]:
+        """One optimiser step, the one that `step` counts as next: its beta and what it measured."""
+        phase = self.config.phase(self.step)
+        kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
+        return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))
 
     def _losses(self, micro: int, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
         x_0, place = self.feed.micro_batch(self.step, micro)

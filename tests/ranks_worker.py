@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sami_fast import engine as engines
 from sami_fast import train as training
 from sami_fast.config import Config, load_config
 from sami_fast.errors import NonFiniteError, UserError
@@ -116,11 +117,12 @@ def measure_parts(folder: str) -> None:
 def fill_disk(folder: str) -> None:
     """Only the first rank writes; the other must learn of its failure."""
     full = training.Trainer(settings(folder, "full"), resume=False, overwrite=False)
-    full.engine._write = no_space
+    write, engines.save_file = engines.save_file, no_space
     try:
         full.run()
     except UserError as error:
         Path(folder, f"full_{torch.distributed.get_rank()}.txt").write_text(str(error))
+    engines.save_file = write
 
 
 def no_space(*arguments, **options):
