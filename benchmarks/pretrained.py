@@ -1,7 +1,7 @@
 """How soon do latents arrive on a denoiser that is trained already? Against the joint run, seed by seed, losers included.
 
-python benchmarks/pretrained.py                        # docs/results.md
-python benchmarks/pretrained.py --seeds 0 --denoiser-steps 500 --output try.md
+python benchmarks/pretrained.py                        # results/pretrained.jsonl and docs/results.md
+python benchmarks/pretrained.py --seeds 0 --denoiser-steps 500 --output try.md          # try.md and try.jsonl
 
 Trains a diffusers UNet2DModel with diffusers' own scheduler and pipeline, then encoders beside it, frozen. The time of each frozen run is
 set beside the time in which the joint run of the same seed gets its worst factor as far. Runs take turns, one thread each.
@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from recovery import ROOT, write_generated
+from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
@@ -41,6 +41,7 @@ FROZEN = [
     "optimizer.ema_decay=0.95",
 ]
 IMAGES = 4000
+KEY = ("settings", "seed")  # two rows that agree in these are the same
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Reached:
 
     step: int
     seconds: float  # of training alone
-    r2: list[float]  # of each factor, from sampled latents
+    r2: dict[str, float]  # of each factor, from sampled latents
 
 
 def train_denoiser(folder: Path, steps: int) -> float:
@@ -101,7 +102,8 @@ def run(config: Config, every: int) -> Iterator[Reached]:
             if trainer.step % every == 0 or trainer.step == config.train.steps:
                 with trainer.engine.averaged_weights():
                     codes = encode(trainer.model, images).draw(index, config.seed).numpy()
-                yield Reached(trainer.step, seconds, linear_r2(codes, factors).tolist())
+                names = trainer.validation.factor_names
+                yield Reached(trainer.step, seconds, dict(zip(names, linear_r2(codes, factors).tolist(), strict=True)))
     finally:
         trainer.feed.close()
         trainer.run_folder.release()
@@ -118,18 +120,59 @@ def compare(arguments: argparse.Namespace, seed: int) -> tuple[Reached, Reached 
     frozen = list(run(settings(arguments, "frozen", seed, frozen_settings), every=10**9))[-1]
     same = None
     for joint in run(settings(arguments, "joint", seed, []), every=50):
-        if min(joint.r2) >= min(frozen.r2):
+        if min(joint.r2.values()) >= min(frozen.r2.values()):
             same = joint
             break
     return frozen, same, joint
 
 
-def row(seed: int, frozen: Reached, same: Reached | None, last: Reached) -> tuple[bool, str]:
-    share = frozen.seconds / (same or last).seconds
-    passes = min(frozen.r2) >= MIN_R2 and share < MAX_SHARE
-    joint = f"{same.seconds:.0f}, step {same.step}" if same else f"not in {last.seconds:.0f}"
-    r2 = " | ".join(f"{value:.3f}" for value in frozen.r2)
-    return passes, f"| {seed} | {r2} | {frozen.seconds:.0f} | {joint} | {share:.2f} | {'yes' if passes else '**no**'} |"
+def row_of(seed: int, frozen: Reached, same: Reached | None, last: Reached) -> Row:
+    """What a seed gave; `share` is of the time of the whole joint run where that never came as far."""
+    joint = same or last
+    share = frozen.seconds / joint.seconds
+    return {
+        "seed": seed,
+        "r2": frozen.r2,
+        "frozen_seconds": frozen.seconds,
+        "joint_seconds": joint.seconds,
+        "joint_step": joint.step,
+        "joint_r2": joint.r2,
+        "joint_as_far": same is not None,
+        "share": share,
+        "passes": min(frozen.r2.values()) >= MIN_R2 and share < MAX_SHARE,
+    }
+
+
+def generated(what: str, results: Path = RESULTS) -> str:
+    """The block of docs/results.md; its name says `disks`."""
+    return table(select(results / "pretrained.jsonl", data=what, settings=""))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a row per seed."""
+    first, unet = rows[0], rows[0]["denoiser"]
+    passed, factors = sum(row["passes"] for row in rows), list(rows[0]["r2"])
+    header = ["seed", *(f"R2 {factor}" for factor in factors), "frozen, s", "joint to the same R2, s", "share", "passes"]
+    lines = [
+        f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread, "
+        f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
+        "",
+        f"The denoiser: a diffusers `UNet2DModel` with `DDPMScheduler`, {unet['steps']} steps of 64 disks in {unet['seconds']:.0f} s, "
+        f"mean squared error {unet['loss']:.4f} per pixel.",
+        "",
+        f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the frozen run, in less than a "
+        "third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores are from sampled z; "
+        "seconds are processor time of training alone.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join("---" for _ in header) + " |",
+    ]
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        seconds = f"{row['joint_seconds']:.0f}"
+        joint = f"{seconds}, step {row['joint_step']}" if row["joint_as_far"] else f"not in {seconds}"
+        cells = [str(row["seed"]), *(f"{value:.3f}" for value in row["r2"].values()), f"{row['frozen_seconds']:.0f}", joint]
+        lines.append("| " + " | ".join([*cells, f"{row['share']:.2f}", "yes" if row["passes"] else "**no**"]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -137,7 +180,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--denoiser-steps", type=int, default=2500, help="steps of the UNet; one that is there is taken as it is")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/pretrained", help="where the UNet and the run folders go")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md", help="markdown file whose generated part is replaced")
+    parser.add_argument("--output", type=Path, help="markdown file for the tables, with rows beside it; docs/results.md by default")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the frozen runs that differ")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
@@ -147,31 +190,20 @@ def main() -> int:
         loss = train_denoiser(arguments.runs / "ddpm", arguments.denoiser_steps)
         facts.write_text(json.dumps({"steps": arguments.denoiser_steps, "loss": loss, "seconds": time.process_time() - start}))
     unet = json.loads(facts.read_text())
+    settings = " ".join(arguments.overrides)
+    where = address(describe(), f"python benchmarks/pretrained.py {settings}".strip(), str(datetime.now(UTC).date()))
     rows = []
     for seed in arguments.seeds:
-        rows.append(row(seed, *compare(arguments, seed)))
-        print(rows[-1][1], flush=True)
-    passed, environment = sum(passes for passes, _ in rows), describe()
-    command = " ".join(["python benchmarks/pretrained.py", *arguments.overrides])
-    generated = "\n".join(
-        [
-            f"`{command}`, {date.today()}, torch {environment['packages']['torch']}, CPU, one thread, commit {environment['commit']}.",
-            "",
-            f"The denoiser: a diffusers `UNet2DModel` with `DDPMScheduler`, {unet['steps']} steps of 64 disks in {unet['seconds']:.0f} s, "
-            f"mean squared error {unet['loss']:.4f} per pixel.",
-            "",
-            f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the frozen run, in less than a "
-            "third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores are from sampled z; "
-            "seconds are processor time of training alone.",
-            "",
-            "| seed | R2 x | R2 y | R2 background | frozen, s | joint to the same R2, s | share | passes |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(line for _, line in rows),
-        ]
-    )
-    write_generated(arguments.output, "pretrained disks", generated)
-    print(generated)
-    return 0 if passed == len(rows) else 1
+        rows.append({"data": "disks", "settings": settings, **row_of(seed, *compare(arguments, seed)), "denoiser": unet, **where})
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.output:
+        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
+        write_generated(arguments.output, "pretrained disks", table(rows))
+    else:
+        write_rows(RESULTS / "pretrained.jsonl", rows, KEY)
+        rewrite(ROOT / "docs/results.md", "pretrained")
+    print(table(rows))
+    return 0 if all(row["passes"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes a table, losers included.
+"""Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes rows and a table, losers included.
 
-python benchmarks/recovery.py                          # eight seeds of disks, docs/results.md
-python benchmarks/recovery.py --seeds 0 1 --output try.md optimizer.ema_decay=0
+python benchmarks/recovery.py                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
+python benchmarks/recovery.py --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
+python benchmarks/recovery.py --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
 """
 
 import argparse
@@ -11,22 +12,67 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
+
+from sami_fast.config import Config, load_config
+from sami_fast.data import open_dataset
+
 MIN_R2, MIN_MCC = 0.95, 0.9
+KEY = ("config", "settings", "seed")  # two runs that agree in these are the same
+ENERGY_IMAGES, ENERGY_STEP = 4096, 1e-3
 
 
-def run_seed(arguments: argparse.Namespace, seed: int) -> dict:
-    """Train one seed with one thread; returns its report/metrics.json."""
+def run_seed(arguments: argparse.Namespace, seed: int) -> Path:
+    """Train one seed with one thread; returns its run folder."""
     name = f"{arguments.config}_seed{seed}"
     command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", arguments.config, "--overwrite"]
     command += [f"seed={seed}", f"name={name}", f"runs_dir={arguments.runs}", "engine.threads=1", *arguments.overrides]
     arguments.runs.mkdir(parents=True, exist_ok=True)
     with open(arguments.runs / f"{name}.log", "w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    return json.loads((arguments.runs / name / "report/metrics.json").read_text())
+    return arguments.runs / name
+
+
+def pixel_energy(config: Config) -> dict[str, float]:
+    """How much each factor of the disks moves the pixels: mean squared norm of the image's derivative in it, times its variance."""
+    disks = open_dataset(config.data, config.seed)
+    index = torch.arange(ENERGY_IMAGES)
+    drawn = disks._draw(index).double()
+    energy = {}
+    for name in disks.factor_names:
+        step = torch.zeros(drawn.shape[1], dtype=torch.float64)
+        step[disks.factor_order.index(name)] = ENERGY_STEP
+        ends = []
+        for factors in (drawn - step, drawn + step):
+            disks._draw = lambda _, factors=factors: factors
+            ends.append(disks.images(index))
+        derivative = (ends[1] - ends[0]) / (2 * ENERGY_STEP)
+        low, high = disks.ranges[name]
+        energy[name] = float(derivative.square().sum((1, 2, 3)).mean()) * (high - low) ** 2 / 12
+    return energy
+
+
+def row_of(folder: Path, **more: object) -> Row:
+    """A finished run as a row: its address, its scores without what is a curve, its KL weights every 400 steps."""
+    environment = json.loads((folder / "environment.json").read_text())
+    scores = json.loads((folder / "report/metrics.json").read_text())
+    config = load_config(str(folder / "config.yaml"))
+    log = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    written = datetime.fromtimestamp((folder / "report/metrics.json").stat().st_mtime, UTC).date()
+    curves = {key for key, value in scores.items() if isinstance(value, list) and value and isinstance(value[0], list)} | {"axes"}
+    return {
+        **more,
+        "seed": config.seed,
+        "passes": passes(scores),
+        **{key: value for key, value in scores.items() if key not in curves},
+        **({"pixel_energy": pixel_energy(config)} if config.data.kind == "disks" else {}),
+        "kl_weight": {str(row["step"]): row["kl_weight"] for row in log if "kl_weight" in row and row["step"] % 400 == 0},
+        **address(environment, more.get("command", ""), str(written)),
+    }
 
 
 def passes(scores: dict) -> bool:
@@ -35,31 +81,57 @@ def passes(scores: dict) -> bool:
     return min(r2.values()) >= MIN_R2 and scores["mcc"] >= MIN_MCC and scores["active_dims"] == len(r2)
 
 
-def table(results: dict[int, dict]) -> str:
+def generated(what: str, results: Path = RESULTS) -> str:
+    """A block of docs/results.md, by what follows `recovery` in its name: a config, or a config and "variants"."""
+    config, _, variants = what.partition(" ")
+    if variants:
+        return variants_table(select(results / "recovery.jsonl", config=config, source=None))
+    return seeds_table(select(results / "recovery.jsonl", config=config, settings=""))
+
+
+def seeds_table(rows: list[Row]) -> str:
     """Markdown: a row per seed, and the untrained encoder of the same seed below it."""
-    factors = list(next(iter(results.values()))["linear_r2"])
-    header = [
-        "seed",
-        *(f"R2 {f}" for f in factors),
-        *(f"MCC {f}" for f in factors),
-        "MCC",
-        "MIG",
-        "live dims",
-        "KL, nats",
-        "passes",
-        "minutes",
+    first, factors = rows[0], list(rows[0]["linear_r2"])
+    passed = sum(row["passes"] for row in rows)
+    each = [*(f"R2 {f}" for f in factors), *(f"MCC {f}" for f in factors)]
+    lines = [
+        f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread per run, "
+        f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
+        "",
+        f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
+        "exactly as many live dimensions (KL > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
+        "",
+        _line(["seed", *each, "MCC", "MIG", "live dims", "KL, nats", "passes", "minutes"]),
+        _line(["---"] * (len(each) + 7)),
     ]
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    for seed, scores in sorted(results.items()):
-        for label, row in ((f"{seed}", scores), (f"{seed}, untrained", scores["untrained"])):
-            trained = row is scores
-            cells = [label]
-            cells += [f"{row['linear_r2'][f]:.3f}" for f in factors]
-            cells += [f"{row['mcc_per_factor'][f]:.3f}" for f in factors]
-            cells += [f"{row['mcc']:.3f}", f"{row['mig']:.2f}", f"{row['active_dims']}", f"{row['kl_nats']:.1f}"]
-            cells += [("yes" if passes(scores) else "**no**") if trained else "", f"{row['wall_seconds'] / 60:.1f}" if trained else ""]
-            lines.append("| " + " | ".join(cells) + " |")
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        for label, scores in ((f"{row['seed']}", row), (f"{row['seed']}, untrained", row["untrained"])):
+            cells = [label, *(f"{scores[key][f]:.3f}" for key in ("linear_r2", "mcc_per_factor") for f in factors)]
+            cells += [f"{scores['mcc']:.3f}", f"{scores['mig']:.2f}", f"{scores['active_dims']}", f"{scores['kl_nats']:.1f}"]
+            cells += [_yes(row["passes"]), f"{row['wall_seconds'] / 60:.1f}"] if scores is row else ["", ""]
+            lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def variants_table(rows: list[Row]) -> str:
+    """Markdown: a row per setting that was tried on a seed that the config itself was run with."""
+    tried = {row["seed"] for row in rows if row["settings"]}
+    lines = [_line(["settings", "seed", "lowest R2", "lowest MCC", "MCC", "MIG", "KL, nats", "passes"]), _line(["---"] * 8)]
+    for row in sorted(rows, key=lambda row: (row["seed"], bool(row["settings"]))):
+        if row["seed"] in tried:
+            scores = (min(row["linear_r2"].values()), min(row["mcc_per_factor"].values()), row["mcc"])
+            label = f"`{row['settings']}`" if row["settings"] else "as configured"
+            cells = [f"{row['seed']}", *(f"{score:.3f}" for score in scores), f"{row['mig']:.2f}", f"{row['kl_nats']:.1f}"]
+            lines.append(_line([label, *cells, _yes(row["passes"])]))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _yes(passed: bool) -> str:
+    return "yes" if passed else "**no**"
 
 
 def main() -> None:
@@ -68,50 +140,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/recovery", help="where the run folders go")
-    parser.add_argument("--output", type=Path, help="markdown file whose generated part is replaced; docs/results.md by default")
+    parser.add_argument("--output", type=Path, help="markdown file for the tables, with rows beside it; docs/results.md by default")
+    parser.add_argument("--record", type=Path, help="train nothing: the row of this finished run of make train")
+    parser.add_argument("--seconds", type=float, help="with --record, how long make train took, its report included")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
-    output = arguments.output or ROOT / "docs/results.md"
+    if arguments.record:
+        row = row_of(arguments.record, run=arguments.record.name, command="make train", make_seconds=arguments.seconds)
+        write_rows(RESULTS / "train.jsonl", [row], ("run",))
+        return
+    settings = " ".join(arguments.overrides)
+    command = " ".join(["python benchmarks/recovery.py", *(["--config", arguments.config] if arguments.config != "disks" else [])])
 
-    def one(seed: int) -> dict:
+    def one(seed: int) -> Row:
         start = time.monotonic()
-        scores = run_seed(arguments, seed)
-        print(f"seed {seed}: {'passes' if passes(scores) else 'fails'}, {time.monotonic() - start:.0f} s", flush=True)
-        return scores
+        row = row_of(run_seed(arguments, seed), config=arguments.config, settings=settings, command=f"{command} {settings}".strip())
+        print(f"seed {seed}: {'passes' if row['passes'] else 'fails'}, {time.monotonic() - start:.0f} s", flush=True)
+        return row
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = dict(zip(arguments.seeds, pool.map(one, arguments.seeds), strict=True))
-    environment = json.loads((arguments.runs / f"{arguments.config}_seed{arguments.seeds[0]}/environment.json").read_text())
-    passed = sum(map(passes, results.values()))
-    command = " ".join(
-        ["python benchmarks/recovery.py", *(["--config", arguments.config] if arguments.config != "disks" else []), *arguments.overrides]
-    )
-    generated = "\n".join(
-        [
-            f"`{command}`, {date.today()}, torch {environment['packages']['torch']}, CPU, one thread per run, "
-            f"commit {environment['commit']}.",
-            "",
-            f"**{passed} of {len(results)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
-            "exactly as many live dimensions (KL > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
-            "",
-            table(results),
-        ]
-    )
-    write_generated(output, f"recovery {arguments.config}", generated)
-    print(generated)
-
-
-def write_generated(path: Path, name: str, generated: str) -> None:
-    """Replace what stands between the markers of this name, or append it."""
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    text = path.read_text() if path.exists() else "# Results\n"
-    block = f"{start}\n{generated}\n{end}"
-    if start in text:
-        head, _, rest = text.partition(start)
-        text = head + block + rest.partition(end)[2]
+        rows = list(pool.map(one, arguments.seeds))
+    if arguments.output:
+        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
+        write_generated(arguments.output, f"recovery {arguments.config}", seeds_table(rows))
     else:
-        text = text.rstrip() + "\n\n" + block + "\n"
-    path.write_text(text)
+        write_rows(RESULTS / "recovery.jsonl", rows, KEY)
+        rewrite(ROOT / "docs/results.md", "recovery")
+    print(seeds_table(rows))
 
 
 if __name__ == "__main__":
