@@ -22,16 +22,18 @@ train: install
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
+# Speed against every rival that is installed: a table, runs/bench/rows.jsonl and rows.csv.
 bench: install
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest benchmarks --rows runs/bench/rows.jsonl --rows runs/bench/rows.csv $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Registers, spills and shared memory of every CUDA kernel; needs nvcc, no GPU.
+# Registers, spills and shared memory of every CUDA kernel within their budgets; needs nvcc, no GPU.
 cuda: install
-	$(BIN)/python csrc/check_cuda.py $(ARGS)
+	$(BIN)/python csrc/check_cuda.py --budgets benchmarks/budgets/cuda.csv $(ARGS)
 
 # Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install

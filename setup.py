@@ -95,6 +95,13 @@ def nvcc_command(torch: Path, architectures: str) -> list[str]:
     ]
 
 
+def toolkit() -> Path:
+    """Where CUDA's libraries lie: nvcc itself knows, while the one in the path may be a script that starts another."""
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
+    return Path(top[1].strip()) if top else Path(shutil.which("nvcc")).resolve().parents[1]
+
+
 class BuildCore(build_ext):
     """Builds the extension, or says why not."""
 
@@ -139,8 +146,7 @@ class BuildCore(build_ext):
         if with_cuda(torch):
             with ThreadPoolExecutor(PROCESSORS) as pool:
                 extension.extra_objects = list(pool.map(compile_cuda, sorted(Path("csrc/cuda").glob("*.cu"))))
-            toolkit = Path(shutil.which("nvcc")).resolve().parents[1]
-            folders = [*toolkit.glob("lib64"), *toolkit.glob("targets/*/lib"), torch / "lib"]
+            folders = [*toolkit().glob("lib64"), *toolkit().glob("targets/*/lib"), torch / "lib"]
             if not (torch / "lib/libtorch_cuda.so").is_file():
                 # Only its name is needed, for a machine that has it.
                 subprocess.run([compiler(), "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(build / "libtorch_cuda.so")], check=True)
@@ -177,7 +183,7 @@ if __name__ == "__main__":
         # `kernels` and `configs` lie at the top of the tree and install inside the package: a PyPI package `kernels` exists.
         packages=[*find_packages(include=["sami_fast", "sami_fast.*"]), "sami_fast.kernels", "sami_fast.configs"],
         package_dir={"sami_fast": "sami_fast", "sami_fast.kernels": "kernels", "sami_fast.configs": "configs"},
-        package_data={"sami_fast.configs": ["*.yaml"], "sami_fast.kernels": ["README.md"]},
+        package_data={"sami_fast.configs": ["*.yaml"], "sami_fast.kernels": ["README.md", "tiles.json"]},
         ext_modules=core() if platform.system() == "Linux" else [],
         cmdclass={"build_ext": BuildCore},
         # Python without its lock has no limited API yet.

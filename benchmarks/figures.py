@@ -49,7 +49,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 # First word of a generated block's name: the module here whose `generated(rest of the name)` gives its text.
-WRITERS = {"recovery": "recovery", "methods": "methods", "pretrained": "pretrained", "plan": "scaling"}
+WRITERS = {"recovery": "recovery", "methods": "methods", "pretrained": "pretrained", "plan": "scaling", "performance": "performance"}
 
 
 def documents() -> list[Path]:

@@ -1,22 +1,22 @@
-"""What the benchmarks compare: one entry per op with its inputs, shapes, modes, work formulas, implementations, and when one is right.
+"""What the benchmarks compare: one entry per op with its inputs, shapes, modes, FLOPs, implementations, and when one is right.
 
-To add an op, write an `Op` and put it in `OPS`; to add a backend or a rival, write one line in an op's `implementations`.
-Shape letters are the project's: B batch, K noise levels, S samples (B K) or tokens (H W), C channels, H W image, N heads, D head size,
-Z latent size, G groups.
+To add an op, write an `Op` and put it in `OPS`; to add a backend or a rival, write one line in an op's `implementations` (third parties:
+`rivals.py`). Shape letters are the project's: B batch, K noise levels, S samples (B K) or tokens (H W), C channels, H W image, N heads,
+D head size, Z latent size, G groups, O output channels.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Self
 
-import numpy as np
+import rivals
 import torch
 import torch.nn.functional as F
+from measure import Contestant
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from sami_fast import ops, reference
 from sami_fast.ops.backend import refusal
@@ -27,10 +27,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, keyword
 
 # Errors are root mean squares relative to the float64 reference, in units of the dtype's rounding step. The reference in the same
 # dtype sets the scale; FLOOR forgives a lucky reference, CAP catches a broken one. Largest errors seen of the reference (x86, AVX512):
-# ops 3.3 units in float32 and 1.1 in bfloat16, step 332 (the sines of the time embedding, whose angles reach 1600 radians).
-ERROR_FACTOR = {"fwd": 2.0, "bwd": 3.0, "bwd_bwd": 3.0, "step": 3.0}
+# ops 3.3 units in float32 and 1.1 in bfloat16, step 1032 (the sines of the time embedding, whose angles reach 1600 radians).
+ERROR_FACTOR = {"fwd": 2.0, "bwd": 3.0, "bwd_bwd": 3.0, "step": 3.0, "sample": 3.0}
 FLOOR = 4.0
-CAP = {"fwd": 16.0, "bwd": 16.0, "bwd_bwd": 16.0, "step": 1024.0}
+CAP = {"fwd": 16.0, "bwd": 16.0, "bwd_bwd": 16.0, "step": 4096.0, "sample": 4096.0}
 
 
 class Incorrect(AssertionError):
@@ -46,19 +46,43 @@ class Implementation:
         modes: Those it has; a fused op without a second derivative leaves out bwd_bwd.
         own_noise: It draws other random numbers than the reference, so its values are judged by their moments.
         dtypes: Those it takes; None for all.
+        devices: Where it runs.
+        compiled: The mode as a whole, derivatives by torch.func included, goes through torch.compile; at the last shape alone.
+        foreign: Other people's package: when it is wrong its row is left out, with the reason, and nothing fails.
     """
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     modes: Sequence[str] = MODES
     own_noise: bool = False
     dtypes: Sequence[torch.dtype] | None = None
+    devices: Sequence[str] = ("cpu", "cuda")
+    compiled: bool = False
+    foreign: bool = False
+
+    def takes(self, mode: str, dtype: torch.dtype, device: str) -> bool:
+        return mode in self.modes and device in self.devices and (self.dtypes is None or dtype in self.dtypes)
 
 
-def _core(op: Callable[..., Any]) -> dict[str, Implementation]:
-    """The compiled core's row, where it was built."""
-    if refusal("cpp", "cpu", torch.float32) is not None:
-        return {}
-    return {"cpp": Implementation(partial(op, backend="cpp"), dtypes=(torch.float32,))}
+def ours(op: Callable[..., Any]) -> dict[str, Implementation]:
+    """A public op on each of its backends that can run here, reference apart."""
+    found = {}
+    for backend, device in (("cpp", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
+        dtypes = [d for d in (torch.float32, torch.bfloat16) if refusal(backend, device, d) is None]
+        if backend in ops.backend.OPS.get(op.__name__, ()) and dtypes:
+            found[backend] = Implementation(partial(op, backend=backend), dtypes=dtypes, devices=(device,))
+    return found
+
+
+def compiled(call: Callable[..., Any], **settings: Any) -> dict[str, Implementation]:
+    return {"torch.compile": Implementation(call, compiled=True, **settings)}
+
+
+def foreign(found: dict[str, rivals.Rival]) -> dict[str, Implementation]:
+    return {
+        name: Implementation(r.call, modes=r.modes, dtypes=r.dtypes, devices=("cuda",), foreign=True)
+        for name, r in found.items()
+        if r.missing is None
+    }
 
 
 @dataclass(frozen=True)
@@ -67,35 +91,30 @@ class Op:
 
     Attributes:
         name: The stem its reference, kernels and tests share.
-        shapes: Sizes to measure.
+        shapes: Sizes to measure, by device; "tiny" for rehearsals.
         dtypes: Of every floating input.
         inputs: Arguments of the reference for a shape, from a seeded generator; its tensors are cast to the dtype afterwards.
         wrt: Places of the positional arguments that derivatives are taken in; empty if only fwd is measured.
-        bytes_moved: Per mode, (shape, bytes per element) -> bytes of the tensors that must be read and written once.
-        flops: Per mode, shape -> multiplications and additions of the matrix products that must be done; empty where memory decides.
-        implementations: By name.
+        implementations: By name, `reference` among them.
         baseline: The implementation that ratios divide by: the obvious plain torch.
+        modes: Those to measure.
+        flops: Per mode, shape -> multiplications and additions of the matrix products that must be done when none is done twice: the same
+            count for everybody. Empty where memory decides.
         verify: Further demands on outputs of fwd, given (implementation, args, outputs, float64 reference outputs).
+        targets: Per mode, the ratio that our choice aims at on a CPU.
     """
 
     name: str
-    shapes: Sequence[Shape]
+    shapes: dict[str, Sequence[Shape]]
     dtypes: Sequence[torch.dtype]
     inputs: Callable[[Shape, torch.Generator], Arguments]
     wrt: Sequence[int]
-    bytes_moved: dict[str, Callable[[Shape, int], int]]
     implementations: dict[str, Implementation]
     baseline: str
+    modes: Sequence[str] = MODES
     flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)
     verify: Callable[[Implementation, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], None] | None = None
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        return MODES if self.wrt else ("fwd",)
-
-
-def shape_label(shape: Shape) -> str:
-    return " ".join(f"{letter}{size}" for letter, size in shape.items())
+    targets: dict[str, float] = field(default_factory=dict)
 
 
 def dtype_label(dtype: torch.dtype) -> str:
@@ -108,7 +127,7 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _randn(like: Sequence[Tensor], dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
     """Drawn in float64 and rounded, so that every implementation and the float64 truth see the same numbers."""
-    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in like]
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, dtype) for t in like]
 
 
 @dataclass(frozen=True)
@@ -123,101 +142,150 @@ class Problem:
     cotangents_2: list[Tensor]  # of the first gradients
 
     @classmethod
-    def make(cls, op: Op, shape: Shape, dtype: torch.dtype, mode: str) -> Self:
+    def make(cls, op: Op, shape: Shape, dtype: torch.dtype, mode: str, device: str = "cpu") -> Self:
         generator = torch.Generator().manual_seed(0)
         args, kwargs = op.inputs(shape, generator)
-        args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        args = tuple(a.to(device, dtype if a.is_floating_point() else None) if isinstance(a, Tensor) else a for a in args)
         problem = cls(op, mode, args, kwargs, [], [])
         if mode == "fwd":
             return problem
         leaves, outputs = problem._graph(op.implementations["reference"].call)
-        return cls(op, mode, args, kwargs, _randn(outputs, dtype, generator), _randn(leaves, dtype, generator))
+        return replace(problem, cotangents=_randn(outputs, dtype, generator), cotangents_2=_randn(leaves, dtype, generator))
 
     def double(self) -> Self:
         """The same numbers in float64."""
         args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args)
         cotangents, cotangents_2 = ([c.double() for c in group] for group in (self.cotangents, self.cotangents_2))
-        return type(self)(self.op, self.mode, args, self.kwargs, cotangents, cotangents_2)
+        return replace(self, args=args, cotangents=cotangents, cotangents_2=cotangents_2)
 
     def _graph(self, call: Callable[..., Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Leaves, and the outputs that can be differentiated."""
         args = [a.detach().requires_grad_() if place in self.op.wrt else a for place, a in enumerate(self.args)]
         outputs = _tuple(call(*args, **self.kwargs))
         return [args[place] for place in self.op.wrt], [o for o in outputs if o.requires_grad]
 
-    def timed(self, call: Callable[..., Any]) -> Callable[[], Sequence[Tensor]]:
-        """What the clock sees: everything that comes before it in a training step is done here.
+    def runner(self, implementation: Implementation) -> Callable[[], Sequence[Tensor]]:
+        """What the clock sees, from the inputs to the last gradient, so that work which is moved between the orders is counted once.
 
-        fwd:     the forward, no graph.
-        bwd:     the first gradients, the forward's graph being there.
-        bwd_bwd: the first gradients kept differentiable, and the gradients of those in the inputs and the cotangents: work that
-                 an implementation moves from one sweep to the other is counted once and nowhere lost.
+        fwd:     the outputs, no graph.
+        bwd:     the outputs, and the first gradients.
+        bwd_bwd: these, and the gradients of the first gradients in the inputs and the cotangents.
         """
-        if self.mode == "fwd":
+        if implementation.compiled:
+            return self._compiled(implementation.call)
+        call = implementation.call
 
-            def fwd() -> Sequence[Tensor]:
-                with torch.no_grad():
-                    return _tuple(call(*self.args, **self.kwargs))
+        def fwd() -> Sequence[Tensor]:
+            with torch.no_grad():
+                return _tuple(call(*self.args, **self.kwargs))
 
-            return fwd
-
-        leaves, outputs = self._graph(call)
-        if self.mode == "bwd":
-            return lambda: torch.autograd.grad(outputs, leaves, self.cotangents, retain_graph=True)
-
-        cotangents = [c.detach().requires_grad_() for c in self.cotangents]
+        def bwd() -> Sequence[Tensor]:
+            leaves, outputs = self._graph(call)
+            return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, self.cotangents)
 
         def bwd_bwd() -> Sequence[Tensor]:
+            leaves, outputs = self._graph(call)
+            cotangents = [c.detach().requires_grad_() for c in self.cotangents]
             first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
-            return torch.autograd.grad(first, [*leaves, *cotangents], self.cotangents_2, retain_graph=True)
+            second = torch.autograd.grad(first, [*leaves, *cotangents], self.cotangents_2)
+            return *(t.detach() for t in (*outputs, *first)), *second
 
-        return bwd_bwd
+        return {"fwd": fwd, "bwd": bwd, "bwd_bwd": bwd_bwd}[self.mode]
 
-    def whole(self, call: Callable[..., Any]) -> None:
-        """Forward included: what peak memory is taken over."""
-        self.timed(call)()
+    def _compiled(self, call: Callable[..., Any]) -> Callable[[], Sequence[Tensor]]:
+        """The same in one compiled graph: torch refuses to differentiate a compiled function twice, but compiles what torch.func does."""
+        torch._dynamo.reset()
+        wrt, num_outputs = self.op.wrt, len(self.cotangents)  # those that can be differentiated come first
+
+        def forward(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            args = list(self.args)
+            for place, leaf in zip(wrt, leaves, strict=True):
+                args[place] = leaf
+            return _tuple(call(*args, **self.kwargs))
+
+        def selected(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return forward(leaves)[:num_outputs]
+
+        def gradients(leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            outputs, pull = torch.func.vjp(selected, leaves)
+            return pull(cotangents)[0], outputs
+
+        def first(leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            in_leaves, outputs = gradients(leaves, cotangents)
+            return *outputs, *in_leaves
+
+        def second(leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], cotangents_2: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            once, pull, outputs = torch.func.vjp(gradients, leaves, cotangents, has_aux=True)
+            in_leaves, in_cotangents = pull(cotangents_2)
+            return *outputs, *once, *in_leaves, *in_cotangents
+
+        leaves, *cotangents = (tuple(group) for group in ([self.args[place] for place in wrt], self.cotangents, self.cotangents_2))
+        orders = {"fwd": (forward, 0), "bwd": (first, 1), "bwd_bwd": (second, 2)}
+        function, order = orders[self.mode]
+        run = torch.compile(function, fullgraph=True, dynamic=False)
+        return lambda: run(leaves, *cotangents[:order])
+
+    @cached_property
+    def truth(self) -> Sequence[Tensor]:
+        return self.double().runner(self.op.implementations["reference"])()
+
+    @cached_property
+    def yardstick(self) -> Sequence[Tensor]:
+        """What the reference finds in the same dtype."""
+        return self.runner(self.op.implementations["reference"])()
+
+    def bytes(self) -> int:
+        """What a single perfect kernel would move: every input and cotangent read once, every result written once."""
+        given = [a for a in self.args if isinstance(a, Tensor)]
+        return sum(t.numel() * t.element_size() for t in (*given, *self.cotangents, *self.cotangents_2, *self.yardstick))
+
+    def contestant(self, name: str) -> Contestant:
+        """The implementation, found to do what the reference does in this mode at these sizes.
+
+        Raises:
+            Incorrect: it does something else.
+        """
+        implementation = self.op.implementations[name]
+
+        def check(found: Sequence[Tensor]) -> None:
+            if not implementation.own_noise:
+                compare(f"{self.op.name} {self.mode}: {name}", self.mode, found, self.truth, self.yardstick)
+            if self.op.verify is not None:
+                self.op.verify(implementation, self.args, found, self.truth)
+
+        return Contestant.ready(name, partial(self.runner, implementation), check, self.yardstick[0].device.type)
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held during a call, over what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return int(held.max(initial=0))
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    scale = truth.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return ((found.double() - truth.double()).square().mean().sqrt() / scale).item()
+def relative_error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
+    """Root mean square of the difference over that of the truth, or over `least` where that is more."""
+    return _rms(found.double() - truth.double()) / max(_rms(truth), least, torch.finfo(torch.float64).tiny)
 
 
-def compare(what: str, mode: str, found: Sequence[Tensor], truth: Sequence[Tensor], same_dtype: Sequence[Tensor]) -> None:
-    """Raise Incorrect unless every tensor is as close to the float64 truth as the reference in the same dtype, by ERROR_FACTOR."""
+def compare(
+    what: str, mode: str, found: Sequence[Tensor], truth: Sequence[Tensor], same_dtype: Sequence[Tensor], unit: float | None = None
+) -> None:
+    """Raise Incorrect unless every tensor is as close to the float64 truth as the reference in the same precision, by ERROR_FACTOR.
+
+    `unit` is that precision's rounding step; the dtype's own where it is None. The gradients of a step belong together: those that are
+    zero but for rounding errors, as of a bias before a norm, are held against the others.
+    """
+    least = 1e-3 * max(_rms(t) for t in truth[1:]) if mode == "step" else 0.0
     forms, expected = ([(list(t.shape), dtype_label(t.dtype)) for t in tensors] for tensors in (found, same_dtype))
     if forms != expected:
         raise Incorrect(f"{what}: expected {expected}, found {forms}")
     for place, (value, exact, yardstick) in enumerate(zip(found, truth, same_dtype, strict=True)):
-        unit = torch.finfo(value.dtype).eps
-        allowed = unit * min(ERROR_FACTOR[mode] * relative_error(yardstick, exact) / unit + FLOOR, CAP[mode])
-        error = relative_error(value, exact)
+        step = unit or torch.finfo(value.dtype).eps
+        allowed = step * min(ERROR_FACTOR[mode] * relative_error(yardstick, exact, least) / step + FLOOR, CAP[mode])
+        error = relative_error(value, exact, least)
         if not error <= allowed:  # also true for NaN
             raise Incorrect(f"{what}, tensor {place}: relative error {error:.2e}, allowed {allowed:.2e}")
 
 
-def check(problem: Problem, name: str) -> None:
-    """Raise Incorrect unless the implementation does what the reference does, in the mode and at the sizes about to be measured."""
-    op, implementation = problem.op, problem.op.implementations[name]
-    reference_call = op.implementations["reference"].call
-    truth = problem.double().timed(reference_call)()
-    found = problem.timed(implementation.call)()
-    what = f"{op.name} {problem.mode}: {name}"
-    if not implementation.own_noise:
-        compare(what, problem.mode, found, truth, problem.timed(reference_call)())
-    if op.verify is not None:
-        op.verify(implementation, problem.args, found, truth)
-
-
-# --- noise_sample -------------------------------------------------------------------------------------------------------------------
+# --- noise_sample, random_normal, stratified_uniform --------------------------------------------------------------------------------
 
 
 def _noise_sample_inputs(s: Shape, generator: torch.Generator) -> Arguments:
@@ -226,26 +294,19 @@ def _noise_sample_inputs(s: Shape, generator: torch.Generator) -> Arguments:
     return (x_0, angle.cos(), angle.sin(), torch.arange(s["B"])), {"seed": 1, "step": 2}
 
 
-def _noise_sample_torch_randn(
-    x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor, *, seed: int, step: int
-) -> tuple[Tensor, Tensor]:
+def _noise_sample_torch(x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
     # Sequential generator: the noise depends on what was drawn before, and `index`, `seed` and `step` have no part in it.
     shape = (*alpha_t.shape, 1, 1, 1)
-    eps = torch.randn(*alpha_t.shape, *x_0.shape[1:], dtype=x_0.dtype)
+    eps = torch.randn(*alpha_t.shape, *x_0.shape[1:], dtype=x_0.dtype, device=x_0.device)
     x_t = alpha_t.view(shape) * x_0[:, None] + sigma_t.view(shape) * eps
     return x_t.flatten(0, 1), eps.flatten(0, 1)
 
 
-def _verify_noise(implementation: Implementation, args: tuple[Any, ...], found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """eps is standard normal to five standard errors, x_t is made of it, and shared noise agrees bit for bit."""
-    x_0, alpha_t, sigma_t, _ = args
-    if [(t.shape, t.dtype) for t in found] != [(t.shape, x_0.dtype) for t in truth]:
-        raise Incorrect("noise_sample: expected x_t and eps of [B*K, C, H, W] in the dtype of x_0")
-    x_t, eps = (output.double() for output in found)
-    if not implementation.own_noise and not torch.equal(eps, truth[1]):
-        raise Incorrect("noise_sample: eps differs from the reference's random bits")
-    count = eps.numel()
-    flat = eps.flatten()
+def _verify_normals(name: str, implementation: Implementation, eps: Tensor, truth: Tensor) -> None:
+    """Standard normal to five standard errors, and shared noise bit for bit."""
+    if not implementation.own_noise and not torch.equal(eps.double(), truth):
+        raise Incorrect(f"{name}: eps differs from the reference's random bits")
+    flat = eps.double().flatten()
     for moment, value, expected, variance in (
         ("mean", flat.mean(), 0.0, 1.0),
         ("variance", flat.square().mean(), 1.0, 2.0),
@@ -253,8 +314,17 @@ def _verify_noise(implementation: Implementation, args: tuple[Any, ...], found: 
         ("fourth moment", flat.pow(4).mean(), 3.0, 96.0),
         ("correlation of neighbours", (flat[1:] * flat[:-1]).mean(), 0.0, 1.0),
     ):
-        if not abs(value.item() - expected) <= 5.0 * math.sqrt(variance / count):
-            raise Incorrect(f"noise_sample: {moment} of eps is {value.item():.4f}, expected {expected}")
+        if not abs(value.item() - expected) <= 5.0 * math.sqrt(variance / flat.numel()):
+            raise Incorrect(f"{name}: {moment} of eps is {value.item():.4f}, expected {expected}")
+
+
+def _verify_noise(implementation: Implementation, args: tuple[Any, ...], found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """Normals, and x_t is made of them."""
+    x_0, alpha_t, sigma_t, _ = args
+    if [(t.shape, t.dtype) for t in found] != [(t.shape, x_0.dtype) for t in truth]:
+        raise Incorrect("noise_sample: expected x_t and eps of [B*K, C, H, W] in the dtype of x_0")
+    x_t, eps = (output.double() for output in found)
+    _verify_normals("noise_sample", implementation, eps, truth[1])
     levels = alpha_t.shape[1]
     alpha, sigma = (amplitude.double().flatten().view(-1, 1, 1, 1) for amplitude in (alpha_t, sigma_t))
     if not relative_error(x_t, alpha * x_0.double().repeat_interleave(levels, 0) + sigma * eps) <= FLOOR * torch.finfo(x_0.dtype).eps:
@@ -263,23 +333,83 @@ def _verify_noise(implementation: Implementation, args: tuple[Any, ...], found: 
 
 NOISE_SAMPLE = Op(
     name="noise_sample",
-    shapes=({"B": 64, "K": 1, "C": 1, "H": 16, "W": 16}, {"B": 16, "K": 4, "C": 3, "H": 32, "W": 32}),
+    shapes={
+        "cpu": ({"B": 64, "K": 1, "C": 1, "H": 32, "W": 32}, {"B": 16, "K": 4, "C": 3, "H": 64, "W": 64}),
+        "cuda": ({"B": 64, "K": 4, "C": 3, "H": 64, "W": 64}, {"B": 512, "K": 1, "C": 3, "H": 256, "W": 256}),
+        "tiny": ({"B": 16, "K": 2, "C": 3, "H": 8, "W": 8},),
+    },
     dtypes=(torch.float32,),
     inputs=_noise_sample_inputs,
     wrt=(),  # images are data: training asks for no gradient here
-    # read x_0 once; write x_t and eps for each of K levels
-    bytes_moved={"fwd": lambda s, size: size * s["B"] * s["C"] * s["H"] * s["W"] * (1 + 2 * s["K"])},
+    modes=("fwd",),
     implementations={
         "reference": Implementation(reference.noise_sample),
-        **_core(ops.noise_sample),
-        "torch.randn": Implementation(_noise_sample_torch_randn, own_noise=True),
+        "torch.randn": Implementation(_noise_sample_torch, own_noise=True),
+        **compiled(_noise_sample_torch, own_noise=True),
+        **ours(ops.noise_sample),
     },
     baseline="torch.randn",
     verify=_verify_noise,
 )
 
 
-# --- guided_loss --------------------------------------------------------------------------------------------------------------------
+def _random_normal_torch(seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
+    return torch.randn(index.numel(), size, device=index.device)
+
+
+RANDOM_NORMAL = Op(
+    name="random_normal",
+    shapes={
+        "cpu": ({"B": 64, "Z": 32}, {"B": 64, "Z": 3072}),
+        "cuda": ({"B": 512, "Z": 12288},),
+        "tiny": ({"B": 16, "Z": 64},),
+    },
+    dtypes=(torch.float32,),
+    inputs=lambda s, generator: ((1, 2, ops.Stream.EPS_Z, torch.arange(s["B"]), s["Z"]), {}),
+    wrt=(),
+    modes=("fwd",),
+    implementations={
+        "reference": Implementation(reference.random_normal),
+        "torch.randn": Implementation(_random_normal_torch, own_noise=True),
+        **ours(ops.random_normal),
+    },
+    baseline="torch.randn",
+    verify=lambda implementation, args, found, truth: _verify_normals("random_normal", implementation, found[0], truth[0].double()),
+)
+
+
+def _stratified_uniform_torch(index: Tensor, levels: int, global_batch: int, *, seed: int, step: int) -> Tensor:
+    rank = torch.randperm(global_batch, device=index.device)[index]
+    v = torch.rand(len(index), levels, device=index.device)
+    return (torch.arange(levels, device=index.device) + (rank[:, None] + v) / global_batch) / levels
+
+
+def _verify_strata(implementation: Implementation, args: tuple[Any, ...], found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    _, levels, batch = args
+    strata = (found[0].double() * levels * batch).floor().flatten().sort().values
+    # Bounds may round up to the next stratum, so neighbours count.
+    if not (strata - torch.arange(batch * levels, device=strata.device)).abs().max() <= 1:
+        raise Incorrect("stratified_uniform: a stratum without a number")
+
+
+STRATIFIED_UNIFORM = Op(
+    name="stratified_uniform",
+    shapes={"cpu": ({"B": 64, "K": 4},), "cuda": ({"B": 512, "K": 4},), "tiny": ({"B": 8, "K": 2},)},
+    dtypes=(torch.float32,),
+    inputs=lambda s, generator: ((torch.arange(s["B"]), s["K"], s["B"]), {"seed": 1, "step": 2}),
+    wrt=(),
+    modes=("fwd",),
+    implementations={
+        "reference": Implementation(reference.stratified_uniform),
+        "torch.randperm": Implementation(_stratified_uniform_torch, own_noise=True),
+        **ours(ops.stratified_uniform),
+    },
+    baseline="torch.randperm",
+    verify=_verify_strata,
+)
+
+
+# --- guided_loss, and all of a step that is not a network -----------------------------------------------------------------------------
 
 
 def _guided_loss_inputs(s: Shape, generator: torch.Generator) -> Arguments:
@@ -287,7 +417,7 @@ def _guided_loss_inputs(s: Shape, generator: torch.Generator) -> Arguments:
     return (*images, *(torch.rand(s["S"], generator=generator) + 0.1 for _ in range(3))), {}
 
 
-def _guided_loss_mse(
+def _guided_loss_torch(
     eps: Tensor, eps_pred: Tensor, grad_log_q: Tensor, sigma_t: Tensor, weight: Tensor, unconditional_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     eps_hat = eps_pred - sigma_t.view(-1, 1, 1, 1) * grad_log_q
@@ -296,30 +426,76 @@ def _guided_loss_mse(
     return weight * guided + unconditional_weight * unguided, unguided.detach()
 
 
-def _image_elements(s: Shape) -> int:
-    return s["S"] * s["C"] * s["H"] * s["W"]
-
-
 GUIDED_LOSS = Op(
     name="guided_loss",
-    shapes=({"S": 64, "C": 1, "H": 16, "W": 16}, {"S": 32, "C": 3, "H": 64, "W": 64}),
+    shapes={
+        "cpu": ({"S": 64, "C": 1, "H": 32, "W": 32}, {"S": 32, "C": 3, "H": 64, "W": 64}),
+        "cuda": ({"S": 256, "C": 3, "H": 64, "W": 64}, {"S": 512, "C": 3, "H": 256, "W": 256}),
+        "tiny": ({"S": 4, "C": 3, "H": 8, "W": 8},),
+    },
     dtypes=(torch.float32,),
     inputs=_guided_loss_inputs,
     wrt=(1, 2),  # eps_pred and grad_log_q, where the two networks meet the loss
-    bytes_moved={
-        # read eps, eps_pred, grad_log_q; the [S] vectors are too small to count
-        "fwd": lambda s, size: size * _image_elements(s) * 3,
-        # read the same three; write the two gradients
-        "bwd": lambda s, size: size * _image_elements(s) * 5,
-        # bwd (5), then read the same three and two cotangents, write two gradients (7)
-        "bwd_bwd": lambda s, size: size * _image_elements(s) * 12,
-    },
     implementations={
         "reference": Implementation(reference.guided_loss),
-        **_core(ops.guided_loss),
-        "torch.mse_loss": Implementation(_guided_loss_mse),
+        "torch.mse_loss": Implementation(_guided_loss_torch),
+        **compiled(_guided_loss_torch),
+        **ours(ops.guided_loss),
     },
     baseline="torch.mse_loss",
+)
+
+
+def _noise_and_loss_inputs(s: Shape, generator: torch.Generator) -> Arguments:
+    (x_0, alpha_t, sigma_t, index), _ = _noise_sample_inputs(s, generator)
+    eps_pred, grad_log_q = (torch.randn(s["B"] * s["K"], s["C"], s["H"], s["W"], generator=generator) for _ in range(2))
+    weight = torch.rand(s["B"] * s["K"], generator=generator) + 0.1
+    return (eps_pred, grad_log_q, x_0, alpha_t, sigma_t, index, weight), {"seed": 1, "step": 2}
+
+
+def _noise_and_loss(noising: Callable[..., Any], guided_loss: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The networks' outputs are given; x_t, which they would see, is an output that nothing is differentiated in."""
+
+    def both(
+        eps_pred: Tensor, grad_log_q: Tensor, x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor, weight: Tensor, **key: int
+    ) -> tuple[Tensor, Tensor]:
+        x_t, eps = noising(x_0, alpha_t, sigma_t, index, **key)
+        return guided_loss(eps, eps_pred, grad_log_q, sigma_t.flatten(), weight, torch.zeros_like(weight))[0], x_t
+
+    return both
+
+
+def _noise_and_loss_ours() -> dict[str, Implementation]:
+    backends = {name: (noising, GUIDED_LOSS.implementations[name]) for name, noising in ours(ops.noise_sample).items()}
+    return {
+        name: replace(noising, call=_noise_and_loss(noising.call, loss.call), dtypes=(torch.float32,))
+        for name, (noising, loss) in backends.items()
+    }
+
+
+NOISE_AND_LOSS = Op(
+    name="noise_sample + guided_loss",
+    shapes={
+        "cpu": (
+            {"B": 64, "K": 1, "C": 1, "H": 32, "W": 32},
+            {"B": 16, "K": 4, "C": 3, "H": 32, "W": 32},
+            {"B": 32, "K": 1, "C": 3, "H": 64, "W": 64},
+        ),
+        "cuda": ({"B": 512, "K": 1, "C": 3, "H": 64, "W": 64},),
+        "tiny": ({"B": 4, "K": 2, "C": 3, "H": 8, "W": 8},),
+    },
+    dtypes=(torch.float32,),
+    inputs=_noise_and_loss_inputs,
+    wrt=(0, 1),
+    modes=("bwd",),
+    implementations={
+        "reference": Implementation(_noise_and_loss(reference.noise_sample, reference.guided_loss)),
+        "torch.randn": Implementation(_noise_and_loss(_noise_sample_torch, _guided_loss_torch), own_noise=True),
+        **compiled(_noise_and_loss(_noise_sample_torch, _guided_loss_torch), own_noise=True),
+        **_noise_and_loss_ours(),
+    },
+    baseline="reference",  # eager torch that draws the same numbers
+    targets={"bwd": 4.0},
 )
 
 
@@ -338,10 +514,6 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     return attention
 
 
-def _attention_elements(s: Shape) -> int:
-    return s["B"] * s["S"] * s["N"] * s["D"]
-
-
 def _attention_product(s: Shape) -> int:
     """One S x S x D product in every head."""
     return 2 * s["B"] * s["N"] * s["S"] ** 2 * s["D"]
@@ -349,35 +521,33 @@ def _attention_product(s: Shape) -> int:
 
 ATTENTION = Op(
     name="attention",
-    shapes=({"B": 8, "S": 64, "N": 2, "D": 32}, {"B": 2, "S": 256, "N": 2, "D": 64}),
+    shapes={
+        "cpu": ({"B": 8, "S": 64, "N": 2, "D": 32}, {"B": 2, "S": 1024, "N": 2, "D": 32}, {"B": 1, "S": 1024, "N": 4, "D": 64}),
+        "cuda": ({"B": 64, "S": 64, "N": 4, "D": 64}, {"B": 64, "S": 256, "N": 4, "D": 64}, {"B": 8, "S": 1024, "N": 8, "D": 64}),
+        "tiny": ({"B": 1, "S": 32, "N": 2, "D": 16},),
+    },
     dtypes=(torch.float32, torch.bfloat16),
     inputs=_attention_inputs,
     wrt=(0, 1, 2),
-    bytes_moved={
-        # read q, k, v; write out
-        "fwd": lambda s, size: size * _attention_elements(s) * 4,
-        # read q, k, v, out, grad_out; write three gradients
-        "bwd": lambda s, size: size * _attention_elements(s) * 8,
-        # bwd (8), then read q, k, v, grad_out and three cotangents, write four gradients (11)
-        "bwd_bwd": lambda s, size: size * _attention_elements(s) * 19,
-    },
-    # Products that must be formed when nothing is formed twice: the same count for everybody, so recomputing lowers the figure.
     flops={
         # q k^T, P v
         "fwd": lambda s: 2 * _attention_product(s),
-        # grad_out v^T, P^T grad_out, dS k, dS^T q
-        "bwd": lambda s: 4 * _attention_product(s),
-        # bwd (4), then with dots for cotangents and bars for results: T = q' k^T + q k'^T (2), Y = grad_out v'^T (1),
-        # the cotangent of grad_out P' v + P v' (2), q-bar (2), k-bar (2), v-bar (1)
-        "bwd_bwd": lambda s: 14 * _attention_product(s),
+        # and grad_out v^T, P^T grad_out, dS k, dS^T q
+        "bwd": lambda s: 6 * _attention_product(s),
+        # and with dots for cotangents and bars for results: T = q' k^T + q k'^T (2), Y = grad_out v'^T (1), the cotangent of
+        # grad_out P' v + P v' (2), q-bar (2), k-bar (2), v-bar (1)
+        "bwd_bwd": lambda s: 16 * _attention_product(s),
     },
     implementations={
         "reference": Implementation(reference.attention),
-        **_core(ops.attention),
         "torch.sdpa_math": Implementation(_sdpa(SDPBackend.MATH)),
         "torch.sdpa_flash": Implementation(_sdpa(SDPBackend.FLASH_ATTENTION), modes=("fwd", "bwd")),  # has no second derivative
+        **compiled(reference.attention),
+        **foreign(rivals.attention()),
+        **ours(ops.attention),
     },
     baseline="torch.sdpa_math",
+    targets={"bwd_bwd": 2.0},
 )
 
 
@@ -394,31 +564,70 @@ def _group_norm_silu_torch(x: Tensor, weight: Tensor, bias: Tensor, num_groups: 
     return F.silu(F.group_norm(x, num_groups, weight, bias))
 
 
-def _feature_elements(s: Shape) -> int:
-    return s["B"] * s["C"] * s["H"] * s["W"]
-
-
 GROUP_NORM_SILU = Op(
     name="group_norm_silu",
-    shapes=({"B": 64, "C": 32, "H": 16, "W": 16, "G": 4}, {"B": 8, "C": 64, "H": 32, "W": 32, "G": 4}),
+    shapes={
+        "cpu": ({"B": 32, "C": 64, "H": 16, "W": 16, "G": 4}, {"B": 32, "C": 32, "H": 64, "W": 64, "G": 4}),
+        "cuda": ({"B": 64, "C": 256, "H": 16, "W": 16, "G": 32}, {"B": 64, "C": 128, "H": 64, "W": 64, "G": 32}),
+        "tiny": ({"B": 2, "C": 8, "H": 4, "W": 4, "G": 2},),
+    },
     dtypes=(torch.float32, torch.bfloat16),
     inputs=_group_norm_silu_inputs,
     wrt=(0, 1, 2),
-    bytes_moved={
-        # read x, write y; the [C] vectors are too small to count
-        "fwd": lambda s, size: size * _feature_elements(s) * 2,
-        # read x and grad_y; write grad_x
-        "bwd": lambda s, size: size * _feature_elements(s) * 3,
-        # bwd (3), then read x, grad_y and the cotangent, write the gradients in x and in grad_y (5)
-        "bwd_bwd": lambda s, size: size * _feature_elements(s) * 8,
-    },
     implementations={
+        # In float32 the arithmetic of the baseline behind argument checks: their ratio there is the noise of the run.
         "reference": Implementation(reference.group_norm_silu),
-        **_core(ops.group_norm_silu),
-        # In float32 the arithmetic of the reference without its argument checks: their ratio there is the noise of the run.
         "torch.group_norm": Implementation(_group_norm_silu_torch),
+        **compiled(_group_norm_silu_torch),
+        **foreign(rivals.group_norm_silu()),
+        **ours(ops.group_norm_silu),
     },
     baseline="torch.group_norm",
+    targets={"bwd_bwd": 3.0},
+)
+
+
+# --- conv2d -------------------------------------------------------------------------------------------------------------------------
+
+
+def _conv2d_inputs(s: Shape, generator: torch.Generator) -> Arguments:
+    x = torch.randn(s["B"], s["C"], s["H"], s["W"], generator=generator)
+    return (x, torch.randn(s["O"], s["C"], 3, 3, generator=generator), torch.randn(s["O"], generator=generator)), {"padding": 1}
+
+
+def _in_channels_last(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    return F.conv2d(*(t.contiguous(memory_format=torch.channels_last) for t in (x, weight)), bias, padding=padding)
+
+
+def _convolution(s: Shape) -> int:
+    """One direct 3x3 convolution; Winograd's algorithm does less, and may exceed the bound that follows."""
+    return 2 * 9 * s["B"] * s["C"] * s["O"] * s["H"] * s["W"]
+
+
+CONV2D = Op(
+    name="conv2d",
+    shapes={
+        "cpu": ({"B": 32, "C": 32, "H": 16, "W": 16, "O": 32}, {"B": 8, "C": 64, "H": 32, "W": 32, "O": 64}),
+        "cuda": (),  # torch's own there
+        "tiny": ({"B": 2, "C": 4, "H": 8, "W": 8, "O": 4},),
+    },
+    dtypes=(torch.float32,),
+    inputs=_conv2d_inputs,
+    wrt=(0, 1),  # a bias has no second derivative
+    flops={
+        "fwd": _convolution,
+        # and the gradients in x and in weight
+        "bwd": lambda s: 3 * _convolution(s),
+        # and with dots for cotangents: x' * weight + x * weight', the gradient in x from weight', that in weight from x'
+        "bwd_bwd": lambda s: 7 * _convolution(s),
+    },
+    implementations={
+        "reference": Implementation(partial(ops.conv2d, backend="reference")),
+        "torch.conv2d": Implementation(F.conv2d),
+        "torch.channels_last": Implementation(_in_channels_last),
+        **ours(ops.conv2d),
+    },
+    baseline="torch.conv2d",
 )
 
 
@@ -430,34 +639,37 @@ def _gaussian_log_prob_inputs(s: Shape, generator: torch.Generator) -> Arguments
     return (z, mu, torch.rand(s["B"], s["Z"], generator=generator) + 0.1), {}
 
 
-def _gaussian_log_prob_distributions(z: Tensor, mu: Tensor, var: Tensor) -> Tensor:
+def _gaussian_log_prob_torch(z: Tensor, mu: Tensor, var: Tensor) -> Tensor:
     return torch.distributions.Normal(mu, var.sqrt(), validate_args=False).log_prob(z).sum(-1)
-
-
-def _latent_elements(s: Shape) -> int:
-    return s["B"] * s["Z"]
 
 
 GAUSSIAN_LOG_PROB = Op(
     name="gaussian_log_prob",
-    shapes=({"B": 64, "Z": 8}, {"B": 1024, "Z": 256}),
+    shapes={
+        "cpu": ({"B": 64, "Z": 8}, {"B": 1024, "Z": 256}),
+        "cuda": ({"B": 512, "Z": 32}, {"B": 4096, "Z": 256}),
+        "tiny": ({"B": 4, "Z": 8},),
+    },
     dtypes=(torch.float32,),
     inputs=_gaussian_log_prob_inputs,
     wrt=(0, 1, 2),
-    bytes_moved={
-        # read z, mu, var; write [B]
-        "fwd": lambda s, size: size * (_latent_elements(s) * 3 + s["B"]),
-        # read z, mu, var and [B]; write three gradients
-        "bwd": lambda s, size: size * (_latent_elements(s) * 6 + s["B"]),
-        # bwd, then read z, mu, var, three cotangents and [B], write three gradients and [B]
-        "bwd_bwd": lambda s, size: size * (_latent_elements(s) * 15 + s["B"] * 3),
-    },
     implementations={
         "reference": Implementation(reference.gaussian_log_prob),
-        **_core(ops.gaussian_log_prob),
-        "torch.distributions": Implementation(_gaussian_log_prob_distributions),
+        "torch.distributions": Implementation(_gaussian_log_prob_torch),
+        **compiled(reference.gaussian_log_prob),
+        **ours(ops.gaussian_log_prob),
     },
     baseline="torch.distributions",
 )
 
-OPS = (NOISE_SAMPLE, GUIDED_LOSS, ATTENTION, GROUP_NORM_SILU, GAUSSIAN_LOG_PROB)
+OPS = (
+    NOISE_SAMPLE,
+    RANDOM_NORMAL,
+    STRATIFIED_UNIFORM,
+    GUIDED_LOSS,
+    NOISE_AND_LOSS,
+    ATTENTION,
+    GROUP_NORM_SILU,
+    CONV2D,
+    GAUSSIAN_LOG_PROB,
+)

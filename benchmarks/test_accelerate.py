@@ -3,11 +3,13 @@ encoder and a UNet in plain torch. Correct first, then timed."""
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
+from measure import Contestant
 from registry import compare
+from steps import convolution_bound
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -75,31 +77,25 @@ def _together(gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     return of_x, torch.cat([g.flatten() for g in of_parameters if g is not None])
 
 
-@cache
-def prepared(mode: str) -> tuple[Problem, Sequence[Tensor], Sequence[Tensor]]:
-    """The problem, and what torch finds in float64 and in float32."""
-    problem = Problem()
-    return problem, problem.runner(BASELINE, mode, torch.float64)(), problem.runner(BASELINE, mode)()
+def contestants(
+    runner: Callable[[str], Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor], rival: Sequence[Tensor]
+) -> list[Contestant]:
+    """Those that can run here, found correct."""
+    ready = []
+    for name in IMPLEMENTATIONS:
+        if name == BASELINE or refusal(name, "cpu", torch.float32) is None:
+            check = partial(compare, name, "step", truth=exact, same_dtype=rival)
+            ready.append(Contestant.ready(name, partial(runner, name), check, "cpu"))
+    return ready
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mode", ["bwd", "bwd_bwd"])
-def test_accelerate(mode: str, name: str, record: Callable[..., None]) -> None:
-    if name != BASELINE and (reason := refusal(name, "cpu", torch.float32)) is not None:
-        pytest.skip(reason)
-    problem, exact, rival = prepared(mode)
-    run = problem.runner(name, mode)
-    compare(f"accelerate: {name}", "step", run(), exact, rival)
-    row = {
-        "op": "accelerated UNet",
-        "shape": SHAPE,
-        "dtype": "float32",
-        "mode": mode,
-        "implementation": name,
-        "baseline": BASELINE,
-        "images": SHAPE["B"],
-    }
-    record(row, "images/s", run, problem.runner(BASELINE, mode), run)
+def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
+    problem = Problem()
+    exact, rival = problem.runner(BASELINE, mode, torch.float64)(), problem.runner(BASELINE, mode)()
+    ready = contestants(lambda name: problem.runner(name, mode), exact, rival)
+    described = {"op": "diffusers UNet, accelerated", "shape": SHAPE, "dtype": "float32", "mode": mode, "images": SHAPE["B"]}
+    compete(described | convolution_bound(problem.runner(BASELINE, mode), "cpu"), ready, BASELINE)
 
 
 FOREIGN = {"B": 16, "K": 1, "C": 3, "H": 32, "W": 32}
@@ -177,20 +173,8 @@ class ForeignStep:
         return run
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_foreign_step(name: str, record: Callable[..., None]) -> None:
-    if name != BASELINE and (reason := refusal(name, "cpu", torch.float32)) is not None:
-        pytest.skip(reason)
+def test_foreign_step(compete: Callable[..., None]) -> None:
     step = ForeignStep()
-    run, rival = step.run(name), step.run(BASELINE)
-    compare(f"foreign step: {name}", "step", run(), step.run(BASELINE, torch.float64)(), rival())
-    row = {
-        "op": "foreign step",
-        "shape": FOREIGN,
-        "dtype": "float32",
-        "mode": "step",
-        "implementation": name,
-        "baseline": BASELINE,
-        "images": FOREIGN["B"],
-    }
-    record(row, "images/s", run, rival, run)
+    ready = contestants(step.run, step.run(BASELINE, torch.float64)(), step.run(BASELINE)())
+    described = {"op": "foreign step, accelerated", "shape": FOREIGN, "dtype": "float32", "mode": "step", "images": FOREIGN["B"]}
+    compete(described | convolution_bound(step.run(BASELINE), "cpu"), ready, BASELINE)

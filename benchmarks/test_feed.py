@@ -5,15 +5,17 @@ Clocks start when WARM batches have arrived, so that neither the start of proces
 kept pixels unless a row says so.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from measure import Contestant
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -32,11 +34,11 @@ av = pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'
 
 CPU = torch.device("cpu")
 SIZE, BATCH, WORKERS = 64, 64, 2
-IMAGES = {"JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"quality": 85}}
-KNOWN_TO_DALI = ("vp9", "vp8", "mjpeg")
-CODECS = (*KNOWN_TO_DALI, "h264", "h265", "av1", "mpeg4")
-NUM_IMAGES, WARM, BATCHES = 1024, 6, 16  # BATCHES are timed in a round
-CLIPS, FRAMES, HEIGHT, WIDTH = 8, 240, 240, 320  # of each codec
+IMAGES = {"JPEG": {"quality": 90}, "PNG": {}}
+KNOWN_TO_DALI = ("vp9", "mjpeg")  # on a CPU
+CODECS = ("vp9", "h264")
+NUM_IMAGES, WARM, BATCHES = 512, 6, 12  # BATCHES are timed in a round
+CLIPS, FRAMES, HEIGHT, WIDTH = 4, 240, 240, 320  # of each codec
 TARGETS = {"images": 2.0, "dali": 2.0, "pyav": 1.0}  # by who can decode it
 
 
@@ -142,11 +144,11 @@ class PyAVRandomFrames(MapDataset):
 # Both sides, ready: WARM batches have come. A call takes as many more as it is told.
 
 
-def loading(dataset: Any, batches: int = BATCHES) -> Callable[[], Callable[[], None]]:
+def loading(dataset: Any, batches: int = BATCHES, warm: int = WARM) -> Callable[[], Callable[[], None]]:
     def start() -> Callable[[], None]:
         shuffled = not isinstance(dataset, IterableDataset)
         batches_of = iter(DataLoader(dataset, BATCH, shuffle=shuffled, num_workers=WORKERS))
-        for _ in range(WARM):
+        for _ in range(warm):
             next(batches_of)
 
         def run() -> None:
@@ -174,10 +176,21 @@ def feeding(make: Callable[[], Any], batches: int = BATCHES) -> Callable[[], Cal
     return start
 
 
-def row(what: str, implementation: str, baseline: str, target: float | None = None, batches: int = BATCHES) -> dict[str, Any]:
+def contestant(name: str, start: Callable[[], Callable[[], None]]) -> Contestant:
+    return Contestant(name, start, fresh=True)
+
+
+def described(what: str, batches: int = BATCHES) -> dict[str, Any]:
     shape = {"B": BATCH, "C": 3, "H": SIZE, "W": SIZE}
-    described = {"op": what, "shape": shape, "dtype": "uint8", "mode": "feed", "implementation": implementation, "baseline": baseline}
-    return described | {"images": BATCH * batches} | ({"target": target} if target else {})
+    return {
+        "op": what,
+        "shape": shape,
+        "dtype": "uint8",
+        "mode": "feed",
+        "images": BATCH * batches,
+        "bytes": 4 * math.prod(shape.values()) * batches,
+        "bound": None,
+    }
 
 
 def check(ours: Tensor, rival: Tensor, bound: float) -> None:
@@ -186,50 +199,51 @@ def check(ours: Tensor, rival: Tensor, bound: float) -> None:
     assert difference < bound, f"images differ by {difference:.2f} levels of 255"
 
 
-@pytest.mark.parametrize("decoder", ["dali", "torch", "kept"])
-def test_images(image_folder, decoder, record, tmp_path):
+def test_images(image_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:
     form, folder = image_folder
-    kept = decoder == "kept"
-    settings = {"holdout": 0.0, "cache_dir": str(tmp_path), "cache_gib": 1.0 if kept else 0.0, "workers": WORKERS}
 
-    def make() -> ImageFolder:
-        return ImageFolder(str(folder), decoder="dali" if kept else decoder, **settings)
+    def make(decoder: str, kept: bool = False) -> ImageFolder:
+        settings = {"holdout": 0.0, "cache_dir": str(tmp_path / str(kept)), "cache_gib": 1.0 if kept else 0.0, "workers": WORKERS}
+        return ImageFolder(str(folder), decoder=decoder, **settings)
 
     rival, some = PillowImages(folder), torch.arange(0, NUM_IMAGES, 17)
-    check(make().images(some), torch.stack([rival[n] for n in some.tolist()]), 1.0)
-    make().images(torch.arange(NUM_IMAGES))  # fills the kept pixels, if they are kept
-    name = {"dali": "feed, DALI", "torch": "feed, Pillow", "kept": "feed, kept pixels"}[decoder]
-    described = row(f"{form} 178x218", name, "DataLoader + Pillow", TARGETS["images"] if decoder != "torch" else None)
-    record(described, "images/s", feeding(make), loading(rival), None, fresh=True)
+    expected = torch.stack([rival[n] for n in some.tolist()])
+    ready = [contestant("DataLoader + Pillow", loading(rival))]
+    for name, decoder, kept in (("Pillow", "torch", False), ("DALI", "dali", False), ("kept pixels", "dali", True)):
+        dataset = make(decoder, kept)
+        check(dataset.images(some), expected, 1.0)
+        dataset.images(torch.arange(NUM_IMAGES))  # fills the kept pixels, if they are kept
+        ready.append(contestant(f"sami-fast, {name}", feeding(partial(make, decoder, kept))))
+    compete(described(f"feed {form} 178x218"), ready, "DataLoader + Pillow", peak=False, targets={"sami-fast, DALI": TARGETS["images"]})
 
 
-@pytest.mark.parametrize("decoder", ["auto", "dali"])
-def test_videos(video_folder, decoder, record, tmp_path):
+def test_videos(video_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:
     codec, folder = video_folder
     by_dali = codec in KNOWN_TO_DALI
-    if decoder == "dali" and not by_dali:
-        pytest.skip("not one of the codecs that DALI decodes on a CPU")
     settings = {"holdout": 0.0, "pool": 4 * BATCH, "cache_dir": str(tmp_path), "cache_gib": 0.0, "workers": WORKERS}
 
-    def make() -> VideoFolder:
+    def make(decoder: str) -> VideoFolder:
         return VideoFolder(str(folder), decoder=decoder, **settings)
 
-    ours, rival = make(), PyAVFrames(folder)
-    (name,) = {ours.decoder_of(v)[0] for v in range(CLIPS)}
-    assert decoder == "auto" or name == "DALI"
-    check(ours.clips(torch.tensor([0]))[0], next(iter(DataLoader(rival, ours.clip_length, num_workers=1))), 2.0)
-    target = TARGETS["dali" if by_dali else "pyav"] if decoder == "auto" else None
-    described = row(f"{codec} 320x240", f"feed, {name}", "DataLoader + PyAV in order", target)
-    record(described, "images/s", feeding(make), loading(rival), None, fresh=True)
+    rival = PyAVFrames(folder)
+    ready = [contestant("DataLoader + PyAV in order", loading(rival))]
+    for decoder in ("dali", "auto") if by_dali else ("auto",):
+        ours = make(decoder)
+        (name,) = {ours.decoder_of(v)[0] for v in range(CLIPS)}
+        assert decoder == "auto" or name == "DALI"
+        check(ours.clips(torch.tensor([0]))[0], next(iter(DataLoader(rival, ours.clip_length, num_workers=1))), 2.0)
+        ready.append(contestant(f"sami-fast, {name}", feeding(partial(make, decoder))))
+    targets = {ready[-1].name: TARGETS["dali" if by_dali else "pyav"]}
+    compete(described(f"feed {codec} 320x240"), ready, "DataLoader + PyAV in order", peak=False, targets=targets)
 
 
-def test_shuffled_frames(tmp_path, record):
+def test_shuffled_frames(tmp_path: Path, compete: Callable[..., None]) -> None:
     """Against a random access for every frame, which is how shuffled frames are usually read."""
     from sami_fast.data.write_video import write_video
 
     folder = tmp_path / "videos"
     folder.mkdir()
-    for n in range(4):
+    for n in range(CLIPS):
         corners = np.linspace((0, n * 20), (150, 300 - n * 20), FRAMES).astype(int)
         frames = np.stack([photographs()[0][top : top + HEIGHT, left : left + WIDTH] for top, left in corners])
         write_video(folder / f"{n}.mkv", frames, codec="vp9", keyframe_interval=60)
@@ -237,8 +251,9 @@ def test_shuffled_frames(tmp_path, record):
     def make() -> VideoFolder:
         return VideoFolder(str(folder), holdout=0.0, pool=4 * BATCH, cache_dir=str(tmp_path), cache_gib=0.0, workers=WORKERS)
 
-    described = row("vp9 320x240 shuffled", "feed", "DataLoader + PyAV, a seek per frame", TARGETS["dali"], 6)
-    record(described, "images/s", feeding(make, 6), loading(PyAVRandomFrames(folder), 6), None, fresh=True)
+    rival, batches = "DataLoader + PyAV, a seek per frame", 2
+    ready = [contestant(rival, loading(PyAVRandomFrames(folder), batches, 2)), contestant("sami-fast, PyAV", feeding(make, batches))]
+    compete(described("feed vp9 320x240, shuffled", batches), ready, rival, peak=False, targets={"sami-fast, PyAV": TARGETS["dali"]})
 
 
 # What a step waits

@@ -1,51 +1,63 @@
-"""Every op of the registry: correct first, then timed."""
+"""Every op of the registry in every mode: all implementations correct first, then timed in turn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from registry import GAUSSIAN_LOG_PROB, NOISE_SAMPLE, OPS, Implementation, Incorrect, Op, Problem, Shape, check, dtype_label, shape_label
+from measure import gather, peak_bytes
+from registry import ATTENTION, GAUSSIAN_LOG_PROB, NOISE_SAMPLE, OPS, Implementation, Incorrect, Op, Problem, Shape, dtype_label
+from table import shape_label
 from torch import Tensor
 
-from sami_fast import reference
+from sami_fast import ops, reference
+from sami_fast.ops.backend import refusal
 
 
-def measure(op: Op, shape: Shape, dtype: torch.dtype, mode: str, name: str, record: Callable[..., None]) -> None:
-    """Check the implementation and the baseline it is divided by, and only then hand over to the clock."""
+def names_of(op: Op, shape: Shape, dtype: torch.dtype, mode: str, device: str) -> list[str]:
+    """Who takes part. Compiling costs seconds: it is left to the largest shape."""
+    largest = shape in [shapes[-1] for shapes in op.shapes.values() if shapes]
+    taking = {name: i for name, i in op.implementations.items() if i.takes(mode, dtype, device)}
+    return [name for name, i in taking.items() if largest or not i.compiled]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "comparison" not in metafunc.fixturenames:
+        return
+    device, tiny = metafunc.config.getoption("--device"), metafunc.config.getoption("--tiny")
+    cases = list(_cases(device, "tiny" if tiny else device))
+    metafunc.parametrize("comparison", [case for _, case in cases], ids=[label for label, _ in cases])
+
+
+def _cases(device: str, sizes: str) -> Iterator[tuple[str, tuple[Op, Shape, torch.dtype, str]]]:
+    for op in OPS:
+        for shape in op.shapes[sizes]:
+            for dtype in op.dtypes:
+                if device == "cpu" and dtype != torch.float32:
+                    continue  # nobody trains in bfloat16 there, and the core does not take it
+                for mode in op.modes:
+                    yield "-".join((op.name, shape_label(shape).replace(" ", "_"), dtype_label(dtype), mode)), (op, shape, dtype, mode)
+
+
+def test_op(comparison: tuple[Op, Shape, torch.dtype, str], device: str, compete: Callable[..., None]) -> None:
+    op, shape, dtype, mode = comparison
     torch.manual_seed(0)
-    problem = Problem.make(op, shape, dtype, mode)
-    for checked in {name, op.baseline}:
-        check(problem, checked)
-    call, baseline = op.implementations[name].call, op.implementations[op.baseline].call
-    row = {
+    problem = Problem.make(op, shape, dtype, mode, device)
+    names = names_of(op, shape, dtype, mode, device)
+    contestants, wrong = gather({name: partial(problem.contestant, name) for name in names})
+    described = {
         "op": op.name,
         "shape": shape,
         "dtype": dtype_label(dtype),
         "mode": mode,
-        "implementation": name,
-        "baseline": op.baseline,
-        "bytes": op.bytes_moved[mode](shape, dtype.itemsize),
+        "bytes": problem.bytes(),
         "flops": op.flops[mode](shape) if op.flops else None,
     }
-    record(row, "GFLOP/s" if op.flops else "GB/s", problem.timed(call), problem.timed(baseline), lambda: problem.whole(call))
-
-
-def _cases() -> Iterator[Any]:
-    for op in OPS:
-        for shape in op.shapes:
-            for dtype in op.dtypes:
-                for mode in op.modes:
-                    for name, implementation in op.implementations.items():
-                        if mode in implementation.modes and (implementation.dtypes is None or dtype in implementation.dtypes):
-                            label = (op.name, shape_label(shape).replace(" ", "_"), dtype_label(dtype), mode, name)
-                            yield pytest.param(op, shape, dtype, mode, name, id="-".join(label))
-
-
-@pytest.mark.parametrize(("op", "shape", "dtype", "mode", "name"), list(_cases()))
-def test_op(op: Op, shape: Shape, dtype: torch.dtype, mode: str, name: str, record: Callable[..., None]) -> None:
-    measure(op, shape, dtype, mode, name, record)
+    targets = {"cpp": op.targets[mode]} if mode in op.targets else None
+    forgiven = [name for name in names if op.implementations[name].foreign]
+    compete(described, contestants, op.baseline, dtype, targets=targets, wrong=wrong, forgiven=forgiven)
 
 
 # Wrong in the value, in the first gradient alone, in the second alone.
@@ -56,15 +68,29 @@ WRONG = {
 }
 
 
+def rivals_of(op: Op, **implementations: Implementation) -> Op:
+    return replace(op, implementations=op.implementations | implementations)
+
+
 @pytest.mark.parametrize("mode", WRONG)
-def test_wrong_implementation_gets_no_row(mode: str) -> None:
-    op = replace(GAUSSIAN_LOG_PROB, implementations={**GAUSSIAN_LOG_PROB.implementations, "wrong": Implementation(WRONG[mode])})
-    rows: list[tuple[Any, ...]] = []
+def test_wrong_implementation_gets_no_row(mode: str, device: str, compete: Callable[..., None]) -> None:
+    op = rivals_of(GAUSSIAN_LOG_PROB, wrong=Implementation(WRONG[mode], foreign=True))
+    shape = op.shapes["tiny"][0]
     with pytest.raises(Incorrect, match=f"gaussian_log_prob {mode}: wrong, tensor .: relative error"):
-        measure(op, op.shapes[0], torch.float32, mode, "wrong", lambda *row: rows.append(row))
-    assert not rows
-    measure(op, op.shapes[0], torch.float32, mode, "reference", lambda *row: rows.append(row))
-    assert len(rows) == 1
+        Problem.make(op, shape, torch.float32, mode, device).contestant("wrong")
+    rows: list[Any] = []
+    test_op((op, shape, torch.float32, mode), device, lambda *given, **named: rows.append((given, named)))
+    ((_, contestants, *_), named), *_ = rows
+    assert "reference" in [c.name for c in contestants]
+    assert "wrong" not in [c.name for c in contestants]
+    assert "relative error" in named["wrong"]["wrong"]
+
+
+def test_our_own_wrong_implementation_fails(device: str, compete: Callable[..., None], benchmark: Any) -> None:
+    benchmark.disabled = True
+    op = rivals_of(GAUSSIAN_LOG_PROB, cpp_wrong=Implementation(WRONG["fwd"]))
+    with pytest.raises(pytest.fail.Exception, match="cpp_wrong: Incorrect"):
+        test_op((op, op.shapes["tiny"][0], torch.float32, "fwd"), device, compete)
 
 
 def _noise(scale: float = 1.0, mix: float = 1.0, seed_shift: int = 0) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -84,9 +110,20 @@ def _noise(scale: float = 1.0, mix: float = 1.0, seed_shift: int = 0) -> Callabl
     ],
     ids=["scale", "mixture", "other bits"],
 )
-def test_wrong_noise_gets_no_row(wrong: Implementation, reason: str) -> None:
-    op = replace(NOISE_SAMPLE, implementations={**NOISE_SAMPLE.implementations, "wrong": wrong})
-    rows: list[tuple[Any, ...]] = []
+def test_wrong_noise_gets_no_row(wrong: Implementation, reason: str, device: str) -> None:
+    op = rivals_of(NOISE_SAMPLE, wrong=wrong)
     with pytest.raises(Incorrect, match=reason):
-        measure(op, op.shapes[0], torch.float32, "fwd", "wrong", lambda *row: rows.append(row))
-    assert not rows
+        Problem.make(op, op.shapes["cpu"][0], torch.float32, "fwd", device).contestant("wrong")
+
+
+@pytest.mark.skipif(refusal("cpp", "cpu", torch.float32) is not None, reason="the compiled core was not built")
+def test_attention_memory_is_linear() -> None:
+    def peak(tokens: int) -> int:
+        problem = Problem.make(ATTENTION, {"B": 1, "S": tokens, "N": 4, "D": 32}, torch.float32, "bwd_bwd")
+        return peak_bytes(problem.runner(ATTENTION.implementations["cpp"]), "cpu")
+
+    assert peak(4096) <= 1.2 * 4 * peak(1024)
+
+
+def test_a_public_op_has_its_comparison() -> None:
+    assert set(ops.describe()) <= {op.name for op in OPS}

@@ -1,7 +1,7 @@
 """What all launchers share: the one place where a kernel is started, or recorded to be compiled ahead of time."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +23,27 @@ class Launch:
     num_warps: int
     num_stages: int
     fp_fusion: bool
+    grid: tuple[int, ...] = ()
 
 
 _state = threading.local()  # a backward pass on another thread keeps running its kernels
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collects this thread's launches instead of running them; launchers may then be called with meta or fake tensors."""
-    _state.record = []
+def recording(note: Callable[[Launch], Any] = lambda launch: launch, arch: int = 0) -> Iterator[list[Any]]:
+    """Collects this thread's launches, or what `note` makes of each, instead of running them; launchers may then be called with meta or
+    fake tensors. A launch keeps its tensors alive. `arch` is the chip whose tiles launchers select, 90 for sm_90; 0 for the defaults."""
+    record: list[Any] = []
+    _state.record, _state.arch = lambda launch: record.append(note(launch)), arch
     try:
-        yield _state.record
+        yield record
     finally:
         _state.record = None
+
+
+def recorded_arch() -> int | None:
+    """The chip of the recording in progress on this thread, 0 for none in particular; None outside of one."""
+    return None if getattr(_state, "record", None) is None else _state.arch
 
 
 def launch(
@@ -59,7 +67,7 @@ def launch(
     """
     record = getattr(_state, "record", None)
     if record is not None:
-        record.append(Launch(kernel, args, constants, num_warps, num_stages, fp_fusion))
+        record(Launch(kernel, args, constants, num_warps, num_stages, fp_fusion, tuple(grid)))
         return
     if 0 in grid:
         return

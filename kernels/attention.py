@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._common import INTERPRETED, launch
+from .tiles import Schedule, schedule
 
 MAX_HEAD_SIZE = 128
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -510,25 +511,44 @@ def _attention_bwd_bwd_kv_kernel(
     _store(v_bar_rows, k_start, v_bar, HEAD_SIZE)
 
 
-# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bytes per element; chosen from what the compiler reports
-# for sm_90, where none spills, and not yet by timing. 16 bits: four warps, one warp group, per 64 rows, so that a feature map of 64 tokens
-# fills its tile, two to four programs share a multiprocessor, and one's exponentials overlap with another's products; 32 rows per step
-# where 64 spill. Heads of 128 at second order need the accumulators of eight warps. 32 bits: see _product; the side that is summed over
-# in registers is 16 wide, because a thread holds that many operands per row and column.
+# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bits per element: what holds where tiles.json has nothing
+# better. Chosen from what the compiler reports for sm_90, where none spills, not by timing. 16 bits: four warps, one warp group, per 64
+# rows, so that a feature map of 64 tokens fills its tile, two to four programs share a multiprocessor, and one's exponentials overlap with
+# another's products; 32 rows per step where 64 spill. Heads of 128 at second order need the accumulators of eight warps. 32 bits: see
+# _product; the side that is summed over in registers is 16 wide, because a thread holds that many operands per row and column.
 _SIZES = (16, 32, 64, 128)
 _TILES = {
-    (_attention_fwd_kernel, 2): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    (_attention_bwd_q_kernel, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    (_attention_bwd_kv_kernel, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 2)),
-    (_attention_tan_kernel, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-    (_attention_bwd_bwd_q_kernel, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2)),
-    (_attention_bwd_bwd_kv_kernel, 2): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (16, 128, 8, 2)),
-    (_attention_fwd_kernel, 4): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    (_attention_bwd_q_kernel, 4): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
-    (_attention_bwd_kv_kernel, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
-    (_attention_tan_kernel, 4): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
-    (_attention_bwd_bwd_q_kernel, 4): ((64, 16, 8, 1), (32, 32, 8, 1), (64, 16, 8, 1), (16, 16, 4, 1)),
-    (_attention_bwd_bwd_kv_kernel, 4): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    ("fwd", 16): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    ("bwd_q", 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("bwd_kv", 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 2)),
+    ("tan", 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
+    ("bwd_bwd_q", 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2)),
+    ("bwd_bwd_kv", 16): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2), (16, 128, 8, 2)),
+    ("fwd", 32): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    ("bwd_q", 32): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
+    ("bwd_kv", 32): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
+    ("tan", 32): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    ("bwd_bwd_q", 32): ((64, 16, 8, 1), (32, 32, 8, 1), (64, 16, 8, 1), (16, 16, 4, 1)),
+    ("bwd_bwd_kv", 32): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+}
+_KERNELS = {
+    "fwd": _attention_fwd_kernel,
+    "bwd_q": _attention_bwd_q_kernel,
+    "bwd_kv": _attention_bwd_kv_kernel,
+    "tan": _attention_tan_kernel,
+    "bwd_bwd_q": _attention_bwd_bwd_q_kernel,
+    "bwd_bwd_kv": _attention_bwd_bwd_kv_kernel,
+}
+
+
+def _key(part: str, bits: int, block_d: int) -> str:
+    return f"{part} {bits}-bit D={block_d}"
+
+
+SCHEDULES: dict[str, Schedule] = {
+    _key(part, bits, size): dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
+    for (part, bits), tiles in _TILES.items()
+    for size, tile in zip(_SIZES, tiles, strict=True)
 }
 
 
@@ -594,7 +614,7 @@ def _returned(result: Tensor, primal: Tensor) -> Tensor:
     return torch.empty_like(primal).copy_(result[..., : primal.shape[3]])
 
 
-def _run(kernel: Callable, pointers: tuple, layouts: tuple[Tensor, ...], inside: bool, scale: float, causal: bool, per_query: bool) -> None:
+def _run(part: str, pointers: tuple, layouts: tuple[Tensor, ...], inside: bool, scale: float, causal: bool) -> None:
     """Start a kernel with a program per block of queries or of keys; layouts are the tensors whose strides it takes, q, k, v first."""
     q, k = layouts[:2]
     batch, queries, heads, size = q.shape
@@ -604,16 +624,15 @@ def _run(kernel: Callable, pointers: tuple, layouts: tuple[Tensor, ...], inside:
     columns = 16 if wide else block_d
     if INTERPRETED:  # its time goes with the number of operations, not with their size
         wide, columns = False, min(block_d, 32) if wide else block_d
-    block_q, block_k, warps, stages = _TILES[kernel, 4 if wide else 2][_SIZES.index(block_d)]
-    blocks = triton.cdiv(queries, block_q) if per_query else triton.cdiv(keys, block_k)
+    tile = schedule("attention", _key(part, 32 if wide else 16, block_d), q.device)
+    blocks = triton.cdiv(keys, tile["BLOCK_K"]) if part.endswith("kv") else triton.cdiv(queries, tile["BLOCK_Q"])
     width = 16 // q.element_size()
     strides = [x.stride(dim) // width for x in layouts for dim in (0, 2, 3 if inside else 1)]
     # A number, not a flag: one binary serves both, and its bound on the keys costs what that at their end does.
     reach = 0 if causal else 2**30
     launch(
-        kernel, (blocks * batch * heads,), *pointers, scale, *strides, heads, queries, keys, reach,
-        HEAD_SIZE=size, INSIDE=inside, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=block_d, BLOCK_C=columns,
-        num_warps=warps, num_stages=stages,
+        _KERNELS[part], (blocks * batch * heads,), *pointers, scale, *strides, heads, queries, keys, reach,
+        HEAD_SIZE=size, INSIDE=inside, BLOCK_D=block_d, BLOCK_C=columns, **tile,
     )  # fmt: skip
 
 
@@ -623,7 +642,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -
     inside, (q, k, v) = _operands(q, k, v)
     out = _room(q, False)
     lse = torch.empty((2, q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    _run(_attention_fwd_kernel, (q, k, v, out, lse), (q, k, v), inside, scale, causal, True)
+    _run("fwd", (q, k, v, out, lse), (q, k, v), inside, scale, causal)
     return out[..., :size].contiguous(), lse
 
 
@@ -636,8 +655,8 @@ def attention_bwd(
     grad_out, out, lse = _operand(grad_out), _operand(out), _per_query(lse)
     dq, dk, dv = grads = [_gradient(x, inside) for x in primals]
     delta = torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device)
-    _run(_attention_bwd_q_kernel, (grad_out, q, k, v, out, lse, dq, delta), (q, k, v, dq), inside, scale, causal, True)
-    _run(_attention_bwd_kv_kernel, (grad_out, q, k, v, lse, delta, dk, dv), (q, k, v, dk, dv), inside, scale, causal, False)
+    _run("bwd_q", (grad_out, q, k, v, out, lse, dq, delta), (q, k, v, dq), inside, scale, causal)
+    _run("bwd_kv", (grad_out, q, k, v, lse, delta, dk, dv), (q, k, v, dk, dv), inside, scale, causal)
     return tuple(_returned(x, primal) for x, primal in zip(grads, primals, strict=True))
 
 
@@ -650,7 +669,7 @@ def attention_tan(
     out, lse = _operand(out), _per_query(lse)
     tout, tau = torch.empty_like(out), torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device)
     pointers = (tq, tk, tv, q, k, v, out, lse, tout, tau)
-    _run(_attention_tan_kernel, pointers, (q, k, v, tq, tk, tv), inside, scale, causal, True)
+    _run("tan", pointers, (q, k, v, tq, tk, tv), inside, scale, causal)
     return tout[..., :size].contiguous(), tau
 
 
@@ -680,9 +699,9 @@ def attention_bwd_bwd(
     q_bar, k_bar, v_bar = bars = [_gradient(x, inside) for x in primals]
     delta, y_mean = torch.empty_like(tau), torch.empty_like(tau)
     pointers = (ggq, ggk, ggv, grad_out, q, k, v, out, lse, tout, tau, out_bar, q_bar, delta, y_mean)
-    _run(_attention_bwd_bwd_q_kernel, pointers, (*operands, q_bar), inside, scale, causal, True)
+    _run("bwd_bwd_q", pointers, (*operands, q_bar), inside, scale, causal)
     pointers = (ggq, ggk, ggv, grad_out, q, k, v, lse, tau, out_bar, delta, y_mean, k_bar, v_bar)
-    _run(_attention_bwd_bwd_kv_kernel, pointers, (*operands, k_bar, v_bar), inside, scale, causal, False)
+    _run("bwd_bwd_kv", pointers, (*operands, k_bar, v_bar), inside, scale, causal)
     return tuple(_returned(x, primal) for x, primal in zip(bars, primals, strict=True))
 
 

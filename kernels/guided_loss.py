@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ._common import launch
 from .random import COUNTER, counter, random_normals
+from .tiles import Schedule, schedule
 
 _STRIDES = ("stride_pred_c", "stride_pred_p", "stride_grad_c", "stride_grad_p")
 
@@ -108,6 +109,14 @@ def _guided_loss_fwd_kernel(
     tl.store(unguided_ptr + program, unguided_sum)
 
 
+SCHEDULES: dict[str, Schedule] = {
+    f"{bits}-bit {layout}, eps {eps}": {"BLOCK_Q": 256, "num_warps": 4}
+    for bits in (16, 32)
+    for layout in ("flat", "any")
+    for eps in ("stored", "drawn")
+}
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
@@ -126,7 +135,6 @@ def guided_loss_fwd(
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [S], [S], [S, C, H, W] twice
     """loss, unguided (float32), d loss / d eps_pred and d loss / d grad_log_q, each cotangent with the dtype and layout of its tensor."""
-    block = 256
     samples, channels, height, width = eps_pred.shape
     pixels = height * width
     eps_pred, grad_log_q = _dense(eps_pred), _dense(grad_log_q)
@@ -139,7 +147,9 @@ def guided_loss_fwd(
     else:
         strides = [s for x in (eps_pred, grad_log_q) for s in ((pixels, 1) if x.is_contiguous() else (1, channels))]
         flat = False
-    blocks = triton.cdiv(pixels, 4 * block)
+    key = f"{8 * eps_pred.element_size()}-bit {'flat' if flat else 'any'}, eps {'drawn' if eps is None else 'stored'}"
+    tile = schedule("guided_loss", key, eps_pred.device)
+    blocks = triton.cdiv(pixels, 4 * tile["BLOCK_Q"])
     grad_eps_pred, grad_grad_log_q = torch.empty_like(eps_pred), torch.empty_like(grad_log_q)
     loss, unguided = (eps_pred.new_empty((samples, blocks), dtype=torch.float32) for _ in range(2))
     launch(
@@ -162,7 +172,7 @@ def guided_loss_fwd(
         *counter(seed, step, stream),
         fp_fusion=False,
         FLAT=flat,
-        BLOCK_Q=block,
+        **tile,
     )
     loss, unguided = (partial.squeeze(1) if blocks == 1 else partial.sum(1) for partial in (loss, unguided))
     return loss, unguided, grad_eps_pred, grad_grad_log_q

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
+from .tiles import Schedule, schedule
 
 NUM_STREAMS = 16  # the number and the two streams below repeat `sami_fast.reference.random`, which this package does not import
 STREAM_LOGSNR = 2
@@ -213,6 +214,13 @@ def _stratified_uniform_kernel(
                 tl.store(out_ptr + image.to(tl.int64)[:, None] * levels + k, u, mask=found[:, None] & (k < levels))
 
 
+SCHEDULES: dict[str, Schedule] = {
+    "normals": {"BLOCK_Q": 256, "num_warps": 4},
+    "uniforms": {"BLOCK_Q": 256, "num_warps": 4},
+    "strata": {"BLOCK_J": 32, "BLOCK_I": 128, "num_warps": 4},
+}
+
+
 def counter(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
     """Seed and offset as the signed 32-bit words that kernels take: low and high word of each."""
     offset = step * NUM_STREAMS + stream
@@ -221,10 +229,10 @@ def counter(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
 
 
 def _random(normal: bool, seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
-    block = 256
+    tile = schedule("random", "normals" if normal else "uniforms", index.device)
     out = index.new_empty((index.shape[0], size), dtype=torch.float32)
     num_quads = index.shape[0] * triton.cdiv(size, 4)
-    grid = (triton.cdiv(num_quads, block),)
+    grid = (triton.cdiv(num_quads, tile["BLOCK_Q"]),)
     launch(
         _random_kernel,
         grid,
@@ -235,7 +243,7 @@ def _random(normal: bool, seed: int, step: int, stream: int, index: Tensor, size
         *counter(seed, step, stream),
         fp_fusion=False,
         NORMAL=normal,
-        BLOCK_Q=block,
+        **tile,
     )
     return out
 
@@ -255,12 +263,12 @@ def stratified_uniform(index: Tensor, levels: int, global_batch: int, *, seed: i
 
     No program finds an index outside the batch: what it gets is NaN.
     """
-    block = 32
+    tile = schedule("random", "strata", index.device)
     out = index.new_full((index.shape[0], levels), float("nan"), dtype=torch.float32)
     # Without an image there is nothing to match; a grid of all j would count in vain.
-    grid = (triton.cdiv(global_batch, block) if out.numel() else 0,)
+    grid = (triton.cdiv(global_batch, tile["BLOCK_J"]) if out.numel() else 0,)
     arguments = index.contiguous(), out, index.shape[0], levels, global_batch, *counter(seed, step, 0)
-    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, BLOCK_J=block, BLOCK_I=128)
+    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, **tile)
     return out
 
 

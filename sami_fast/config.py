@@ -6,14 +6,11 @@ A run is a YAML file that holds only what differs from here, plus `key=value` ov
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from typing import Any, ClassVar, get_args
 
 from .errors import UserError
 from .models.layers import STYLES
@@ -469,21 +466,31 @@ def setting_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+def _unknown(key: str, origin: str) -> UserError:
+    candidates = [*setting_keys(), *(item.name for item in fields(Config))]
+    near = difflib.get_close_matches(key, candidates, 1, 0.5) or [
+        known for known in candidates if known.endswith("." + key.rsplit(".", 1)[-1])
+    ]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{key}: no such setting ({origin}){hint}")
+
+
+def _no_section(key: str, value: Any, origin: str) -> UserError:
+    return UserError(f"{key}: expected settings below it, like {key}.<setting>, found {value!r} ({origin})")
+
+
 def _merge(base: Any, layer: Any, origin: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
     sections = {item.name for item in fields(Config) if is_dataclass(item.type)}
     for key, value in OmegaConf.to_container(layer, resolve=False).items():
         if key in sections and not isinstance(value, dict):
-            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {value!r} ({origin})")
+            raise _no_section(key, value, origin)
     try:
         return OmegaConf.merge(base, layer)
     except ConfigKeyError as error:
-        unknown = error.full_key or str(error.key)
-        candidates = [*setting_keys(), *(item.name for item in fields(Config))]
-        near = difflib.get_close_matches(unknown, candidates, 1, 0.5) or [
-            key for key in candidates if key.endswith("." + unknown.rsplit(".", 1)[-1])
-        ]
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{unknown}: no such setting ({origin}){hint}") from None
+        raise _unknown(error.full_key or str(error.key), origin) from None
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]
         raise UserError(f"{error.full_key or origin}: {reason} ({origin})") from None
@@ -494,43 +501,17 @@ def _merge(base: Any, layer: Any, origin: str) -> Any:
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file, then `key=value` overrides.
 
+    Where OmegaConf is not installed, as on a machine that only measures, PyYAML reads both and `config_from_dict` checks them.
+
     Args:
         path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
         overrides: Strings like "train.steps=50".
     Raises:
         UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
     """
-    merged = OmegaConf.structured(Config)
-    if path is not None:
-        file = _find(path)
-        try:
-            layer = OmegaConf.load(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config: cannot read {file}: {error}") from None
-        except Exception as error:  # the YAML parser's own errors share no public base with OmegaConf's
-            raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not OmegaConf.is_dict(layer):
-            raise UserError(f"--config: {file} should hold `key: value` lines, found a list")
-        for before, after in RENAMED.items():
-            value = OmegaConf.select(layer, before)
-            if value is not None:
-                section, _, key = before.rpartition(".")
-                del OmegaConf.select(layer, section)[key]
-                OmegaConf.update(layer, after, value)
-        merged = _merge(merged, layer, str(file))
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override}: expected key=value, for example train.steps=50")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except Exception as error:
-            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-        merged = _merge(merged, layer, "command line")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {(error.msg or str(error)).splitlines()[0]}") from None
+    file = None if path is None else _find(path)
+    with_omegaconf = find_spec("omegaconf") is not None
+    config = _by_omegaconf(file, overrides) if with_omegaconf else config_from_dict(_by_pyyaml(file, overrides))
     # A saved config must mean the same from any folder.
     return replace(
         config,
@@ -539,12 +520,132 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     )
 
 
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: cannot read {file}: {error}") from None
+    except Exception as error:  # the YAML parser's own errors share no public base with OmegaConf's
+        raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _no_mapping(file: Path) -> UserError:
+    return UserError(f"--config: {file} should hold `key: value` lines, found a list")
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override}: expected key=value, for example train.steps=50")
+    return key, value
+
+
+def _by_omegaconf(file: Path | None, overrides: Sequence[str]) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(Config)
+    if file is not None:
+        layer = _read(file, OmegaConf.load)
+        if not OmegaConf.is_dict(layer):
+            raise _no_mapping(file)
+        for before, after in RENAMED.items():
+            value = OmegaConf.select(layer, before)
+            if value is not None:
+                section, _, key = before.rpartition(".")
+                del OmegaConf.select(layer, section)[key]
+                OmegaConf.update(layer, after, value)
+        merged = _merge(merged, layer, str(file))
+    for override in overrides:
+        _split(override)
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
+        merged = _merge(merged, layer, "command line")
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {(error.msg or str(error)).splitlines()[0]}") from None
+
+
+def _by_pyyaml(file: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """File and overrides as one nested dict. Keys that earlier versions wrote are not known here."""
+    import yaml
+
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged = _read(file, lambda file: yaml.safe_load(file.read_text())) or {}
+        if not isinstance(merged, dict):
+            raise _no_mapping(file)
+    for override in overrides:
+        key, text = _split(override)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
+        *sections, name = key.split(".")
+        place = merged
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise _no_section(section, place, "command line")
+        place[name] = value
+    return merged
+
+
+def config_from_dict(values: Mapping[str, Any], origin: str = "config") -> Config:
+    """A config out of plain nested values, such as a YAML file or `dataclasses.asdict` gives; what is not there has its default.
+
+    Args:
+        values: {section: {setting: value}}; ints pass for floats.
+        origin: Where they come from, for messages.
+    Raises:
+        UserError: unknown key, wrong type, value out of range, impossible combination.
+    """
+    return _section(Config, values, "", origin)
+
+
+def _section(cls: type, values: Any, prefix: str, origin: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise _no_section(prefix.removesuffix("."), values, origin)
+    items = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    found = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in items:
+            raise _unknown(key, origin)
+        kind = items[name].type
+        found[name] = _section(kind, value, f"{key}.", origin) if is_dataclass(kind) else _typed(kind, value, key, origin)
+    return cls(**found)
+
+
+def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
+    """A value in the type of its setting: bool, int, float, str or a list of one of them."""
+    if inner := get_args(kind):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key}: expected a list, found {value!r} ({origin})")
+        return [_typed(inner[0], one, key, origin) for one in value]
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        if kind is float and (numeric or isinstance(value, str)):  # YAML 1.1 takes 1e-3 for a string
+            return float(value)
+    except ValueError:
+        pass
+    if (kind is str and numeric) or type(value) is kind:
+        return kind(value)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise UserError(f"{key}: expected {names[kind]}, found {value!r} ({origin})")
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `load_config` reads back."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

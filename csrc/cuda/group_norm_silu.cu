@@ -479,7 +479,7 @@ struct Launch {
     blocks = static_cast<unsigned>(x.size(0) * num_groups);
     threads = 1u << log_threads;
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };

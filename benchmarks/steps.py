@@ -1,0 +1,214 @@
+"""A training step of a named configuration: its batch, noise and networks, and the ways through it that the benchmarks compare."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from counting import Meter
+from machine import best_seconds
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sami_fast import ops
+from sami_fast.compiled import compiled_parts
+from sami_fast.config import Config, load_config
+from sami_fast.networks import build_model
+from sami_fast.reference import gaussian_kl, gaussian_log_prob, gaussian_reparameterize, guided_loss
+from sami_fast.reference.step import step as reference_step
+from sami_fast.step import Draw, Objective, training_step
+
+CONFIGS = {
+    "disks": ("disks", ["data.image_size=32", "train.batch_size=32"]),
+    # Colour images as faces come, attention in both networks.
+    "faces": (
+        None,
+        [
+            "data.image_size=64",
+            "data.channels=3",
+            "encoder.channels=[32,64,64]",
+            "encoder.attention=[16]",
+            "denoiser.channels=[32,64,64]",
+            "denoiser.attention=[16]",
+            "denoiser.blocks=1",
+            "train.batch_size=32",
+            "objective.unconditional_weight=0.1",
+        ],
+    ),
+    "celeba64": ("celeba64", ["data.path=celeba", "train.batch_size=64"]),
+}
+SHAPES = {"disks": (1, 32), "faces": (3, 64), "celeba64": (3, 64)}  # channels, size
+TINY = ["train.batch_size=2", "encoder.channels=[32,32]", "denoiser.channels=[32,32]", "encoder.attention=[4]", "denoiser.attention=[4]"]
+BASELINE = "reference"
+
+Gradients = Sequence[Tensor]  # the loss, then one per parameter
+
+
+class Step:
+    """One batch of a config: images, noise, networks, and the ways through it."""
+
+    def __init__(self, name: str, device: str, tiny: bool = False) -> None:
+        file, overrides = CONFIGS[name]
+        self.channels, self.size = (SHAPES[name][0], 8) if tiny else SHAPES[name]
+        small = [*TINY, f"data.image_size={self.size}"] if tiny and name != "celeba64" else TINY if tiny else []
+        self.config: Config = load_config(file, [*overrides, *small])
+        torch.manual_seed(0)
+        sami = build_model(self.config, (self.channels, self.size, self.size))
+        # The denoiser starts as zero, where almost all of its gradients are zero too.
+        torch.nn.init.normal_(sami.denoiser.out.weight, std=0.02)
+        self.device, self.sami = device, sami.to(device)
+        self.objective = Objective(**asdict(self.config.objective))
+        self.kl_weight = self.config.kl_weight.start
+        batch = self.config.train.batch_size
+        index = torch.arange(batch, device=device)
+        self.x_0 = (torch.rand(batch, self.channels, self.size, self.size) * 2 - 1).to(device)
+        self.draw = Draw(seed=1, step=2, index=index, global_batch=batch)
+        self.shape = {"B": batch, "K": self.objective.noise_levels, "C": self.channels, "H": self.size, "W": self.size}
+
+    def noise(self) -> tuple[Tensor, Tensor, Tensor]:
+        """t [B, K], eps [B, K, C, H, W] and eps_z [B, Z] of our step."""
+        draw, levels, schedule = self.draw, self.objective.noise_levels, self.sami.schedule
+        t = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=self.objective.time_power)
+        ones = torch.ones_like(t)
+        _, eps = ops.noise_sample(self.x_0, ones, ones, draw.index, seed=draw.seed, step=draw.step)
+        eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.encoder.latent_size)
+        return t, eps.unflatten(0, t.shape), eps_z
+
+    def ours(self, backend: str, method: str, *, compiled: bool = False, bf16: bool = False) -> Callable[[], Gradients]:
+        """Draws its noise inside the clock."""
+        sami, parameters = self.sami, list(self.sami.parameters())
+        engine = replace(self.config.engine, score=method, compile="step" if compiled else "none")
+        parts = compiled_parts(sami, replace(self.config, engine=engine))
+        settings = {"score_method": parts.score_method, "clean_encoder": parts.encoder, "terms_of": parts.guided_terms}
+
+        def run() -> Gradients:
+            networks = sami.encoder, parts.denoiser, sami.schedule
+            with ops.use_backend(backend):
+                with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+                    loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, **settings)
+                return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+        return run
+
+    def _given(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """x_0, t, logsnr, weight, eps and eps_z for those whose noise is drawn beforehand."""
+        t, eps, eps_z = (noise.to(dtype) for noise in self.noise())
+        objective, schedule = self.objective, self.sami.schedule
+        weight = schedule.weight(t, objective.weighting, objective.time_power)
+        return self.x_0.to(dtype), t, schedule.logsnr(t), weight, eps, eps_z
+
+    def reference(self, dtype: torch.dtype = torch.float32, *, bf16: bool = False) -> Callable[[], Gradients]:
+        """Plain eager torch all through. Is given the noise that ours would draw."""
+        sami = copy.deepcopy(self.sami).to(dtype)
+        parameters, given = list(sami.parameters()), self._given(dtype)
+
+        def run() -> Gradients:
+            with ops.use_backend("reference"):
+                with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+                    loss = reference_step(sami.encoder, sami.denoiser, *given, self.kl_weight, self.objective.unconditional_weight)
+                return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+        return run
+
+    def compiled_torch(self, *, bf16: bool = False) -> Callable[[], Gradients]:
+        """The same plain torch as one graph of torch.compile, built on torch.func.grad; its noise is given too."""
+        sami = copy.deepcopy(self.sami)
+        given = self._given(torch.float32)
+        names = [name for name, _ in sami.named_parameters()]
+        objective, kl_weight = self.objective, self.kl_weight
+
+        def networks(parameters: dict[str, Tensor]) -> list[Callable[..., Any]]:
+            def call(network: str) -> Callable[..., Any]:
+                own = {name.removeprefix(f"{network}."): p for name, p in parameters.items() if name.startswith(f"{network}.")}
+                return lambda *arguments: functional_call(getattr(sami, network), own, arguments)
+
+            return [call("encoder"), call("denoiser")]
+
+        def loss(
+            parameters: dict[str, Tensor], x_0: Tensor, t: Tensor, logsnr: Tensor, weight: Tensor, eps: Tensor, eps_z: Tensor
+        ) -> Tensor:
+            encoder, denoiser = networks(parameters)
+            levels = t.shape[1]
+            mu_0, var_0 = encoder(x_0)
+            z = gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)
+            alpha_t, sigma_t = torch.sigmoid(logsnr).sqrt()[:, :, None, None, None], torch.sigmoid(-logsnr).sqrt()
+            x_t = (alpha_t * x_0[:, None] + sigma_t[:, :, None, None, None] * eps).flatten(0, 1)
+            grad_log_q = torch.func.grad(lambda x: gaussian_log_prob(z, *encoder(x)).sum())(x_t)
+            w = weight.flatten() / levels
+            terms = eps.flatten(0, 1), denoiser(x_t, t.flatten()).to(x_t.dtype), grad_log_q, sigma_t.flatten(), w
+            per_sample, _ = guided_loss(*terms, objective.unconditional_weight * w)
+            return per_sample.view(-1, levels).sum(1).mean() + kl_weight * gaussian_kl(mu_0, var_0).mean(0).sum()
+
+        step = torch.compile(torch.func.grad_and_value(loss), fullgraph=True, dynamic=False)
+        parameters = {name: p.detach() for name, p in sami.named_parameters()}
+
+        def run() -> Gradients:
+            with ops.use_backend("reference"), torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+                gradients, value = step(parameters, *given)
+            return value, *(gradients[name] for name in names)
+
+        return run
+
+    def bytes(self) -> int:
+        """What a step cannot do without: images and weights read, gradients written."""
+        weights = sum(p.numel() * p.element_size() for p in self.sami.parameters())
+        return self.x_0.numel() * self.x_0.element_size() + 2 * weights
+
+    def flops(self, method: str) -> dict[str, int]:
+        """Multiplications and additions of a step: of the convolutions, and of all matrix products; counted for one image on the CPU."""
+        sami = copy.deepcopy(self.sami).cpu()
+        draw = Draw(seed=1, step=2, index=torch.arange(1), global_batch=1)
+        arguments = sami.encoder, sami.denoiser, sami.schedule, self.x_0[:1].cpu(), draw, self.objective, self.kl_weight
+        with ops.use_backend("reference" if method == BASELINE else "auto"), Meter() as meter:
+            loss, _ = training_step(*arguments, score_method="reverse" if method == BASELINE else method)
+            torch.autograd.grad(loss, list(sami.parameters()))
+        images = self.shape["B"]
+        return {"flops": images * meter.flops.total(), "convolution_flops": images * meter.convolution_flops}
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes every convolution that torch is asked for, by what decides how long it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
+            shapes = ((a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args)
+            self.calls[(func, *shapes)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def convolutions_seconds(run: Callable[[], object], device: str) -> float:
+    """What the convolutions of a step take by themselves, each in the layout that suits it better: the bound for torch's library."""
+    with Convolutions() as noted:
+        run()
+
+    def tensor(argument: Any, layout: torch.memory_format) -> Any:
+        if not (isinstance(argument, tuple) and len(argument) == 2 and isinstance(argument[0], torch.Size)):
+            return argument
+        shape, dtype = argument
+        made = torch.randn(shape, device=device).to(dtype)
+        return made.contiguous(memory_format=layout) if len(shape) == 4 else made
+
+    total = 0.0
+    for (func, *arguments), count in noted.calls.items():
+        best = float("inf")
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = [tensor(a, layout) for a in arguments]
+            best = min(best, best_seconds(partial(func, *given), device, budget=0.01))
+        total += count * best
+    return total
+
+
+def convolution_bound(run: Callable[[], object], device: str) -> dict[str, Any]:
+    """That bound as fields of a row, and the FLOPs of the call."""
+    with Meter() as meter:
+        run()
+    seconds = convolutions_seconds(run, device)
+    return {"bound": "convolutions", "bound_ms": 1e3 * seconds, "flops": meter.flops.total(), "convolution_flops": meter.convolution_flops}

@@ -1,0 +1,143 @@
+"""The rehearsal of benchmarks/gpu_run.sh in small: its own logic, the tuner and the sanitizer's cases, without a GPU.
+
+`benchmarks/gpu_run.sh --rehearse OUTPUT_DIR` is the whole of it, in minutes: it also builds, with nvcc where there is one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from sami_fast.kernels import tiles
+
+from sami_fast.config import UserError, builtin_configs, config_from_dict, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
+ABSENT = ("omegaconf", "deepspeed", "nvidia.dali", "av", "diffusers")  # on a machine that only measures
+
+
+def gpu_run(*arguments: str, python: str = sys.executable, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SAMI_FAST", "TRITON", "PYTEST"))}
+    environment |= {"PYTHON": python, "REHEARSE_SMALL": "1", "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def statuses(out: str) -> dict[str, str]:
+    """Stage and status in the table at the end."""
+    lines = out.splitlines()
+    (begin,) = (number for number, line in enumerate(lines) if line.startswith("stage "))
+    return {line[:11].strip(): line[11:25].strip() for line in lines[begin + 1 :]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "expected OUTPUT_DIR"),
+        (["--fast", "x"], "no such option: --fast"),
+        (["/dev/null/x"], "cannot write to /dev/null/x"),
+        (["--minutes", "ten", "x"], "--minutes: expected a number, found 'ten'"),
+    ],
+)
+def test_wrong_usage(arguments, reason):
+    done = gpu_run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gpu_run.sh: {reason}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_unknown_stage(tmp_path):
+    done = gpu_run(str(tmp_path / "out"), "tune", "oops")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["gpu_run.sh: no such stage: oops; expected some of build test sanitize tune ops step deepspeed"],
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path):
+    done = gpu_run(str(tmp_path), "tune")
+    assert done.returncode == 2
+    assert done.stderr == "gpu_run.sh: there is no GPU that torch can use; --rehearse does without\n"
+
+
+def test_rehearsal(tmp_path):
+    """Cases are run and checked, a table is tuned and is one; what is done is not done again."""
+    first = gpu_run("--rehearse", str(tmp_path), "sanitize", "tune")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert statuses(first.stdout) == {"sanitize": "ok", "tune": "ok"}
+    assert "no GPU: nothing measured here is a GPU figure" in first.stdout
+    rows = [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
+    assert {row["device"] for row in rows} == {"Triton's interpreter: no measurement"}
+    assert {row["outcome"] for row in rows} == {"timed", "chosen"}
+    assert tiles.read(tmp_path / "tiles.json").keys() == {"interpreter"}
+    again = gpu_run("--rehearse", str(tmp_path), "sanitize", "tune")
+    assert again.returncode == 0
+    assert statuses(again.stdout) == {"sanitize": "done before", "tune": "done before"}
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *sanitize.py*) echo it broke; exit 9 ;; *deepspeed_steps.py*) echo not here; exit 0 ;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    done = gpu_run("--rehearse", str(tmp_path / "out"), "sanitize", "deepspeed", python=str(python))
+    assert done.returncode == 1
+    assert statuses(done.stdout) == {"sanitize": "failed (9)", "deepspeed": "ok"}
+    assert "it broke" in done.stdout
+
+
+def test_what_runs_there_needs_nothing_else():
+    """GPU tests are collected without what such a machine lacks; the script finds them by their marker."""
+    marker = "mark" + ".gpu"
+    files = [str(file) for file in sorted(Path(__file__).parent.glob("test_*.py")) if marker in file.read_text()]
+    assert any(file.endswith("test_gpu.py") for file in files)
+    options = ["--collect-only", "-q", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    code = f"import sys\nfor name in {ABSENT}: sys.modules[name] = None\nimport pytest; sys.exit(pytest.main({options!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert "test_gpu.py" in done.stdout
+
+
+# Configs without OmegaConf
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in builtin_configs().glob("*.yaml")))
+def test_configs_are_the_same_without_omegaconf(name, monkeypatch):
+    overrides = ["data.path=somewhere", "optimizer.lr=1e-4", "encoder.channels=[32,64]", "name=a_run"]
+    expected = load_config(name, overrides)
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    assert load_config(name, overrides) == expected
+    values = yaml.safe_load((builtin_configs() / f"{name}.yaml").read_text())
+    values.setdefault("data", {})["path"] = "somewhere"
+    assert config_from_dict(values).encoder.channels == values.get("encoder", {}).get("channels", [64, 64, 64])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["trian.steps=5"], r"trian.*: no such setting \(.*\); did you mean train"),
+        (["train.stesp=5"], r"train.stesp: no such setting \(.*\); did you mean train.steps\?"),
+        (["train=5"], r"train: expected settings below it, like train.<setting>, found 5"),
+        (["train.steps=many"], "train.steps"),
+        (["train.steps=1.5"], "train.steps"),
+        (["train.steps=0"], "train.steps: expected at least 1, found 0"),
+        (["data.flip=3.5"], "data.flip"),
+        (["encoder.channels=64"], "encoder.channels"),
+        (["train.steps"], "train.steps: expected key=value"),
+        (["train.steps=[1"], "not a value YAML can read"),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_same_settings_are_wrong_without_omegaconf(overrides, reason, installed, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "omegaconf", None)
+    with pytest.raises(UserError, match=reason):
+        load_config(None, overrides)
