@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import rivals
 import torch
-from machine import address
+from machine import address, keep_memory
 from measure import SECONDS, Contestant, Rounds, rows_of
 from table import is_ours, read, shape_label, short, table, to_csv
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sami-fast")
     group.addoption("--rows", type=Path, action="append", default=[], metavar="FILE", help="write the rows there, .jsonl or .csv")
     group.addoption("--resume", action="store_true", help="skip what already has rows in --rows FILE.jsonl, of this commit and device")
-    group.addoption("--threads", type=int, metavar="N", help="CPU threads of torch (default: torch's own choice)")
+    group.addoption("--threads", type=int, metavar="N", default=1, help="CPU threads of torch (default: %(default)s)")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--seconds", type=float, default=SECONDS, metavar="S", help="of rounds for each implementation (default: %(default)s)")
     group.addoption("--tiny", action="store_true", help="sizes for a rehearsal: figures mean nothing")
@@ -42,13 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--rows: expected a file .jsonl or .csv, found {file}")
         if not file.absolute().parent.is_dir():
             raise pytest.UsageError(f"--rows: no folder {file.absolute().parent}")
-    if threads is not None:
-        if threads < 1:
-            raise pytest.UsageError(f"--threads: expected at least 1, found {threads}")
-        torch.set_num_threads(threads)
+    if threads < 1:
+        raise pytest.UsageError(f"--threads: expected at least 1, found {threads}")
+    torch.set_num_threads(threads)
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device: cuda asked for, and there is no CUDA device")
+    keep_memory()
     config.option.benchmark_quiet = True  # the rows are the report
     config.stash[ROWS], config.stash[LEFT_OUT], config.stash[DONE] = [], [], set()
     config.stash[ADDRESS] = address(device, shlex.join(["pytest", *config.invocation_params.args])) | (

@@ -1,5 +1,6 @@
 """The machine at hand: the address that every row carries, and what it can do at best, measured."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from sami_fast.environment import describe
 from sami_fast.plan import GPUS
 
 SMALLEST, LARGEST = 1 << 16, {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes moved by the copies whose bandwidth bounds a row
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")  # that matter to kernels here
 
 
@@ -68,6 +70,18 @@ def _cpu_model() -> str:
 
 def _cpu_flags() -> list[str]:
     return (_cpuinfo("flags") or _cpuinfo("Features")).split()
+
+
+def keep_memory() -> None:
+    """Freed memory stays with this process, as in a training run that has found its size.
+
+    Otherwise glibc's malloc hands large tensors back to the system, or does not, by what happened to be freed before: the same call then
+    takes or does not take thousands of page faults, a matter of a process' past and not of the op.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+            mallopt(parameter, value)
 
 
 def seconds(run: Callable[[], object], device: str, calls: int = 1) -> float:

@@ -15,8 +15,8 @@ from machine import roofline, seconds
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-SECONDS = 1.0  # that the rounds of one implementation may take together
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+SECONDS = 0.8  # that the rounds of one implementation may take together
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
 SHORTEST = 1e-3  # seconds of a measurement: shorter calls are repeated within it
 WARMUP_ROUNDS = 2
 

@@ -37,7 +37,7 @@ SIZE, BATCH, WORKERS = 64, 64, 2
 IMAGES = {"JPEG": {"quality": 90}, "PNG": {}}
 KNOWN_TO_DALI = ("vp9", "mjpeg")  # on a CPU
 CODECS = ("vp9", "h264")
-NUM_IMAGES, WARM, BATCHES = 512, 6, 12  # BATCHES are timed in a round
+NUM_IMAGES, WARM, BATCHES = 512, 4, 8  # BATCHES are timed in a round
 CLIPS, FRAMES, HEIGHT, WIDTH = 4, 240, 240, 320  # of each codec
 TARGETS = {"images": 2.0, "dali": 2.0, "pyav": 1.0}  # by who can decode it
 
