@@ -6,6 +6,7 @@ pytest benchmarks/ --device cpu --threads 1 --tiny       # where, with how many 
 """
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,9 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_memory()
     config.option.benchmark_quiet = True  # the rows are the report
     config.stash[ROWS], config.stash[LEFT_OUT], config.stash[DONE] = [], [], set()
-    config.stash[ADDRESS] = address(device, shlex.join(["pytest", *config.invocation_params.args])) | (
-        {"tiny": True} if config.getoption("--tiny") else {}
-    )
+    config.stash[ADDRESS] = address(device, _command(config)) | ({"tiny": True} if config.getoption("--tiny") else {})
     growing = [file for file in files if file.suffix == ".jsonl"]
     if config.getoption("--resume"):
         try:
@@ -66,6 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         for file in growing:
             file.unlink(missing_ok=True)
+
+
+def _command(config: pytest.Config) -> str:
+    """What makes the rows again: where they are written is no part of it."""
+    return re.sub(r" --(rows|durations)[= ]\S+| --resume", "", shlex.join(["pytest", *config.invocation_params.args]))
 
 
 @pytest.fixture(scope="session")
