@@ -10,6 +10,7 @@ What is compared is the ratio to the baseline that stood beside it: plain torch,
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,12 @@ def measure_both(ref: str, repeats: int, arguments: Sequence[str], folder: Path)
         install(tree, folder / "old")
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=False)
-    install(ROOT, folder / "new")
+    own = folder / "own"  # a copy: a build leaves its objects behind
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(lambda name: (ROOT / name).is_file(), files.splitlines()):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, own / name)
+    install(own, folder / "new")
     found: dict[str, list[list[Row]]] = {side: [] for side in SIDES}
     for repeat in range(repeats):
         for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:

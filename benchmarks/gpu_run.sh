@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, for a machine that is there for minutes and has no network: python with torch, triton and pytest, nvcc.
+# Everything that waits for a GPU, for a machine that is there for minutes and has no network: nvcc, a C++ compiler, python with torch, triton,
+# numpy, scipy, matplotlib, PyYAML, setuptools, pytest and its plugins benchmark, xdist and timeout.
 #
 #   benchmarks/gpu_run.sh [options] OUTPUT_DIR [stage ...]          # all stages, in this order, where none is named
 #
@@ -16,7 +17,7 @@
 #   --minutes N       when the call has to be over (9.5); what is not done by then goes on in the next call
 #   PYTHON=...        the interpreter, python3
 #
-# Three calls of under ten minutes:   build test sanitize   |   tune ops   |   step deepspeed
+# Three calls of under ten minutes:   build test sanitize   |   tune ops   |   step deepspeed      (again what says "partial")
 # Files in OUTPUT_DIR: run.log, done.tsv, tune.jsonl, tiles.json, ops.jsonl, step.jsonl, deepspeed.jsonl. With them, a later call goes on,
 # on a fresh machine too; it then builds first.
 #
@@ -26,7 +27,7 @@ set -euo pipefail
 
 STAGES=(build test sanitize tune ops step deepspeed)
 declare -A LIMIT=([build]=240 [test]=300 [sanitize]=240 [tune]=300 [ops]=300 [step]=440 [deepspeed]=400)  # seconds
-PARTIAL=75 UNBUILT=70 # exit statuses of a stage that goes on in the next call, and of one that finds nothing built
+PARTIAL=75 UNBUILT=70 SKIPPED=76 # exit statuses of a stage that goes on in the next call, that finds nothing built, that is not for this machine
 
 usage() { echo "gpu_run.sh: $1" >&2; exit 2; }
 
@@ -54,6 +55,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || usage "no interpreter $python"
+lacking=$("$python" -c "
+from importlib.util import find_spec
+needed = 'torch triton numpy scipy matplotlib yaml setuptools pytest pytest_benchmark xdist pytest_timeout'.split()
+print(*(name for name in needed if find_spec(name) is None))")
+[[ -z $lacking ]] || usage "$python lacks $lacking"
 
 # A folder in the path of every process hides what is installed, and the checkout's own sami_fast lacks kernels/.
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
@@ -103,6 +109,9 @@ once() {
     bounded "$@" || return $?
     set_done "$label"
 }
+
+# unfinished STATUS: that of a stage whose parts are done once each; out of time is no failure, the next call goes on with the others
+unfinished() { [[ $1 == 124 || $1 == 137 ]] && echo "$PARTIAL" || echo "$1"; }
 
 # --- stages -------------------------------------------------------------------------------------------------------------------------
 
@@ -167,7 +176,7 @@ stage_test() {
     once "test gpu" "$python" -m pytest -m gpu -n "$workers" "${flags[@]}" "${files[@]}" || status=$?
     once "test ops" "$python" -m pytest -m "not gpu" -n "$workers" "${flags[@]}" "${ops[@]}" || status=$?
     note "$(grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error).* in [0-9.]+s' "$log" | tail -2 | sed 's/=//g' | paste -sd';')"
-    return $status
+    return "$(unfinished $status)"
 }
 
 stage_sanitize() {
@@ -192,18 +201,19 @@ stage_sanitize() {
         done
     done
     note "$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -4 | sed 's/=* *//' | paste -sd';')"
-    return $status
+    return "$(unfinished $status)"
 }
 
 stage_tune() {
-    local status=0 attempt seconds=$((deadline - SECONDS - 45))
-    local command=("$python" benchmarks/tune.py --rows "$out/tune.jsonl" --write "$out/tiles.json" --seconds "$seconds")
+    local status=0 attempt
+    local command=("$python" benchmarks/tune.py --rows "$out/tune.jsonl" --write "$out/tiles.json")
     [[ $rehearse == 1 ]] && command=(env TRITON_INTERPRET=1 "${command[@]}" --rehearse --candidates 1 --rounds 1 --jobs 2)
     [[ $small == 1 ]] && command+=(--only "gaussian_log_prob fwd" --jobs 1)
     for attempt in 1 2 3; do
         status=0
-        bounded "${command[@]}" || status=$?
-        [[ $status == 3 ]] || break # a candidate took the GPU down with it; the next call leaves it out
+        [[ $((deadline - SECONDS)) -ge 60 ]] || return "$PARTIAL"
+        bounded "${command[@]}" --seconds "$((deadline - SECONDS - 45))" || status=$?
+        [[ $status == 3 ]] || break # a candidate took the GPU or a compiler down with it; the next call leaves it out
     done
     tail -60 "$log" | grep -E '^[a-z_]+ {2,}.* [0-9.]+$' | head -40 || true
     note "$(tail -1 "$log")"
@@ -245,6 +255,7 @@ stage_step() { benchmark "$out/step.jsonl" benchmarks/test_step.py -k celeba64; 
 
 stage_deepspeed() {
     local status=0 flags=()
+    "$python" -c 'import deepspeed' 2>/dev/null || { note "DeepSpeed is not installed"; return "$SKIPPED"; }
     [[ $rehearse == 1 ]] && flags=(--tiny --steps 2 --stages 1)
     bounded "$python" benchmarks/deepspeed_steps.py --rows "$out/deepspeed.jsonl" "${flags[@]}" || status=$?
     grep -E '^ZeRO [0-3] ' "$log" | tail -4 || true
@@ -289,6 +300,7 @@ for stage in "${wanted[@]}"; do
     case $status in
         0) verdict=ok; set_done "$stage" ;;
         "$PARTIAL") verdict=partial ;;
+        "$SKIPPED") verdict=skipped ;;
         *)
             [[ $status == 124 || $status == 137 ]] && verdict="out of time" || verdict="failed ($status)"
             failed=1

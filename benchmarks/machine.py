@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sami_fast.environment import describe
 from sami_fast.plan import GPUS
@@ -137,20 +135,6 @@ def peak_rate(dtype: str) -> float | None:
     name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
     found = next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in name), None)
     return found.peak("bf16" if dtype == "bfloat16" else "fp32") if found else None
-
-
-@cache
-def convolution_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s, counted as direct products, of a 3x3 convolution as torch does it in its faster layout."""
-    batch, channels, side = (128, 256, 64) if device == "cuda" else (8, 64, 32)
-    x, w = (torch.randn(*s, device=device).to(dtype) for s in ((batch, channels, side, side), (channels, channels, 3, 3)))
-
-    def in_layout(layout: torch.memory_format) -> float:
-        arguments: list[Tensor] = [t.contiguous(memory_format=layout) for t in (x, w)]
-        return best_seconds(lambda: F.conv2d(*arguments, padding=1), device)
-
-    flops = 2 * 9 * batch * channels**2 * side**2
-    return flops / min(in_layout(torch.contiguous_format), in_layout(torch.channels_last))
 
 
 def roofline(moved: int | None, flops: int | None, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _bound(row: Row) -> str:
 def where(rows: Sequence[Row]) -> str:
     first = rows[0]
     return (
-        f"`{first['command']}`, {first['date'][:10]}, {first['cpu']} with {first['cpu_capability']}, {first['threads']} threads, "
+        f"`{first['command']}`, {first['date'][:10]}, {first['cpu']} with {first['cpu_capability']}, threads: {first['threads']}, "
         f"Python {first['python']}, torch {first['torch']}, commit {first['commit']}."
     )
 
@@ -76,11 +76,11 @@ def feed(rows: Sequence[Row]) -> str:
 
 
 def slower(rows: Sequence[Row]) -> str:
-    """Where a rival is faster than the best of ours by more than a twentieth."""
+    """Where a rival is faster than the best of ours ; the feed has a table of its own."""
     cells = []
     for group in comparisons(rows):
         (ours, rival), ratio = best_of(group), against_best_rival(group)
-        if ratio is not None and ratio < 0.95:
+        if group[0]["mode"] != "feed" and ratio is not None and ratio < 1:
             what = [group[0]["op"], shape_label(group[0]["shape"]), MODES.get(group[0]["mode"], group[0]["mode"])]
             cells.append([*what, rival["implementation"], f"{ratio:.2f}", _peak(ours), _peak(rival)])
     return _markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)

@@ -48,7 +48,6 @@ class Implementation:
         dtypes: Those it takes; None for all.
         devices: Where it runs.
         compiled: The mode as a whole, derivatives by torch.func included, goes through torch.compile; at the last shape alone.
-        foreign: Other people's package: when it is wrong its row is left out, with the reason, and nothing fails.
     """
 
     call: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -57,7 +56,6 @@ class Implementation:
     dtypes: Sequence[torch.dtype] | None = None
     devices: Sequence[str] = ("cpu", "cuda")
     compiled: bool = False
-    foreign: bool = False
 
     def takes(self, mode: str, dtype: torch.dtype, device: str) -> bool:
         return mode in self.modes and device in self.devices and (self.dtypes is None or dtype in self.dtypes)
@@ -79,9 +77,7 @@ def compiled(call: Callable[..., Any], **settings: Any) -> dict[str, Implementat
 
 def foreign(found: dict[str, rivals.Rival]) -> dict[str, Implementation]:
     return {
-        name: Implementation(r.call, modes=r.modes, dtypes=r.dtypes, devices=("cuda",), foreign=True)
-        for name, r in found.items()
-        if r.missing is None
+        name: Implementation(r.call, modes=r.modes, dtypes=r.dtypes, devices=("cuda",)) for name, r in found.items() if r.missing is None
     }
 
 
@@ -514,6 +510,10 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     return attention
 
 
+def fused_attention(name: str, backend: SDPBackend, dtype: torch.dtype | None, device: str) -> dict[str, Implementation]:
+    return {name: Implementation(_sdpa(backend), ("fwd", "bwd"), dtypes=dtype and (dtype,), devices=(device,))}
+
+
 def _attention_product(s: Shape) -> int:
     """One S x S x D product in every head."""
     return 2 * s["B"] * s["N"] * s["S"] ** 2 * s["D"]
@@ -541,7 +541,15 @@ ATTENTION = Op(
     implementations={
         "reference": Implementation(reference.attention),
         "torch.sdpa_math": Implementation(_sdpa(SDPBackend.MATH)),
-        "torch.sdpa_flash": Implementation(_sdpa(SDPBackend.FLASH_ATTENTION), modes=("fwd", "bwd")),  # has no second derivative
+        # torch's fused ones have no second derivative; on a GPU they take what their hardware does.
+        **fused_attention("torch.sdpa_flash", SDPBackend.FLASH_ATTENTION, torch.float32, "cpu"),
+        **(
+            fused_attention("torch.sdpa_flash", SDPBackend.FLASH_ATTENTION, torch.bfloat16, "cuda")
+            | fused_attention("torch.sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION, None, "cuda")
+            | fused_attention("torch.sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, torch.bfloat16, "cuda")
+            if torch.cuda.is_available()
+            else {}
+        ),
         **compiled(reference.attention),
         **foreign(rivals.attention()),
         **ours(ops.attention),

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -158,6 +158,7 @@ class Step:
         weights = sum(p.numel() * p.element_size() for p in self.sami.parameters())
         return self.x_0.numel() * self.x_0.element_size() + 2 * weights
 
+    @cache  # noqa: B019  a step lives as long as its test
     def flops(self, method: str) -> dict[str, int]:
         """Multiplications and additions of a step: of the convolutions, and of all matrix products; counted for one image on the CPU."""
         sami = copy.deepcopy(self.sami).cpu()

@@ -77,6 +77,11 @@ def _together(gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     return of_x, torch.cat([g.flatten() for g in of_parameters if g is not None])
 
 
+def least_bytes(images: Tensor, *networks: nn.Module) -> int:
+    """Images and weights read, gradients of the weights written: float32."""
+    return 4 * (images.numel() + 2 * sum(p.numel() for network in networks for p in network.parameters()))
+
+
 def contestants(
     runner: Callable[[str], Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor], rival: Sequence[Tensor]
 ) -> list[Contestant]:
@@ -95,6 +100,7 @@ def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
     exact, rival = problem.runner(BASELINE, mode, torch.float64)(), problem.runner(BASELINE, mode)()
     ready = contestants(lambda name: problem.runner(name, mode), exact, rival)
     described = {"op": "diffusers UNet, accelerated", "shape": SHAPE, "dtype": "float32", "mode": mode, "images": SHAPE["B"]}
+    described["bytes"] = least_bytes(problem.x, problem.model)
     compete(described | convolution_bound(problem.runner(BASELINE, mode), "cpu"), ready, BASELINE)
 
 
@@ -177,4 +183,5 @@ def test_foreign_step(compete: Callable[..., None]) -> None:
     step = ForeignStep()
     ready = contestants(step.run, step.run(BASELINE, torch.float64)(), step.run(BASELINE)())
     described = {"op": "foreign step, accelerated", "shape": FOREIGN, "dtype": "float32", "mode": "step", "images": FOREIGN["B"]}
+    described["bytes"] = least_bytes(step.x_0, step.encoder, step.unet)
     compete(described | convolution_bound(step.run(BASELINE), "cpu"), ready, BASELINE)

@@ -24,29 +24,30 @@ TARGETS = {"cpp sweeps": 2.0}  # our own choice on a CPU, over the eager referen
 UNITS = {"float32": 2**-23, "bfloat16": 2**-8}
 
 
-def contestants(step: Step, name: str, bf16: bool) -> Iterator[tuple[str, str, Callable[[], Callable[[], Gradients]]]]:
+def contestants(step: Step, name: str, bf16: bool, part: str) -> Iterator[tuple[str, str, Callable[[], Callable[[], Gradients]]]]:
     """Name, method that its FLOPs are counted by, and what makes its call."""
     device = step.device
     yield BASELINE, BASELINE, lambda: step.reference(bf16=bf16)
-    yield "torch.compile", BASELINE, lambda: step.compiled_torch(bf16=bf16)
+    if part == "compiled":
+        yield "torch.compile", BASELINE, lambda: step.compiled_torch(bf16=bf16)
     backends = [b for b in AUTO[device] if b != "reference" and refusal(b, device, torch.float32) is None]
     for backend in backends:
-        for method in METHODS:
+        for method in METHODS if part == "eager" else ():
             yield f"{backend} {method}", method, lambda b=backend, m=method: step.ours(b, m, bf16=bf16)
-        if name in COMPILED[device]:
+        if part == "compiled" and name in COMPILED[device]:
             yield f"{backend} dual, compiled", "dual", lambda b=backend: step.ours(b, "dual", compiled=True, bf16=bf16)
 
 
+@pytest.mark.parametrize("part", ["eager", "compiled"])  # minutes go into compiling: what is eager has its rows before
 @pytest.mark.parametrize("precision", UNITS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_step(name: str, precision: str, device: str, compete: Callable[..., None], request: pytest.FixtureRequest) -> None:
+def test_step(name: str, precision: str, part: str, device: str, compete: Callable[..., None], request: pytest.FixtureRequest) -> None:
     tiny = request.config.getoption("--tiny")
     bf16 = precision == "bfloat16"
     if not tiny and device not in ON[name]:
         pytest.skip(f"measured on {' and '.join(ON[name])}")
     if bf16 and device == "cpu" and not tiny:
         pytest.skip("nobody trains in bfloat16 there")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in training
     torch._dynamo.reset()
     step = Step(name, device, tiny)
     exact, yardstick = step.reference(torch.float64)(), step.reference(bf16=bf16)()
@@ -56,7 +57,7 @@ def test_step(name: str, precision: str, device: str, compete: Callable[..., Non
         check = partial(compare, f"step {name} {precision}", "step", truth=exact, same_dtype=yardstick, unit=UNITS[precision])
         return Contestant.ready(contestant, make, check, device, **step.flops(method))
 
-    found, wrong = gather({c[0]: partial(ready, *c) for c in contestants(step, name, bf16)})
+    found, wrong = gather({c[0]: partial(ready, *c) for c in contestants(step, name, bf16, part)})
     described = {
         "op": f"step {name}",
         "shape": step.shape,

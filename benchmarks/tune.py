@@ -24,12 +24,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import problems
 import torch
@@ -375,6 +376,8 @@ class Tuner:
                 fault, seconds = job.result(timeout=max(1.0, self.end - time.monotonic()))
             except TimeoutError:
                 break
+            except BrokenProcessPool:
+                self.stop_without([(key, c) for c, other in jobs if not other.done() or other.exception() is not None])
             if fault:
                 self.write(key, candidate, fault, compile_seconds=seconds)
                 continue
@@ -415,6 +418,8 @@ class Tuner:
             self.pending.remove(item)
             try:
                 fault = job.result(timeout=max(1.0, self.end + 20 - time.monotonic()))
+            except BrokenProcessPool:
+                self.stop_without([(key, candidate)])
             except Exception as error:
                 fault = f"does not compile ahead of time: {_one_line(error)}"
             if fault and not self.arguments.rehearse:
@@ -427,6 +432,14 @@ class Tuner:
     def decide(self, key: Key, schedule: Schedule, measured: Row) -> None:
         self.write(key, schedule, "chosen", **measured)
         print(f"{time.monotonic() - self.end + self.arguments.seconds:5.0f} s  {summary(self, [key])}", flush=True)
+
+    def stop_without(self, culprits: Sequence[tuple[Key, Schedule]]) -> NoReturn:
+        """A compiler died and took its process with it: the next call goes on without whoever it may have been."""
+        for key, candidate in culprits:
+            self.write(key, candidate, "a compiler died over this one or another that was compiled beside it")
+        print("a compiler died; call again to go on without its candidates", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(3)
 
     def stop_if_the_gpu_is_gone(self, error: BaseException) -> None:
         if not torch.cuda.is_available():
