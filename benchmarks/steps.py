@@ -43,6 +43,7 @@ CONFIGS = {
 }
 SHAPES = {"disks": (1, 32), "faces": (3, 64), "celeba64": (3, 64)}  # channels, size
 TINY = ["train.batch_size=2", "encoder.channels=[32,32]", "denoiser.channels=[32,32]", "encoder.attention=[4]", "denoiser.attention=[4]"]
+TINY += ["encoder.groups=4", "denoiser.groups=4"]  # one channel in 4 positions, as 32 groups would leave, is no norm to compare by
 BASELINE = "reference"
 
 Gradients = Sequence[Tensor]  # the loss, then one per parameter
@@ -60,7 +61,7 @@ class Step:
         sami = build_model(self.config, (self.channels, self.size, self.size))
         # The denoiser starts as zero, where almost all of its gradients are zero too.
         torch.nn.init.normal_(sami.denoiser.out.weight, std=0.02)
-        self.device, self.sami = device, sami.to(device)
+        self.device, self.sami, self.tiny = device, sami.to(device), tiny
         self.objective = Objective(**asdict(self.config.objective))
         self.kl_weight = self.config.kl_weight.start
         batch = self.config.train.batch_size

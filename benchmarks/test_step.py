@@ -30,11 +30,11 @@ def contestants(step: Step, name: str, bf16: bool, part: str) -> Iterator[tuple[
     yield BASELINE, BASELINE, lambda: step.reference(bf16=bf16)
     if part == "compiled":
         yield "torch.compile", BASELINE, lambda: step.compiled_torch(bf16=bf16)
-    backends = [b for b in AUTO[device] if b != "reference" and refusal(b, device, torch.float32) is None]
+    backends = [b for b in AUTO[device] if b != "reference" and refusal(b, device, torch.bfloat16 if bf16 else torch.float32) is None]
     for backend in backends:
         for method in METHODS if part == "eager" else ():
             yield f"{backend} {method}", method, lambda b=backend, m=method: step.ours(b, m, bf16=bf16)
-        if part == "compiled" and name in COMPILED[device]:
+        if part == "compiled" and (name in COMPILED[device] or step.tiny):
             yield f"{backend} dual, compiled", "dual", lambda b=backend: step.ours(b, "dual", compiled=True, bf16=bf16)
 
 
