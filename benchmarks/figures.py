@@ -44,7 +44,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from table import Row, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -65,7 +65,7 @@ class CitationError(ValueError):
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read([path]) if path.exists() else []
 
 
 def select(path: Path, **fields: object) -> list[Row]:

@@ -101,10 +101,6 @@ class Rounds:
         contestant = self.contestants[place]
         self.seconds[contestant.name].append(self._time(contestant, self.calls[place]))
 
-    def round(self) -> None:
-        for place in range(len(self.contestants)):
-            self.time(place)
-
 
 def rows_of(
     rounds: Rounds,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chart import MODES
-from figures import RESULTS, CitationError
-from table import Row, against_best_rival, best_of, comparisons, read, shape_label
+from figures import RESULTS, CitationError, read_rows
+from table import Row, against_best_rival, best_of, comparisons, shape_label
 
 ROWS = "cpu.jsonl"
 
@@ -112,7 +112,7 @@ def generated(name: str, results: Path = RESULTS) -> str:
     Raises:
         CitationError: no rows, or there is no such block.
     """
-    rows = read([results / ROWS]) if (results / ROWS).exists() else []
+    rows = read_rows(results / ROWS)
     if not rows or name not in BLOCKS:
         raise CitationError(f"{ROWS}: no rows, or no block named {name!r}; blocks: {', '.join(BLOCKS)}")
     return BLOCKS[name](rows)

@@ -55,8 +55,7 @@ class Step:
     def __init__(self, name: str, device: str, tiny: bool = False) -> None:
         file, overrides = CONFIGS[name]
         self.channels, self.size = (SHAPES[name][0], 8) if tiny else SHAPES[name]
-        small = [*TINY, f"data.image_size={self.size}"] if tiny and name != "celeba64" else TINY if tiny else []
-        self.config: Config = load_config(file, [*overrides, *small])
+        self.config: Config = load_config(file, [*overrides, *(TINY if tiny else ())])
         torch.manual_seed(0)
         sami = build_model(self.config, (self.channels, self.size, self.size))
         # The denoiser starts as zero, where almost all of its gradients are zero too.
