@@ -28,8 +28,8 @@ from torch import Tensor
 from sami_fast import ops, score
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
+from sami_fast.methods.build import build_model
 from sami_fast.models import Encoder
-from sami_fast.networks import build_model
 from sami_fast.ops.backend import refusal
 from sami_fast.step import Draw, Objective, training_step
 

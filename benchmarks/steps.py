@@ -15,9 +15,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sami_fast import ops
-from sami_fast.compiled import compiled_parts
 from sami_fast.config import Config, load_config
-from sami_fast.networks import build_model
+from sami_fast.engine.compiled import compiled_parts
+from sami_fast.methods.build import build_model
 from sami_fast.reference import gaussian_kl, gaussian_log_prob, gaussian_reparameterize, guided_loss
 from sami_fast.reference.step import step as reference_step
 from sami_fast.step import Draw, Objective, training_step

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset as MapDataset
 
 from sami_fast.config import load_config
 from sami_fast.data import Feed, ImageFolder, VideoFolder, open_dataset
-from sami_fast.engine import set_threads
-from sami_fast.networks import build_model
+from sami_fast.engine.deepspeed import set_threads
+from sami_fast.methods.build import build_model
 from sami_fast.step import Draw
 from sami_fast.train import TrainingModule
 
@@ -63,7 +63,7 @@ def image_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module", params=CODECS)
 def video_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    from sami_fast.data.write_video import available_codecs, write_video
+    from write_video import available_codecs, write_video
 
     if request.param not in available_codecs():
         pytest.skip(f"this PyAV has no encoder for {request.param}")
@@ -239,7 +239,7 @@ def test_videos(video_folder: tuple[str, Path], compete: Callable[..., None], tm
 
 def test_shuffled_frames(tmp_path: Path, compete: Callable[..., None]) -> None:
     """Against a random access for every frame, which is how shuffled frames are usually read."""
-    from sami_fast.data.write_video import write_video
+    from write_video import write_video
 
     folder = tmp_path / "videos"
     folder.mkdir()

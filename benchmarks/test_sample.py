@@ -14,10 +14,10 @@ from table import OURS
 from torch import Tensor
 
 from sami_fast import ops
+from sami_fast.latents.sampling import reverse_process
+from sami_fast.methods.sami import Sami
 from sami_fast.ops.backend import AUTO, refusal
 from sami_fast.reference import gaussian_log_prob
-from sami_fast.sami import Sami
-from sami_fast.sampling import reverse_process
 from sami_fast.schedule import alpha_sigma
 
 IMAGES = 8

@@ -5,13 +5,78 @@ model = Sami.from_pretrained("runs/disks")
 posterior = model.encode(images)          # mu, var: [B, Z]
 """
 
+import sys
 from importlib import import_module
-from typing import Any
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .accelerate import accelerate
+    from .errors import UserError
+    from .latents.axes import Axes
+    from .latents.sampling import edit, interpolate, reconstruct, sample, traverse
+    from .methods.registry import load_model
+    from .methods.sami import Sami
+    from .ops import use_backend
 
 __version__ = "0.1.0"
-__all__ = ["Sami", "UserError", "__version__", "accelerate", "use_backend"]
+__all__ = [
+    "Axes",
+    "Sami",
+    "UserError",
+    "__version__",
+    "accelerate",
+    "edit",
+    "interpolate",
+    "load_model",
+    "reconstruct",
+    "sample",
+    "traverse",
+    "use_backend",
+]
 
-_HOME = {"Sami": "sami", "UserError": "errors", "accelerate": "accelerate", "use_backend": "ops"}
+_HOME = {
+    "Axes": "latents.axes",
+    "Sami": "methods.sami",
+    "UserError": "errors",
+    "accelerate": "accelerate",
+    "load_model": "methods.registry",
+    "use_backend": "ops",
+} | dict.fromkeys(("edit", "interpolate", "reconstruct", "sample", "traverse"), "latents.sampling")
+
+# Modules by the paths they had before there were rooms, which people's code imports still.
+_MOVED = {
+    "sami_fast.axes_file": "sami_fast.latents.axes",
+    "sami_fast.baselines": "sami_fast.methods.baselines",
+    "sami_fast.discovery": "sami_fast.latents.discovery",
+    "sami_fast.images": "sami_fast.latents.images",
+    "sami_fast.latent_model": "sami_fast.methods.latent_model",
+    "sami_fast.networks": "sami_fast.methods.build",
+    "sami_fast.sami": "sami_fast.methods.sami",
+    "sami_fast.sampling": "sami_fast.latents.sampling",
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports of an earlier path give the very module that stands elsewhere now."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(_MOVED[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to run; the import system has just written the earlier path into `__spec__`, which is put right."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.append(_MovedModules())
 
 
 def __getattr__(name: str) -> Any:
@@ -19,3 +84,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

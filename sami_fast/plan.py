@@ -26,8 +26,8 @@ from . import score
 from .config import Config, bucket_elements
 from .data import open_dataset
 from .errors import UserError
-from .latent_model import LatentModel
-from .networks import build_model, with_images_of_denoiser
+from .methods.build import build_model, with_images_of_denoiser
+from .methods.latent_model import LatentModel
 
 FLOAT = 4  # bytes of a float32: weights, gradients, moments and averages are never anything else
 STAGES = (0, 1, 2, 3)

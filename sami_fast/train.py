@@ -23,19 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sami_fast import checkpoints, ops
-from sami_fast import engine as engines
-from sami_fast.baselines import beta_vae_step, diffae_step
-from sami_fast.compiled import compiled_parts, eager_parts
+from sami_fast import ops
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed, open_dataset
+from sami_fast.engine import checkpoints
+from sami_fast.engine import deepspeed as engines
+from sami_fast.engine.compiled import compiled_parts, eager_parts
+from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
-from sami_fast.latent_model import LatentModel
+from sami_fast.methods.baselines import beta_vae_step, diffae_step
+from sami_fast.methods.build import build_model, fingerprint_of, with_images_of_denoiser
+from sami_fast.methods.latent_model import LatentModel
 from sami_fast.metrics.latents import LIVE_NATS
-from sami_fast.networks import build_model, fingerprint_of, with_images_of_denoiser
-from sami_fast.run_folder import RunFolder
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from sami_fast import engine as engines
 from sami_fast import train as training
 from sami_fast.config import Config, load_config
+from sami_fast.engine import deepspeed as engines
+from sami_fast.engine.shards import is_partitioned, local
 from sami_fast.errors import NonFiniteError, UserError
-from sami_fast.shards import is_partitioned, local
 
 HERE = Path(__file__).resolve().parent
 # Free bits and the controller both use the KL of the whole batch: they would show a rank that looks at its own part only. The clipping

@@ -7,12 +7,12 @@ import torch
 from helpers import gradients, normal
 
 from sami_fast import ops
-from sami_fast.baselines import BetaVAE, DiffAE, beta_vae_step, diffae_step
 from sami_fast.config import load_config
 from sami_fast.errors import UserError
-from sami_fast.methods import METHODS, load_model
-from sami_fast.networks import build_model
-from sami_fast.sami import Sami
+from sami_fast.methods.baselines import BetaVAE, DiffAE, beta_vae_step, diffae_step
+from sami_fast.methods.build import build_model
+from sami_fast.methods.registry import METHODS, load_model
+from sami_fast.methods.sami import Sami
 from sami_fast.schedule import alpha_sigma
 from sami_fast.step import Draw, Objective
 from sami_fast.train import Trainer, train

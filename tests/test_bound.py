@@ -25,8 +25,8 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import multivariate_normal
 
+from sami_fast.methods.sami import Sami
 from sami_fast.metrics.bound import Bound, fit_decoder_var, negative_elbo
-from sami_fast.sami import Sami
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
 SHAPE = (2, 2, 2)

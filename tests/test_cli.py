@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sami_fast import sampling
-from sami_fast.axes_file import Axes
-from sami_fast.baselines import BetaVAE, DiffAE
 from sami_fast.cli import main, parser
 from sami_fast.cli.options import SOLVERS, STARTS, sampler_arguments
 from sami_fast.config import load_config, to_yaml
-from sami_fast.methods import load_model
-from sami_fast.sami import Sami
-from sami_fast.sampling import Solver, Start, encode, reverse_process
+from sami_fast.latents import sampling
+from sami_fast.latents.axes import Axes
+from sami_fast.latents.sampling import Solver, Start, encode, reverse_process
+from sami_fast.methods.baselines import BetaVAE, DiffAE
+from sami_fast.methods.registry import load_model
+from sami_fast.methods.sami import Sami
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "3"]
@@ -272,7 +272,7 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch, capsys, 
         stream.write(b"half")
         raise error
 
-    monkeypatch.setattr("sami_fast.images.write_png", fail)
+    monkeypatch.setattr("sami_fast.latents.images.write_png", fail)
     arguments = ["sample", str(run), "--count", "1", *QUICK, "--output", str(output), "--overwrite"]
     assert main(arguments) == status
     assert ("No space left on device" if status == 2 else "interrupted") in capsys.readouterr().err

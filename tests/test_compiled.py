@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sami_fast.compiled import compiled_parts, eager_parts
 from sami_fast.config import load_config
-from sami_fast.networks import build_model
+from sami_fast.engine.compiled import compiled_parts, eager_parts
+from sami_fast.methods.build import build_model
 from sami_fast.step import guided_terms
 from sami_fast.train import train
 

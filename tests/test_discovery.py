@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from sklearn.decomposition import PCA
 
-from sami_fast.axes_file import Axes
-from sami_fast.discovery import (
+from sami_fast.latents.axes import Axes
+from sami_fast.latents.discovery import (
     default_levels,
     discover,
     generalized_axes,
@@ -21,9 +21,9 @@ from sami_fast.discovery import (
     shares,
     within_covariance,
 )
+from sami_fast.methods.sami import Sami
 from sami_fast.metrics.identifiability import mcc
 from sami_fast.metrics.scale_profile import half_point
-from sami_fast.sami import Sami
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
 SHAPE = (1, 2, 3)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from write_video import available_codecs, write_video
 
 from sami_fast.data import Feed, ImageFolder, Sprites, VideoFolder
-from sami_fast.data.write_video import available_codecs, write_video
 from sami_fast.train import main
 
 pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'")

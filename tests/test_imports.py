@@ -1,6 +1,7 @@
 """Who may import whom: imports point down only, low layers need nothing but torch, and `import sami_fast` loads nothing heavy."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -23,28 +24,18 @@ ALLOWED = {
     "score": {"ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
-    "plan": {"config", "data", "errors", "latent_model", "networks", "score"},
     "hub": {"errors"},
-    "latent_model": {"errors", "files", "hub", "models", "ops", "schedule", "score"},
     "pretrained": {"accelerate", "errors", "hub", "models", "schedule"},
-    "sami": {"latent_model", "pretrained", "schedule", "score"},
-    "compiled": {"config", "latent_model", "step"},
-    "shards": set(),
-    "baselines": {"latent_model", "models", "ops", "step"},
-    "methods": {"baselines", "errors", "latent_model", "sami"},
-    "networks": {"config", "errors", "latent_model", "methods", "pretrained", "sami", "schedule"},
+    "files": set(),
     "config": {"errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
     "data": {"config", "errors", "files", "ops"},
-    "engine": {"checkpoints", "config", "errors", "files", "shards"},
-    "checkpoints": {"errors", "files"},
-    "files": set(),
-    "images": set(),
-    "metrics": {"latent_model", "ops", "schedule"},  # only `bound` and `scale_profile` run networks
-    "axes_file": {"errors", "files", "metrics"},
-    "sampling": {"axes_file", "latent_model", "ops", "sami", "schedule"},
-    "discovery": {"axes_file", "metrics", "ops", "sami", "schedule"},
-    "evaluation": {"config", "data", "errors", "latent_model", "methods", "metrics"},
-    "report": {"config", "discovery", "errors", "evaluation", "files", "images", "metrics", "sampling", "schedule"},
+    "methods": {"config", "errors", "files", "hub", "models", "ops", "pretrained", "schedule", "score", "step"},
+    "engine": {"config", "errors", "files", "methods", "step"},
+    "plan": {"config", "data", "errors", "methods", "score"},
+    "metrics": {"methods", "ops", "schedule"},  # only `bound` and `scale_profile` run networks
+    "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
+    "evaluation": {"config", "data", "errors", "methods", "metrics"},
+    "report": {"config", "errors", "evaluation", "files", "latents", "metrics", "schedule"},
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")
@@ -124,6 +115,45 @@ def test_models_and_ops_never_see_the_config():
     for module in modules_of("models", "ops", "reference", "kernels", "schedule", "score", "step"):
         assert "sami_fast.config" not in imported_names(module), module
         assert "omegaconf" not in imported_names(module), module
+
+
+def test_a_method_does_not_see_the_config():
+    """From a config to its networks is the work of one module; methods themselves take plain arguments."""
+    for module in set(modules_of("methods")) - {"sami_fast.methods.build"}:
+        assert "sami_fast.config" not in imported_names(module), module
+
+
+def test_earlier_paths_give_the_modules_of_the_rooms():
+    import sami_fast.discovery
+    import sami_fast.sampling
+    from sami_fast.latent_model import LatentModel
+
+    from sami_fast.latents import discovery, sampling
+    from sami_fast.methods import LatentModel as there
+
+    assert sami_fast.sampling is sampling
+    assert sami_fast.discovery is discovery
+    assert LatentModel is there
+    assert sampling.__name__ == sampling.__spec__.name == "sami_fast.latents.sampling"
+    for old, new in sami_fast._MOVED.items():
+        assert importlib.import_module(old) is importlib.import_module(new)
+
+
+def test_the_surface_is_complete():
+    """Each public name exists, is the same object wherever it is imported from, and is known to editors and type checkers."""
+    import sami_fast
+
+    checked = {
+        alias.name
+        for node in ast.parse(SOURCES["sami_fast"].read_text()).body
+        if isinstance(node, ast.If)
+        for imported in node.body
+        for alias in imported.names
+    }
+    assert checked == set(sami_fast.__all__) - {"__version__"} == set(sami_fast._HOME)
+    assert set(sami_fast.__all__) <= set(dir(sami_fast))
+    for name in sami_fast.__all__:
+        assert getattr(sami_fast, name) is not None
 
 
 def test_nothing_imports_tests_or_benchmarks():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from sami_fast.methods.sami import Posterior, Sami
 from sami_fast.metrics.bound import eight_bit_nats, fit_decoder_var, gaussian_nats, is_eight_bit, negative_elbo
 from sami_fast.metrics.identifiability import correlation_matrix, linear_r2, mcc
 from sami_fast.metrics.latents import kl_per_dim, live_dims
 from sami_fast.metrics.mig import discretize, mig, mig_ceiling, mutual_information
-from sami_fast.sami import Posterior, Sami
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
 N = 10_000

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sami_fast import cli, plan
-from sami_fast.baselines import diffae_step
 from sami_fast.config import load_config
 from sami_fast.errors import UserError
-from sami_fast.networks import build_model
+from sami_fast.methods.baselines import diffae_step
+from sami_fast.methods.build import build_model
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from sami_fast import ops, score
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
-from sami_fast.discovery import posterior_draws
 from sami_fast.errors import UserError
-from sami_fast.methods import load_model
+from sami_fast.latents.discovery import posterior_draws
+from sami_fast.latents.sampling import encode, sample
+from sami_fast.methods.build import build_model
+from sami_fast.methods.registry import load_model
+from sami_fast.methods.sami import Sami
 from sami_fast.metrics.bound import negative_elbo
 from sami_fast.metrics.identifiability import linear_r2
 from sami_fast.models import DenoiserTrunk, HalfUNet
-from sami_fast.networks import build_model
 from sami_fast.pretrained import DiscreteTimeDenoiser, UNetTrunk, load_diffusers, scheduler_levels, timestep_levels
-from sami_fast.sami import Sami
-from sami_fast.sampling import encode, sample
 from sami_fast.schedule import Discrete, UniformLogsnr, alpha_sigma
 from sami_fast.step import Draw, Objective, training_step
 from sami_fast.train import main, train

@@ -19,13 +19,13 @@ from PIL import Image
 
 from sami_fast.cli import parser
 from sami_fast.config import Config, load_config, to_yaml
-from sami_fast.discovery import discover
 from sami_fast.errors import UserError
 from sami_fast.evaluation import Latents, encode, known_factors, open_run, profile
 from sami_fast.evaluation.latents import untrained
+from sami_fast.latents.discovery import discover
+from sami_fast.methods.build import build_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
-from sami_fast.networks import build_model
 from sami_fast.report import write_report
 from sami_fast.report.charts import COLOURS, MATRIX_ROWS, correlations, line, scatter_fits
 from sami_fast.report.discoveries import axis_scores, discoveries

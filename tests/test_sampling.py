@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sami_fast.axes_file import Axes
-from sami_fast.baselines import DiffAE
 from sami_fast.errors import UserError
-from sami_fast.images import GAP, image_grid
-from sami_fast.sami import Sami
-from sami_fast.sampling import (
+from sami_fast.latents.axes import Axes
+from sami_fast.latents.images import GAP, image_grid
+from sami_fast.latents.sampling import (
     axis_values,
     edit,
     encode,
@@ -29,6 +27,8 @@ from sami_fast.sampling import (
     starting_noise,
     traverse,
 )
+from sami_fast.methods.baselines import DiffAE
+from sami_fast.methods.sami import Sami
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
 

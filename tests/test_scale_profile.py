@@ -8,9 +8,9 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from sami_fast.methods.sami import Sami
 from sami_fast.metrics.latents import kl_per_dim
 from sami_fast.metrics.scale_profile import half_point, scale_profile
-from sami_fast.sami import Sami
 from sami_fast.schedule import SCHEDULES
 
 N = 20_000

@@ -11,12 +11,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import write_video as writing
 from helpers import relative_error
+from write_video import available_codecs, write_sprite_videos, write_video
 
 from sami_fast import files
-from sami_fast.data import write_video as writing
 from sami_fast.data.sprites import Sprites
-from sami_fast.data.write_video import available_codecs, write_sprite_videos, write_video
 from sami_fast.errors import UserError
 
 SHAPES = ("square", "ellipse", "heart")

@@ -18,13 +18,14 @@ from filelock import FileLock
 from ranks_worker import COMMON, MODES, STAGES, VARIANTS
 from safetensors.torch import load_file
 
-from sami_fast import checkpoints, cli
+from sami_fast import cli
 from sami_fast.config import load_config
-from sami_fast.engine import WEIGHTS, build_optimizer
+from sami_fast.engine import checkpoints
+from sami_fast.engine.deepspeed import WEIGHTS, build_optimizer
+from sami_fast.engine.run_folder import RunFolder
 from sami_fast.errors import NonFiniteError, UserError
-from sami_fast.networks import build_model
-from sami_fast.run_folder import RunFolder
-from sami_fast.sami import Sami
+from sami_fast.methods.build import build_model
+from sami_fast.methods.sami import Sami
 from sami_fast.train import Trainer, main, train
 
 ROOT = Path(__file__).resolve().parents[1]

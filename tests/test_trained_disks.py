@@ -13,12 +13,12 @@ from scipy.stats import ortho_group
 
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
-from sami_fast.discovery import discover
+from sami_fast.latents.discovery import discover
+from sami_fast.latents.sampling import encode
+from sami_fast.methods.sami import Sami
 from sami_fast.metrics.identifiability import correlation_matrix, linear_r2, mcc
 from sami_fast.metrics.latents import kl_per_dim, live_dims
 from sami_fast.metrics.scale_profile import half_point, scale_profile
-from sami_fast.sami import Sami
-from sami_fast.sampling import encode
 
 IMAGES = 1500
 COARSE_TO_FINE = ["x", "background", "y"]  # by the energy of their pixels: 44.2, 15.5, 6.2

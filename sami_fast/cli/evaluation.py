@@ -15,8 +15,8 @@ from .options import AddCommand, at_least, number
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..discovery import Discovered
     from ..evaluation import Run
+    from ..latents.discovery import Discovered
 
 METHODS = ("scale", "pca", "gradient", "ica", "level")
 DISCOVERY_IMAGES = 256
@@ -62,8 +62,8 @@ def run_axes(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output: {picture}, where the pictures go, exists; choose another name or add --overwrite")
     from tqdm import tqdm
 
-    from ..discovery import NUM_LEVELS, discover
     from ..evaluation import encode, known_factors, open_run
+    from ..latents.discovery import NUM_LEVELS, discover
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 

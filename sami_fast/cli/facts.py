@@ -64,7 +64,7 @@ def run_encode(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, (".npz",))
     import torch
 
-    from ..sampling import encode
+    from ..latents.sampling import encode
 
     sami = open_model(arguments)
     axes = open_axes(arguments, sami)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..axes_file import Axes
     from ..config import Config
     from ..data import Dataset
-    from ..latent_model import LatentModel
-    from ..sami import Sami
+    from ..latents.axes import Axes
+    from ..methods.latent_model import LatentModel
+    from ..methods.sami import Sami
 
 
 def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path:
@@ -54,7 +54,7 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 
 def write_pictures(path: Path, grid: "Tensor", columns: int, **arrays: Any) -> None:
     """A PNG of the grid, or an NPZ of the arrays, as the name says."""
-    from ..images import image_grid, write_png
+    from ..latents.images import image_grid, write_png
 
     if path.suffix == ".npz":
         write_arrays(path, **arrays)
@@ -78,7 +78,7 @@ def open_model(arguments: argparse.Namespace) -> "LatentModel":
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a run folder or a saved model")
     device = _device(arguments.device)
-    from ..methods import load_model
+    from ..methods.registry import load_model
 
     return load_model(folder, device)
 
@@ -142,7 +142,7 @@ def open_axes(arguments: argparse.Namespace, sami: "LatentModel") -> "Axes | Non
     """The axes of --axes, if there are any."""
     if not arguments.axes:
         return None
-    from ..axes_file import Axes
+    from ..latents.axes import Axes
 
     axes = Axes.load(arguments.axes)
     if len(axes.center) != sami.latent_size:

@@ -114,7 +114,7 @@ def sampler_options() -> argparse.ArgumentParser:
 
 def sampler_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """`SamplerOptions` of the command line, checked before any work is done; x_T too where the command has it."""
-    from ..sampling import resolve_eta
+    from ..latents.sampling import resolve_eta
 
     start = {"x_T": arguments.x_T} if "x_T" in arguments else {}
     try:

@@ -19,9 +19,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..axes_file import Axes
     from ..data import Dataset
-    from ..sami import Sami
+    from ..latents.axes import Axes
+    from ..methods.sami import Sami
 
 PICTURES = (".png", ".npz")
 RECONSTRUCTIONS = 16  # images, unless --count says otherwise
@@ -44,7 +44,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
-    from .. import sampling
+    from ..latents import sampling
 
     options = sampler_arguments(arguments)
     if arguments.data and arguments.source != "posterior":
@@ -71,7 +71,7 @@ def run_reconstruct(arguments: argparse.Namespace) -> None:
     import torch
     from torch.nn.functional import pad
 
-    from .. import sampling
+    from ..latents import sampling
 
     options = sampler_arguments(arguments)
     sami = open_sampler(arguments)
@@ -91,7 +91,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
-    from .. import sampling
+    from ..latents import sampling
     from ..metrics.latents import LIVE_NATS, kl_per_dim, live_dims
 
     options = sampler_arguments(arguments)
@@ -127,7 +127,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
-    from .. import sampling
+    from ..latents import sampling
 
     options = sampler_arguments(arguments)
     sami = open_sampler(arguments)
@@ -144,7 +144,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
-    from .. import sampling
+    from ..latents import sampling
 
     options = sampler_arguments(arguments)
     sami = open_sampler(arguments)

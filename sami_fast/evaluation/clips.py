@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..latent_model import LatentModel
+from ..methods.latent_model import LatentModel
 from ..metrics.straightness import straightness
 from .latents import Baselines, Latents
 from .run import Run

@@ -8,7 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from ..latent_model import LatentModel
+from ..methods.latent_model import LatentModel
 from ..metrics.latents import kl_per_dim, live_dims
 from .run import Run
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..config import Config, load_config
 from ..data import Dataset, open_dataset
 from ..errors import UserError
-from ..latent_model import LatentModel
-from ..methods import load_model
+from ..methods.latent_model import LatentModel
+from ..methods.registry import load_model
 
 TRAIN_IMAGES = 4000
 VALUES_PER_BATCH = 1 << 18  # pixels of one batch of encodings

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..latent_model import LatentModel
+from ..methods.latent_model import LatentModel
 from ..schedule import alpha_sigma
 
 RECONSTRUCTION_STEP = ops.EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's

@@ -17,7 +17,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from .. import ops
-from ..latent_model import LatentModel
+from ..methods.latent_model import LatentModel
 from ..schedule import alpha_sigma
 from .bound import RECONSTRUCTION_STEP, Images
 from .latents import LIVE_NATS

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..discovery import Discovered, discover
 from ..evaluation import Latents, Run
+from ..latents.discovery import Discovered, discover
 from ..metrics.identifiability import mcc
 
 METHODS = ("scale", "pca", "gradient", "ica")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..discovery import Discovered
 from ..evaluation import Latents, Run
+from ..latents.discovery import Discovered
 from ..metrics.latents import LIVE_NATS
 from ..metrics.scale_profile import ScaleProfile
 from .charts import MATRIX_ROWS, MAX_AXES, RHO, correlations, latents_against_factors, scatter_fits, training_curves

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation import Latents
-from ..images import image_grid
+from ..latents.images import image_grid
 from ..metrics.scale_profile import ScaleProfile
 from ..schedule import alpha_sigma
 from .charts import DASHED, FAINT, INK, LEGEND_ENTRIES, MAX_AXES, SOFT, line, new_figure, tidy

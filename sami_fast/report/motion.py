@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..evaluation import Latents, Run
 from ..evaluation.clips import flat, means, num_clips, through
-from ..images import image_grid
+from ..latents.images import image_grid
 from ..metrics.straightness import clip_straightness
 from .charts import DASHED, FAINT, INK, colour, new_figure, tidy
 

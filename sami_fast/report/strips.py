@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .. import sampling
-from ..discovery import Discovered
 from ..evaluation import Latents, Run, known_factors
-from ..images import image_grid
+from ..latents import sampling
+from ..latents.discovery import Discovered
+from ..latents.images import image_grid
 from ..metrics.identifiability import correlation_matrix
 from .charts import DPI, INK, MAX_AXES, RHO, colour
 

@@ -4,8 +4,8 @@ import os
 
 import torch
 
+from ..errors import UserError
 from .baselines import BetaVAE, DiffAE
-from .errors import UserError
 from .latent_model import LatentModel, read_saved
 from .sami import Sami
 

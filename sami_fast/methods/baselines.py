@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import ops
+from .. import ops
+from ..models import Decoder, Denoiser
+from ..step import Draw, Objective, noised, per_image
 from .latent_model import LatentModel
-from .models import Decoder, Denoiser
-from .step import Draw, Objective, noised, per_image
 
 
 class BetaVAE(LatentModel):

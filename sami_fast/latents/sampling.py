@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .axes_file import Axes
-from .latent_model import LatentModel, Posterior
-from .sami import Sami
-from .schedule import alpha_sigma
+from .. import ops
+from ..methods.latent_model import LatentModel, Posterior
+from ..methods.sami import Sami
+from ..schedule import alpha_sigma
+from .axes import Axes
 
 UNGUIDED_ETA = 1.0  # more narrows what the denoiser draws on its own
 GUIDANCE_CLIP = 4.0  # below 3 the pull is too weak to arrive; without a limit 4 to 7 % of far-off latents give no disk

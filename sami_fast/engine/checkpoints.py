@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .files import PARTIAL
+from ..errors import UserError
+from ..files import PARTIAL
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of what `Engine.save` writes; 1 was DeepSpeed's own files

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config
-from .errors import UserError
+from ..config import Config
+from ..errors import UserError
+from ..pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from ..schedule import Discrete, Schedule, build_schedule
 from .latent_model import LatentModel
-from .methods import METHODS
-from .pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from .registry import METHODS
 from .sami import Sami
-from .schedule import Discrete, Schedule, build_schedule
 
 
 def with_images_of_denoiser(config: Config) -> Config:

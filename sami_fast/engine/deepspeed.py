@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config import Config, bucket_elements, deepspeed_dicts
+from ..errors import UserError
+from ..files import PARTIAL, write_text_whole
 from . import shards
 from .checkpoints import FORMAT, MANIFEST, fingerprint, read_manifest, sync, write_failure
-from .config import Config, bucket_elements, deepspeed_dicts
-from .errors import UserError
-from .files import PARTIAL, write_text_whole
 
 WEIGHTS = "training.safetensors"
 

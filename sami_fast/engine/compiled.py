@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .config import Config
-from .latent_model import LatentModel
-from .step import guided_terms
+from ..config import Config
+from ..methods.latent_model import LatentModel
+from ..step import guided_terms
 
 
 @dataclass(frozen=True)

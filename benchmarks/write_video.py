@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..files import write_whole
-from .sprites import Sprites
+from sami_fast.data.sprites import Sprites
+from sami_fast.errors import UserError
+from sami_fast.files import write_whole
 
 CONTAINERS = {".mkv": "matroska", ".webm": "webm", ".mp4": "mp4", ".mov": "mov", ".avi": "avi"}  # suffix: FFmpeg's name
 

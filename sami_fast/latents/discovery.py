@@ -30,14 +30,14 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from . import ops
-from .axes_file import Axes
-from .metrics.bound import Images
-from .metrics.checks import as_table
-from .metrics.latents import LIVE_NATS, kl_per_dim, live_dims
-from .metrics.scale_profile import as_levels, half_point
-from .sami import Sami
-from .schedule import Schedule, alpha_sigma
+from .. import ops
+from ..methods.sami import Sami
+from ..metrics.bound import Images
+from ..metrics.checks import as_table
+from ..metrics.latents import LIVE_NATS, kl_per_dim, live_dims
+from ..metrics.scale_profile import as_levels, half_point
+from ..schedule import Schedule, alpha_sigma
+from .axes import Axes
 
 DISCOVERY_STEP = 2 * ops.EVALUATION_STEP  # evaluation's own noise lies below
 MAX_DRAWS = 1 << 16

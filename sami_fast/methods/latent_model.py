@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from . import ops, score
-from .errors import UserError
-from .files import write_text_whole, write_whole
-from .hub import located
-from .models import Encoder
-from .schedule import Schedule, build_schedule
+from .. import ops, score
+from ..errors import UserError
+from ..files import write_text_whole, write_whole
+from ..hub import located
+from ..models import Encoder
+from ..schedule import Schedule, build_schedule
 
 FORMAT = "sami-fast/1"
 

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import score
+from .. import score
+from ..pretrained import build_denoiser, build_encoder
+from ..schedule import Schedule, alpha_sigma
 from .latent_model import LatentModel, Posterior
-from .pretrained import build_denoiser, build_encoder
-from .schedule import Schedule, alpha_sigma
 
 __all__ = ["Posterior", "Sami"]
 

@@ -9,9 +9,9 @@ from typing import Self
 
 import numpy as np
 
-from .errors import UserError
-from .files import write_whole
-from .metrics.checks import as_table
+from ..errors import UserError
+from ..files import write_whole
+from ..metrics.checks import as_table
 
 DUAL_TOLERANCE = 1e-3  # of readouts @ directions.T: room for arrays kept in float32
 

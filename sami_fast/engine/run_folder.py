@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+from ..files import PARTIAL, write_text_whole
 from . import checkpoints
-from .errors import UserError
-from .files import PARTIAL, write_text_whole
 
 CONTENTS = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report", ".lock"}
 
