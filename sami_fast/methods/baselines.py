@@ -11,7 +11,12 @@ from torch import Tensor
 from .. import ops
 from ..models import Decoder, Denoiser
 from ..step import Draw, Objective, noised, per_image
-from .latent_model import LatentModel
+from .latent_model import LatentModel, Prose, Term
+
+COLLAPSED = (
+    "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all), so there is nothing to "
+    "traverse, and all reconstructions below are the same but for chance. A lower kl_weight usually helps."
+)
 
 
 class BetaVAE(LatentModel):
@@ -25,6 +30,19 @@ class BetaVAE(LatentModel):
     """
 
     method: ClassVar[str] = "beta_vae"
+    label: ClassVar[str] = "β-VAE"
+    noisy: ClassVar[bool] = False
+    terms: ClassVar[tuple[Term, ...]] = (Term("reconstruction_nats", "the reconstruction error", "reconstruction"),)
+    prose: ClassVar[Prose] = Prose(
+        summary="A β-VAE is an autoencoder, trained here as a baseline that SAMI is compared with. An encoder turns an image into a few "
+        "noisy numbers, the latents, and a decoder turns these back into the image. The information in the latents is charged for at a "
+        "price β, so that each has to be worth what it costs. Both networks learn together, without labels.",
+        collapsed=COLLAPSED,
+        reconstructions="Above, images that the scores are measured on; below, what the decoder makes of their latents.",
+        samples="Above, images of the data. Below, new images: latents drawn from the prior, the distribution that training pulls them "
+        "towards, then the decoder.",
+        training="Left, the squared error of the decoder's images, in nats; dashed, what the latents cost. ",
+    )
     partner: ClassVar[str] = "decoder"
     partner_type = Decoder
     decodes = True
@@ -46,6 +64,18 @@ class DiffAE(LatentModel):
     """
 
     method: ClassVar[str] = "diffae"
+    label: ClassVar[str] = "Diffusion autoencoder"
+    terms: ClassVar[tuple[Term, ...]] = (Term("diffusion_nats", "the denoiser's error", "denoising, told z"),)
+    prose: ClassVar[Prose] = Prose(
+        summary="A diffusion autoencoder is trained here as a baseline that SAMI is compared with. An encoder turns an image into a few "
+        "numbers, the latents, and a diffusion model that is told these removes noise step by step until there is an image again. Both "
+        "networks learn together, without labels. {price}",
+        collapsed=COLLAPSED,
+        reconstructions="Above, images that the scores are measured on; below, what {steps} denoising steps make of fresh noise when the "
+        "denoiser is told the image's latents and no more.",
+        samples="Above, images of the data. Below, new images: latents drawn at random{source}, then denoising of noise.",
+        training="{left}he error of the noise that the denoiser estimates when it is told the latents{cost}. ",
+    )
     partner: ClassVar[str] = "denoiser"
     partner_type = Denoiser
 

@@ -26,6 +26,26 @@ FORMAT = "sami-fast/1"
 
 
 @dataclass(frozen=True)
+class Term:
+    """A measured part of a method's loss, in nats per image."""
+
+    name: str  # in the log
+    fault: str  # what a run that stops on bad numbers calls it
+    legend: str  # beside its curve
+
+
+@dataclass(frozen=True)
+class Prose:
+    """What a report says of a method, for readers who know none; `{...}` is filled in by the report."""
+
+    summary: str  # what the method is; {price}: what its latents cost
+    collapsed: str  # no latent carries anything; {latents} of them, {kl} nats
+    reconstructions: str  # {steps} of the reverse process
+    samples: str  # {source}: where their latents come from
+    training: str  # the curves of the terms; {left}, {cost}: where they stand, what the latents cost
+
+
+@dataclass(frozen=True)
 class Posterior:
     """q(z|x) of a batch: diagonal Gaussians."""
 
@@ -68,6 +88,11 @@ class LatentModel(nn.Module):
     method: ClassVar[str]  # its name in configs and saved files
     partner: ClassVar[str]  # attribute of the network beside the encoder
     partner_type: ClassVar[type[nn.Module]]
+    label: ClassVar[str]  # its name in reports
+    terms: ClassVar[tuple[Term, ...]]  # of the loss; the last is what the method minimises beside the KL
+    prose: ClassVar[Prose]
+    guides: ClassVar[bool] = False  # whether the encoder's score steers the reverse process, and samples without latents exist
+    noisy: ClassVar[bool] = True  # whether training looks at noisy images, at levels of the schedule
     deterministic = False  # whether the latent is the encoder's mean, and its variance means nothing
     decodes = False  # whether an image comes from `decode` instead of from a reverse process
     guided_eta = 0.0  # fresh noise of a reverse process that knows z, unless asked for otherwise

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import score
 from ..pretrained import build_denoiser, build_encoder
 from ..schedule import Schedule, alpha_sigma
-from .latent_model import LatentModel, Posterior
+from .latent_model import LatentModel, Posterior, Prose, Term
 
 __all__ = ["Posterior", "Sami"]
 
@@ -26,6 +26,26 @@ class Sami(LatentModel):
     """
 
     method: ClassVar[str] = "sami"
+    label: ClassVar[str] = "SAMI"
+    guides: ClassVar[bool] = True
+    terms: ClassVar[tuple[Term, ...]] = (
+        Term("unguided_nats", "the denoiser's error", "without z"),
+        Term("diffusion_nats", "the guided error (the encoder's score)", "guided by z"),
+    )
+    prose: ClassVar[Prose] = Prose(
+        summary="SAMI is an autoencoder without a decoder. An encoder turns an image into a few numbers, the latents. To get an image "
+        "back, an ordinary diffusion model removes noise step by step while the encoder steers it, towards images that the encoder would "
+        "give the wanted latents. Both networks learn together, without labels, and every latent has to be worth the information it costs.",
+        collapsed="The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all). The diffusion "
+        "model works without them, so there is nothing to traverse, and the reconstructions below are mere samples. A lower "
+        "kl_weight.start, a longer train.denoiser_warmup or objective.free_bits above 0 usually helps.",
+        reconstructions="Above, images that the scores are measured on; below, what {steps} guided denoising steps make of fresh noise "
+        "when all they know of the image is its latents.",
+        samples="Above, images of the data. Middle, new images: latents drawn from the prior, the distribution that training pulls them "
+        "towards, then guided denoising of noise. Below, what the denoiser draws without latents.",
+        training="Left, the error of the estimated noise with and without the encoder's guidance: the gap is what the latents are worth; "
+        "dashed, what they cost. ",
+    )
     partner: ClassVar[str] = "denoiser"
     # Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later
     # levels correct: 15 to 23 % of them miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
