@@ -13,10 +13,10 @@ from sami_fast.data.order import pooled_order
 from sami_fast.data.pixels import EightBit
 from sami_fast.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+# nothing here may hang
+pytestmark = [pytest.mark.usefixtures("no_thread_is_left"), pytest.mark.timeout(60)]
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.timeout(60)
 
 
 class Numbers(EightBit):
@@ -173,13 +173,13 @@ def test_after_an_error_nothing_more_is_read():
     feed.close()
 
 
-def test_closing_ends_the_threads_at_once():
+def test_closing_drops_the_batches_that_are_waiting():
     dataset = Numbers(6000, 3, ahead=3000, seconds=0.01)
     feed = opened(dataset)
     feed.micro_batch(0, 0)
-    started = time.perf_counter()
+    begun = dataset.read
     feed.close()
-    assert time.perf_counter() - started < 1  # 500 batches were under way
+    assert dataset.read <= begun + 3 < 500  # of the 500 asked for, each thread may finish the one that it has in hand
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
     feed.close()  # twice does no harm
     opened(Numbers(10)).close()  # nor without threads

@@ -189,3 +189,14 @@ def test_an_unknown_name_of_the_package():
 
     with pytest.raises(AttributeError, match="module 'sami_fast' has no attribute 'sammy'"):
         _ = sami_fast.sammy
+
+
+def test_no_name_of_a_test_file_is_assigned_twice():
+    """A second `pytestmark`, or a second test of the same name, would put the first to sleep without a word."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        names: list[str] = []
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+            names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        assert len(names) == len(set(names)), (path.name, [name for name in names if names.count(name) > 1])

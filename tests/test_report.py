@@ -77,11 +77,12 @@ def log_rows(config: Config) -> list[dict]:
                 "kl_weight": 0.1 if joint else 0.0,
                 "learning_rate": 1e-3,
                 "images_per_second": 100.0 + step if joint else 1000.0,
+                "data_wait": 0.0,
                 "seconds": 0.5 * step,
                 "kl_per_dim": kl,
             }
         )
-    return [*rows, {"step": config.train.steps, "validation_nats": 3.0, "checkpoint": "step_30"}]
+    return [*rows, {"step": config.train.steps, "validation_nats": 3.0}]
 
 
 def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:

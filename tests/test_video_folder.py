@@ -24,12 +24,12 @@ from sami_fast.errors import UserError
 
 av = pytest.importorskip("av")
 
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+# nothing here may hang
+pytestmark = [pytest.mark.usefixtures("no_thread_is_left"), pytest.mark.timeout(60)]
 
 CPU = torch.device("cpu")
 SIDE, DARK, LIGHT = 64, 30, 220
 CODECS = available_codecs()
-pytestmark = pytest.mark.timeout(60)  # nothing here may hang
 needs_dali = pytest.mark.skipif(not dali_available(), reason="needs DALI")
 DECODERS = ["torch", pytest.param("dali", marks=needs_dali)]
 
@@ -360,12 +360,11 @@ def test_segments_cover_every_frame_once(frames, interval):
         assert stop - start >= min(32, frames)
 
 
-def test_segments_of_a_long_video_of_key_frames_are_found_at_once():
+def test_segments_of_a_long_video_of_key_frames_take_linear_time():
+    """With time quadratic in the number of frames this would run into the time limit of the file."""
     frames = 300_000
     video = Video("mjpeg", 64, 64, np.arange(frames), tuple(range(frames)), frames, 25.0, 0)
-    started = time.perf_counter()
     assert sum(stop - start for _, start, stop in video.segments()) == frames
-    assert time.perf_counter() - started < 5
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c in DALI_CODECS])
