@@ -28,15 +28,14 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#:]+)(#[^)\s]*)?\)"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie elsewhere, and the page of settings."""
+    """Adds the pages that lie elsewhere."""
     for file, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / file).read_text()))
-    files.append(File.generated(config, "reference/settings.md", content=settings_page()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Turns links between files of the tree to links between pages."""
+    """Turns links between files of the tree to links between pages, and fills in the settings."""
     here = page.file.src_uri
     folder = dirname(HOME.get(here, join("docs", here)))
 
@@ -48,22 +47,23 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
             return f"{image}[{text}]({relpath(there, dirname(here) or '.')}{anchor})"
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{file}{anchor})" if config.repo_url else text
 
+    if "<!-- settings -->" in markdown:
+        markdown = markdown.replace("<!-- settings -->", settings())
     return LINK.sub(turned, markdown)
 
 
-def settings_page() -> str:
-    """Every setting of a run under its dotted key, from `sami_fast.config`."""
+def settings() -> str:
+    """Every setting of a run under its dotted key."""
     from sami_fast.config import settings_table
 
-    lines = ["# Settings", "", "Every setting with its default, meaning, unit and allowed values, as `train.py --settings` prints them.", ""]
-    section = None
+    lines, section = [], None
     for line in settings_table().splitlines():
         if line.startswith(" "):
             lines += [f":   {html.escape(line.strip())}", ""]
             continue
-        above, dot, _ = line.partition("=")[0].rpartition(".")
-        if (above if dot else "Run") != section:
-            section = above if dot else "Run"
+        above = line.partition("=")[0].rpartition(".")[0] or "Run"
+        if above != section:
+            section = above
             lines += [f"## {section}", ""]
         lines.append(f"`{line}`")
     return "\n".join(lines)
