@@ -3,6 +3,7 @@
 An HTML comment `<!-- unchecked: reason -->` above a block leaves it out.
 """
 
+import argparse
 import ast
 import glob
 import inspect
@@ -111,7 +112,7 @@ def test_python_blocks(block):
     tree = ast.parse(block.text)
     known: dict[str, object] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sami_fast":
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "sami_fast":
             module = import_module(node.module)
             known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -143,7 +144,7 @@ def check(words: list[str], whole: bool = True) -> None:
     """A command line fits what it starts; one that is not `whole` names it and some of its options."""
     program, *rest = words
     if program == "sami-fast" and not whole:
-        commands = parser()._subparsers._group_actions[0].choices
+        commands = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
         if rest:
             assert rest[0] in commands, rest[0]
             unknown = {word for word in rest if word.startswith("--")} - set(commands[rest[0]]._option_string_actions)
