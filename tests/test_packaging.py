@@ -95,7 +95,13 @@ def test_wheel_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(f"sami_fast-{PROJECT['version']}.dist-info/entry_points.txt").decode()
-    assert {"sami_fast/__init__.py", "sami_fast/step.py", "sami_fast/kernels/__init__.py", "sami_fast/configs/disks.yaml"} <= names
+    assert {
+        "sami_fast/__init__.py",
+        "sami_fast/py.typed",
+        "sami_fast/step.py",
+        "sami_fast/kernels/__init__.py",
+        "sami_fast/configs/disks.yaml",
+    } <= names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "sami_fast").rglob("*.py")}
     assert modules <= names
     configs = {f"sami_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
