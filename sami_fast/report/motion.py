@@ -1,9 +1,11 @@
 """The clips of a dataset as paths through the latents, and how much these bend."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
@@ -53,7 +55,8 @@ def trajectories(clips: Clips, latents: Latents) -> Figure:
         latents: Of its evaluation images: the cloud behind the paths.
     """
     codes = clips.codes[: len(clips.frames)]
-    plane = PCA(2, random_state=0).fit(codes.reshape(-1, codes.shape[-1]))
+    plane: Any = PCA(2, random_state=0)  # scikit-learn's stubs refuse numpy's arrays
+    plane.fit(rearrange(codes, "clips frames z -> (clips frames) z"))
     paths = [plane.transform(clip) for clip in codes]
     cloud = plane.transform(latents.mu[:CLOUD])
     points = np.concatenate([*paths, cloud])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..evaluation import Latents, Run, known_factors
 from ..latents import sampling
+from ..latents.axes import Axes
 from ..latents.discovery import Discovered
 from ..latents.images import image_grid
 from ..metrics.identifiability import correlation_matrix
@@ -96,13 +97,13 @@ def fitted_latents(mu: Tensor, like: Tensor) -> Tensor:
 
 
 def samples(run: Run, latents: Latents) -> Figure:
-    """Images of the data, new images from latents of the prior and, of SAMI, what the denoiser draws alone."""
+    """Images of the data, new images from latents of the prior and, of a model that guides a denoiser, what this draws alone."""
     x_0, model, seed = run.images(torch.arange(min(COLUMNS, run.count))), run.model, run.config.seed
     z = sampling.prior_latents(model, COLUMNS, seed)
     if model.deterministic:
         z = fitted_latents(torch.from_numpy(latents.mu), z)
     rows = [Strip("data", x_0), Strip("samples", sampling.sample(model, COLUMNS, seed=seed, z=z, **_options(run)))]
-    if model.method == "sami":
+    if model.guides:
         rows.append(Strip("denoiser alone", sampling.sample(model, COLUMNS, seed=seed, z=None, **_options(run))))
     return strips(rows)
 
@@ -121,6 +122,22 @@ def central_image(latents: Latents) -> int:
     return int(np.square((mu - np.median(mu, axis=0)) / spread).sum(1).argmin())
 
 
+def _strip(
+    run: Run,
+    x_0: Tensor,  # [1, C, H, W]
+    axis: int,
+    coordinates: Tensor,  # [N, A]
+    label: str,
+    colour: str = INK,
+    axes: Axes | None = None,
+) -> Strip:
+    """One image with one coordinate moved over the range that the data have along it."""
+    values = sampling.axis_values(coordinates, axis, COLUMNS, COVERAGE)
+    images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
+    ticks = [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
+    return Strip(label, images, ticks, colour)
+
+
 def _follows(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> str:
     """A line that names the factor that codes [N] follow best; empty without factors."""
     if not names:
@@ -128,10 +145,6 @@ def _follows(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> st
     correlation = correlation_matrix(codes[:, None], factors)[:, 0]  # [F]
     best = int(correlation.argmax())
     return f"\n{names[best]}, |{RHO}| {correlation[best]:.2f}"
-
-
-def _ticks(values: Tensor) -> list[str]:
-    return [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
 
 
 def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
@@ -143,13 +156,11 @@ def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[
         factors: [N, F], F may be 0; an axis is labelled with the factor it follows best.
         names: Of the factors.
     """
-    x_0 = run.images(torch.tensor([central_image(latents)]))
+    x_0, z = run.images(torch.tensor([central_image(latents)])), torch.from_numpy(latents.z)
     rows = []
-    for rank, axis in enumerate(latents.live[:MAX_AXES]):
-        values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
-        images = sampling.traverse(run.model, x_0, int(axis), values, seed=run.config.seed, **_options(run))
+    for rank, axis in enumerate(latents.live[:MAX_AXES].tolist()):
         label = f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats"
-        rows.append(Strip(label + _follows(latents.z[:, axis], factors, names), images, _ticks(values), colour(rank)))
+        rows.append(_strip(run, x_0, axis, z, label + _follows(latents.z[:, axis], factors, names), colour(rank)))
     return strips(rows)
 
 
@@ -169,9 +180,7 @@ def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
     x_0 = run.images(torch.tensor([central_image(latents)]))
     rows = []
     for axis, name in enumerate(axes.names[:MAX_AXES]):
-        values = sampling.axis_values(coordinates, axis, COLUMNS, COVERAGE)
-        images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
         score = discovered.score[axis]
         label = f"{name} · {score:.2g}" if math.isfinite(score) else name
-        rows.append(Strip(label + _follows(codes[:, axis], factors, names), images, _ticks(values)))
+        rows.append(_strip(run, x_0, axis, coordinates, label + _follows(codes[:, axis], factors, names), axes=axes))
     return strips(rows)
