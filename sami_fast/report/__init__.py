@@ -43,7 +43,7 @@ def _figures(
     """What the run has to show, by the names of templates/figures.html."""
     figures = {"reconstructions": reconstructions(run), "samples": samples(run, latents), "training": training_curves(run, latents)}
     if len(latents.live):
-        figures["traversals"] = traversals(run, latents, factors, names)
+        figures["traversals"] = traversals(run, latents)
         if names:
             figures["correlations"] = correlations(latents, factors, names)
             if scatter_fits(latents, names):

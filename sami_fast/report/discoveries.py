@@ -10,13 +10,13 @@ from ..evaluation import Latents, Run
 from ..latents.discovery import Discovered, discover
 from ..metrics.identifiability import mcc
 
-SHOWN = ("scale", "pca", "gradient", "ica")  # one level's axes are not: the page has no room for every level
+SHOWN = ("scale", "pca", "gradient", "ica")  # not `level`, which finds axes at each noise level anew
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
 
 
 def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
-    """Axes by method; empty of models without a denoiser of its own, with fewer than two live latents, or with too few images to tell."""
+    """Axes by method; empty where a model draws nothing without latents, fewer than two are live, or the images are too few to tell."""
     count = min(max(IMAGES, 4 * len(latents.live)), run.count)
     if not run.model.guides or len(latents.live) < 2 or count <= 2 * len(latents.live):
         return {}

@@ -122,46 +122,42 @@ def central_image(latents: Latents) -> int:
     return int(np.square((mu - np.median(mu, axis=0)) / spread).sum(1).argmin())
 
 
-def _strip(
+def _traversed(
     run: Run,
-    x_0: Tensor,  # [1, C, H, W]
-    axis: int,
-    coordinates: Tensor,  # [N, A]
-    label: str,
-    colour: str = INK,
+    latents: Latents,
+    rows: Sequence[tuple[int, str, str]],
+    codes: np.ndarray,
+    coordinates: np.ndarray,
     axes: Axes | None = None,
-) -> Strip:
-    """One image with one coordinate moved over the range that the data have along it."""
-    values = sampling.axis_values(coordinates, axis, COLUMNS, COVERAGE)
-    images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
-    ticks = [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
-    return Strip(label, images, ticks, colour)
-
-
-def _follows(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> str:
-    """A line that names the factor that codes [N] follow best; empty without factors."""
-    if not names:
-        return ""
-    correlation = correlation_matrix(codes[:, None], factors)[:, 0]  # [F]
-    best = int(correlation.argmax())
-    return f"\n{names[best]}, |{RHO}| {correlation[best]:.2f}"
-
-
-def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
-    """One strip per live axis, most informative first: its value moves, everything else and the noise stay.
+) -> Figure:
+    """One strip per row: one coordinate of one image moves over the range that the data take along it.
 
     Args:
-        run: The run.
-        latents: With at least one live dimension.
-        factors: [N, F], F may be 0; an axis is labelled with the factor it follows best.
-        names: Of the factors.
+        rows: Axis, label, colour of the label.
+        codes: [N, A]; where factors are known, a label says which of them its column follows best.
+        coordinates: [N, A], those whose range is shown.
+        axes: What they are coordinates of; None for the latents themselves.
     """
-    x_0, z = run.images(torch.tensor([central_image(latents)])), torch.from_numpy(latents.z)
-    rows = []
-    for rank, axis in enumerate(latents.live[:MAX_AXES].tolist()):
-        label = f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats"
-        rows.append(_strip(run, x_0, axis, z, label + _follows(latents.z[:, axis], factors, names), colour(rank)))
-    return strips(rows)
+    factors, names, _ = known_factors(run)
+    x_0 = run.images(torch.tensor([central_image(latents)]))
+    drawn = []
+    for axis, label, ink in rows:
+        values = sampling.axis_values(torch.from_numpy(coordinates), axis, COLUMNS, COVERAGE)
+        images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
+        if names:
+            correlation = correlation_matrix(codes[:, [axis]], factors)[:, 0]  # [F]
+            label += f"\n{names[correlation.argmax()]}, |{RHO}| {correlation.max():.2f}"
+        ticks = [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
+        drawn.append(Strip(label, images, ticks, ink))
+    return strips(drawn)
+
+
+def traversals(run: Run, latents: Latents) -> Figure:
+    """One strip per live latent, most informative first: its value moves, everything else and the noise stay. Needs a live latent."""
+    live = latents.live[:MAX_AXES].tolist()
+    labels = [f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats" for axis in live]
+    rows = [(axis, label, colour(rank)) for rank, (axis, label) in enumerate(zip(live, labels, strict=True))]
+    return _traversed(run, latents, rows, latents.z, latents.z)
 
 
 def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
@@ -174,13 +170,7 @@ def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
         discovered: Its axes; the first 12 are shown.
         latents: Of the evaluation images.
     """
-    factors, names, _ = known_factors(run)
     axes = discovered.axes
-    codes, coordinates = axes.coordinates(latents.z), torch.from_numpy(axes.coordinates(latents.mu))
-    x_0 = run.images(torch.tensor([central_image(latents)]))
-    rows = []
-    for axis, name in enumerate(axes.names[:MAX_AXES]):
-        score = discovered.score[axis]
-        label = f"{name} · {score:.2g}" if math.isfinite(score) else name
-        rows.append(_strip(run, x_0, axis, coordinates, label + _follows(codes[:, axis], factors, names), axes=axes))
-    return strips(rows)
+    scores = [f" · {score:.2g}" if math.isfinite(score) else "" for score in discovered.score]
+    rows = [(axis, name + score, INK) for axis, (name, score) in enumerate(zip(axes.names, scores, strict=True))]
+    return _traversed(run, latents, rows[:MAX_AXES], axes.coordinates(latents.z), axes.coordinates(latents.mu), axes)
