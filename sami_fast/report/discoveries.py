@@ -10,7 +10,6 @@ from ..evaluation import Latents, Run
 from ..latents.discovery import Discovered, discover
 from ..metrics.identifiability import mcc
 
-SHOWN = ("scale", "pca", "gradient", "ica")  # not `level`, which finds axes at each noise level anew
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
 
@@ -25,7 +24,7 @@ def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
         found = discover(run.model, run.images, count, **settings)  # pyrefly: ignore[bad-argument-type]  what guides is used as SAMI is
     except ValueError:  # on so few images no latent is live, or two are the same
         return {}
-    return {axes.method: axes for axes in found if axes.method in SHOWN}
+    return {axes.method: axes for axes in found if axes.method != "level"}  # level has a set of axes per noise level
 
 
 def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
