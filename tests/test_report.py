@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,13 +28,11 @@ from sami_fast.methods.build import build_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
 from sami_fast.report import write_report
-from sami_fast.report.charts import COLOURS, MATRIX_ROWS, correlations, line, scatter_fits
+from sami_fast.report.charts import COLOURS, MATRIX_ROWS, calibration, correlations, information, line, scatter_fits
 from sami_fast.report.discoveries import axis_scores, discoveries
-from sami_fast.report.levels import calibration, information
-from sami_fast.report.markup import POLICY, document
 from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
+from sami_fast.report.page import TEMPLATES
 from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips
-from sami_fast.report.tables import axis_tables, lines, score_section
 
 LATENTS = 3
 SMALL = [
@@ -58,6 +57,7 @@ BY_FACTOR = {"linear_r2", "linear_r2_mu", "mcc_per_factor", "mig_per_factor"}
 VOID = {"meta", "img"}
 TERMS = {"sami": ("diffusion_nats", "unguided_nats"), "diffae": ("diffusion_nats",), "beta_vae": ("reconstruction_nats",)}
 RUNS = ("disks", "array", "collapsed", "vae", "diffae")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -168,6 +168,22 @@ def scores_of(folder: Path) -> dict:
     return json.loads((folder / "report" / "metrics.json").read_text(), parse_constant=refuse)
 
 
+def shown(text: str) -> str:
+    """As a browser shows it outside `pre`: white space, line ends too, is one blank."""
+    return re.sub(r"\s+", " ", text)
+
+
+def part(name: str, **context: object) -> str:
+    """One template of the page by itself."""
+    return TEMPLATES.get_template(f"{name}.html").render(context)
+
+
+def rows_of(html: str) -> list[list[str]]:
+    """Texts of the cells of all tables, row by row."""
+    rows = re.findall("<tr>(.*?)</tr>", html, re.DOTALL)
+    return [[unescape(shown(cell)).strip() for cell in re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
 class Page(HTMLParser):
     """Collects what the tests ask about, and fails on tags that do not close."""
 
@@ -185,10 +201,11 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.text += "\n" if tag == "pre" else ""
 
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
-            self.text += data
+            self.text += data if "pre" in self.open else shown(data)
 
     def images(self) -> list[dict]:
         return [attributes for tag, attributes in self.tags if tag == "img"]
@@ -430,7 +447,7 @@ def test_axes_that_undo_a_rotation_recover_the_factors(disks):
     assert scores["latents"]["mcc"] < 0.9
     assert scores["scale"]["score"] == [None, -1.5, None]
     scores["scale"]["undecided"] = [[0.1, 0.0], [0.8, 0.2], [0.9, 0.8]]
-    tables = axis_tables(scores, ("a", "b", "c"))
+    tables = part("axes", axes=scores, names=("a", "b", "c"))
     assert "1.000" in tables
     assert re.search("below all levels.*-1.5.*above all levels", tables, re.DOTALL)
     assert set(axis_scores({"scale": found}, latents, factors[:, :0], ())) == {"scale", "logsnr_levels"}  # nothing to compare with
@@ -551,17 +568,19 @@ def test_every_score_is_explained():
     numbers = {"kl_nats": 9.0, "active_dims": 3, "mcc": 0.5, "mig": 0.4, "mig_ceiling": 0.93, "dci_d": 0.31, "dci_c": 0.32, "dci_i": 0.33}
     numbers |= {"sap": 0.34, "factor_vae": 0.35, "beta_vae": 0.36, "modularity": 0.37, "explicitness": 0.38, "irs": None}
     numbers |= {"linear_r2": {"x": 0.9, "y": 0.7}, "nonlinear_r2": {"x": 0.95, "y": 0.75}, "total_correlation": 0.2}
-    shown = {line.name: line for line in lines(numbers)}
-    assert [shown[name].cell(numbers) for name in ("Linear R²", "Nonlinear R²", "DCI completeness", "BetaVAE score")] == [
+    untrained = {"linear_r2_mu": {"x": 0.5, "y": 0.6}}
+    _, *rows = rows_of(part("scores", scores=numbers | {"untrained": untrained}, names=("x", "y")).partition("The same by factor")[0])
+    explained = {name: cells for name, *cells in rows}
+    assert [explained[name][0] for name in ("Linear R²", "Nonlinear R²", "DCI completeness", "BetaVAE score")] == [
         "0.800", "0.850", "0.320", "0.360",
     ]  # fmt: skip
-    assert "IRS" not in shown
-    assert "0.93" in shown["MIG"].words
-    assert all(line.words.endswith(".") and len(line.words) > 20 for line in shown.values())
-    assert shown["BetaVAE score"].cell({}) == "\N{EN DASH}"
+    assert "IRS" not in explained
+    assert "0.93" in explained["MIG"][-1]
+    assert all(words.endswith(".") and len(words) > 20 for *_, words in explained.values())
+    assert explained["BetaVAE score"][1] == "\N{EN DASH}"
 
     attributes = {"kl_nats": 9.0, "active_dims": 3, "tad_nashae": 0.21, "attributes_captured_nashae": 4, "latent_quality": 0.8}
-    section = score_section(attributes | {"untrained": attributes}, ("smiling", "hat"))
+    section = part("scores", scores=attributes | {"untrained": attributes}, names=("smiling", "hat"))
     assert "0.210" in section
     assert "by factor" not in section
     assert "Linear" not in section
@@ -636,7 +655,11 @@ def test_a_page_that_is_not_silent_would_be_noticed(tmp_path):
     assert any("a complaint" in text for text in console)
     assert asked == {address}
 
-    page.write_text(document("a page with our policy", image))
+    page.write_text(
+        TEMPLATES.from_string(
+            f"{{% extends 'page.html' %}}{{% block title %}}a title{{% endblock %}}{{% block main %}}{image}{{% endblock %}}"
+        ).render()
+    )
     console, asked = opened(page, tmp_path)
     assert any("Content Security Policy" in text for text in console)
     assert asked == set()

@@ -3,6 +3,7 @@
 from typing import BinaryIO
 
 import numpy as np
+from einops import rearrange, repeat
 from torch import Tensor
 
 GAP = 2  # pixels between two images of a grid
@@ -28,15 +29,12 @@ def image_grid(images: Tensor, columns: int, scale: int | None = None) -> np.nda
     scale = max(1, SMALLEST_SIDE // max(height, width)) if scale is None else scale
     if min(columns, scale) < 1:
         raise ValueError(f"columns, scale: expected at least 1, found {columns} and {scale}")
-    shown = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    shown = images[:, :3] if channels >= 3 else repeat(images[:, :1], "n 1 h w -> n 3 h w")
     pixels = ((shown.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
-    height, width = pixels.shape[1] + GAP, pixels.shape[2] + GAP
-    grid = np.full((-(-count // columns) * height - GAP, columns * width - GAP, 3), 255, np.uint8)
-    for place, image in enumerate(pixels):
-        top, left = place // columns * height, place % columns * width
-        grid[top : top + height - GAP, left : left + width - GAP] = image
-    return grid
+    enlarged = repeat(pixels, "n c h w -> n (h down) (w right) c", down=scale, right=scale).numpy()
+    # Each image gets its gap below and to the right, and the last row is filled up with empty places.
+    padded = np.pad(enlarged, ((0, -count % columns), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    return rearrange(padded, "(row column) h w c -> (row h) (column w) c", column=columns)[:-GAP, :-GAP]
 
 
 def write_png(stream: BinaryIO, grid: np.ndarray) -> None:

@@ -4,15 +4,22 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
 from ..errors import UserError
-from ..evaluation import encode, known_factors, open_run, profile, score
+from ..evaluation import Latents, Run, encode, known_factors, open_run, profile, score
 from ..evaluation.latents import untrained
 from ..evaluation.scores import latent_scores
 from ..files import write_whole
+from ..latents.discovery import Discovered
+from ..metrics.scale_profile import ScaleProfile
+from .charts import calibration, correlations, information, latents_against_factors, scatter_fits, training_curves
 from .discoveries import axis_scores, discoveries
-from .figures import make_figures
-from .motion import clip_scores, read_clips
+from .motion import Clips, clip_scores, curvatures, read_clips, trajectories
 from .page import render
+from .strips import axis_strips, central_image, png, reconstructions, samples, traversals
 
 __all__ = ["write_report"]
 
@@ -22,6 +29,35 @@ def _write(file: Path, content: bytes) -> None:
         write_whole(file, lambda stream: stream.write(content))
     except OSError as error:
         raise UserError(f"{file}: cannot write the report ({error})") from None
+
+
+def _figures(
+    run: Run,
+    latents: Latents,
+    factors: np.ndarray,  # [N, F], F may be 0
+    names: tuple[str, ...],
+    measured: ScaleProfile | None,
+    found: dict[str, Discovered],
+    clips: Clips | None,
+) -> dict[str, Figure]:
+    """What the run has to show, by the names of templates/figures.html."""
+    figures = {"reconstructions": reconstructions(run), "samples": samples(run, latents), "training": training_curves(run, latents)}
+    if len(latents.live):
+        figures["traversals"] = traversals(run, latents)
+        if names:
+            figures["correlations"] = correlations(latents, factors, names)
+            if scatter_fits(latents, names):
+                figures["latents"] = latents_against_factors(latents, factors, names)
+        if measured is not None:
+            x_0 = run.images(torch.tensor([central_image(latents)]))
+            figures |= {"information": information(measured, latents, x_0), "calibration": calibration(measured, latents)}
+    if "scale" in found:
+        figures["axes"] = axis_strips(run, found["scale"], latents)
+    if clips is not None and len(latents.live) > 1:
+        figures["trajectories"] = trajectories(clips, latents)
+    if clips is not None and np.isfinite(clips.curvature).any():
+        figures["curvature"] = curvatures(clips)
+    return figures
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -48,7 +84,8 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         scores["axes"] = axis_scores(found, latents, factors, names if "mcc" in scores else ())
     if clips is not None:
         scores |= clip_scores(clips)
-    figures = make_figures(run, latents, factors, names, measured, found, clips)
+    figures = _figures(run, latents, factors, names, measured, found, clips)
+    pictures = {name: png(figure) for name, figure in figures.items()}
 
     folder = run.folder / "report"
     try:
@@ -57,8 +94,8 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
             stale.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot write the report ({error})") from None
-    for figure in figures:
-        _write(folder / f"{figure.name}.png", figure.png)
+    for name, picture in pictures.items():
+        _write(folder / f"{name}.png", picture)
     _write(folder / "metrics.json", (json.dumps(scores, indent=2) + "\n").encode())
-    _write(folder / "index.html", render(run, scores, names, figures).encode())
+    _write(folder / "index.html", render(run, scores, names, pictures).encode())
     return folder / "index.html"

@@ -1,15 +1,21 @@
-"""Curves of a run, and its latents against the factors."""
+"""Charts: the training's curves, the latents against the factors, and the latents over noise levels."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from ..evaluation import Latents
+from ..evaluation import Latents, Run
+from ..latents.images import image_grid
 from ..metrics.identifiability import correlation_matrix
 from ..metrics.latents import LIVE_NATS
+from ..metrics.scale_profile import ScaleProfile
+from ..schedule import alpha_sigma
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5A5A5A")
@@ -23,13 +29,7 @@ MAX_AXES = 12  # live dimensions that get a row or a curve of a figure
 MATRIX_ROWS = 32
 CELL_NUMBERS = 160  # cells of a matrix that are few enough to write into
 LEGEND_ENTRIES = 10
-
-# Of the loss, by method: entry of the log, label. The last is what the method minimises beside the KL.
-ERRORS = {
-    "sami": {"unguided_nats": "without z", "diffusion_nats": "guided by z"},
-    "diffae": {"diffusion_nats": "denoising, told z"},
-    "beta_vae": {"reconstruction_nats": "reconstruction"},
-}
+THUMBNAILS = 7  # noisy copies of an image below a profile
 
 
 def colour(rank: int) -> str:
@@ -44,8 +44,8 @@ def line(rank: int) -> dict[str, Any]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, sizes in inches, with a margin around everything that is drawn."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     return figure
 
 
@@ -60,15 +60,14 @@ def tidy(axes: Axes, title: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
 
 
-def training_curves(log: Sequence[dict[str, Any]], method: str, latents: Latents, first_joint_step: int) -> Figure:
+def training_curves(run: Run, latents: Latents) -> Figure:
     """The terms of the loss over the steps and, of an encoder with a rate, the KL of every latent dimension and beta.
 
     Args:
-        log: Rows of the training log, oldest first.
-        method: The run's.
+        run: Whose log is drawn; the KL is not shown before the encoder starts to learn.
         latents: At the end; the live dimensions get colours.
-        first_joint_step: Where the encoder starts to learn; its KL is not shown before.
     """
+    log, first_joint_step = run.log, run.config.first_joint_step
     rated = latents.kl is not None
     figure = new_figure(10.5 if rated else 5.5, 3.2)
     panels = figure.subplots(1, 3, width_ratios=(1, 1.15, 0.75)) if rated else [figure.subplots()]
@@ -76,10 +75,10 @@ def training_curves(log: Sequence[dict[str, Any]], method: str, latents: Latents
     steps, joint_steps = [row["step"] for row in log], [row["step"] for row in joint]
 
     errors = panels[0]
-    *others, (main, label) = ERRORS[method].items()
-    for key, other in others:
-        errors.plot(steps, [row[key] for row in log], color="#9A9A9A", linewidth=1.3, label=other)
-    errors.plot(joint_steps, [row[main] for row in joint], color=colour(0), linewidth=1.5, label=label)
+    *others, main = run.model.terms
+    for term in others:
+        errors.plot(steps, [row[term.name] for row in log], color="#9A9A9A", linewidth=1.3, label=term.legend)
+    errors.plot(joint_steps, [row[main.name] for row in joint], color=colour(0), linewidth=1.5, label=main.legend)
     if rated:
         errors.plot(joint_steps, [max(row["kl_nats"], 1e-4) for row in joint], color=INK, linewidth=1.1, linestyle=DASHED, label="KL of z")
     errors.set_yscale("log")
@@ -130,7 +129,7 @@ def correlations(latents: Latents, factors: np.ndarray, names: Sequence[str]) ->
     figure = new_figure(1.6 + max(1.6, 0.34 * len(names) if len(names) > 8 else 0.8 * len(names)), 0.9 + 0.34 * len(rows))
     axes = figure.subplots()
     shown = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    slanted = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if len(names) > 8 else {}
+    slanted: dict[str, Any] = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if len(names) > 8 else {}
     axes.set_xticks(range(len(names)), names, fontsize=8.5, color=INK, **slanted)
     axes.set_yticks(range(len(rows)), [f"z{dim}" for dim in rows], fontsize=8.5)
     for rank, label in enumerate(axes.get_yticklabels()):
@@ -175,4 +174,79 @@ def latents_against_factors(latents: Latents, factors: np.ndarray, names: Sequen
             axes.set_title(f"|{RHO}| {strength:.2f}", loc="right", fontsize=8, fontweight=weight, color=INK, pad=2)
             if rank == len(rows) - 1:
                 axes.set_xlabel(name, fontsize=9.5, color=INK)
+    return figure
+
+
+def _over_levels(axes: Axes, levels: np.ndarray) -> None:
+    axes.set_xlim(levels[0], levels[-1])
+    axes.set_xlabel("mostly noise  ←  noise level (log of signal to noise)  →  nearly clean", fontsize=8.5, color=INK)
+
+
+def _legend(axes: Axes, count: int) -> None:
+    axes.legend(frameon=False, fontsize=8, ncols=2 if count > 6 else 1)
+
+
+def information(profile: ScaleProfile, latents: Latents, x_0: Tensor) -> Figure:
+    """I_d over noise levels, a curve per live dimension with its characteristic scale, above noisy copies of an image.
+
+    Args:
+        profile: Of the run.
+        latents: With at least one live dimension.
+        x_0: The image. [1, C, H, W].
+    """
+    levels, rows = profile.logsnr, latents.live[:MAX_AXES]
+    figure = new_figure(7.2, 4.3)
+    axes, below = figure.subplots(2, 1, height_ratios=(1, 0.24))
+    for rank, dim in enumerate(rows):
+        scale = profile.scale[dim]
+        known = math.isfinite(scale)
+        label = f"z{dim}, half at {scale:.1f}" if known else f"z{dim}"
+        axes.plot(levels, profile.information[:, dim], label=label if rank < LEGEND_ENTRIES else None, **line(rank))
+        if known:
+            half = profile.clean[dim] / 2
+            axes.plot([scale, scale], [0, half], color=colour(rank), linewidth=0.9, linestyle=DASHED)
+            axes.plot(scale, half, marker="o", markersize=5, color=colour(rank))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -high), high)  # an encoder that was never shown noise may be wrong without limit
+    axes.axhline(0, color=FAINT, linewidth=0.9)
+    _legend(axes, len(rows))
+    tidy(axes, "Information about each latent in a noisy image", "nats")
+    _over_levels(axes, levels)
+
+    width = (levels[-1] - levels[0]) / THUMBNAILS
+    shown = levels[0] + width * (np.arange(THUMBNAILS) + 0.5)
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
+    alpha, sigma = (v.to(x_0) for v in alpha_sigma(torch.from_numpy(shown)))
+    for level, a, s in zip(shown, alpha, sigma, strict=True):
+        inset = below.inset_axes((level - 0.42 * width, 0, 0.84 * width, 1), transform=below.transData)
+        inset.imshow(image_grid(a * x_0 + s * noise, 1, 1), interpolation="nearest")
+        inset.set_anchor("N")
+        inset.axis("off")
+    below.set_ylim(0, 1)
+    below.set_xlim(levels[0], levels[-1])
+    below.axis("off")
+    return figure
+
+
+def calibration(profile: ScaleProfile, latents: Latents) -> Figure:
+    """Standard deviation and mean of (z - mu_t) / std_t over noise levels, a curve per live dimension."""
+    levels, rows = profile.logsnr, latents.live[:MAX_AXES]
+    figure = new_figure(10.5, 3.2)
+    panels = figure.subplots(1, 2)
+    for axes, values, target, title, ylabel in (
+        (panels[0], profile.calibration_std, 1.0, "Is the encoder as sure as it should be?", "spread of its errors, in its own units"),
+        (panels[1], profile.calibration_mean, 0.0, "Does it lean to one side?", "mean of its errors, in its own units"),
+    ):
+        for rank, dim in enumerate(rows):
+            axes.plot(levels, values[:, dim], label=f"z{dim}" if rank < LEGEND_ENTRIES else None, **line(rank))
+        axes.axhline(target, color=INK, linewidth=0.9, linestyle=DASHED)
+        tidy(axes, title, ylabel)
+        _over_levels(axes, levels)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(0.0, min(low, 0.5)), max(high, 1.5))
+    edge = max(0.5, *map(abs, panels[1].get_ylim()))
+    panels[1].set_ylim(-edge, edge)
+    for place, text in ((0.97, "too sure"), (0.05, "too modest")):
+        panels[0].text(0.99, place, text, transform=panels[0].transAxes, ha="right", va="center", fontsize=7.5, color=SOFT)
+    _legend(panels[1], len(rows))
     return figure

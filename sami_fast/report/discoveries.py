@@ -10,22 +10,21 @@ from ..evaluation import Latents, Run
 from ..latents.discovery import Discovered, discover
 from ..metrics.identifiability import mcc
 
-METHODS = ("scale", "pca", "gradient", "ica")
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
 
 
 def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
-    """Axes by method; empty of other runs than SAMI's, with fewer than two live latents, or with too few images to tell."""
+    """Axes by method; empty where a model draws nothing without latents, fewer than two are live, or the images are too few to tell."""
     count = min(max(IMAGES, 4 * len(latents.live)), run.count)
-    if run.model.method != "sami" or len(latents.live) < 2 or count <= 2 * len(latents.live):
+    if not run.model.guides or len(latents.live) < 2 or count <= 2 * len(latents.live):
         return {}
     settings = {"encoded": run.count, "draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
     try:
-        found = discover(run.model, run.images, count, **settings)
+        found = discover(run.model, run.images, count, **settings)  # pyrefly: ignore[bad-argument-type]  what guides is used as SAMI is
     except ValueError:  # on so few images no latent is live, or two are the same
         return {}
-    return {axes.method: axes for axes in found if axes.method in METHODS}
+    return {axes.method: axes for axes in found if axes.method != "level"}  # level has a set of axes per noise level
 
 
 def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The clips of a dataset as paths through the latents, and how much these bend."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
@@ -53,7 +55,8 @@ def trajectories(clips: Clips, latents: Latents) -> Figure:
         latents: Of its evaluation images: the cloud behind the paths.
     """
     codes = clips.codes[: len(clips.frames)]
-    plane = PCA(2, random_state=0).fit(codes.reshape(-1, codes.shape[-1]))
+    plane: Any = PCA(2, random_state=0)  # scikit-learn's stubs refuse numpy's arrays
+    plane.fit(rearrange(codes, "clips frames z -> (clips frames) z"))
     paths = [plane.transform(clip) for clip in codes]
     cloud = plane.transform(latents.mu[:CLOUD])
     points = np.concatenate([*paths, cloud])
@@ -64,13 +67,13 @@ def trajectories(clips: Clips, latents: Latents) -> Figure:
     figure = new_figure(0.6 + 3.2 * columns, 0.2 + 4.1 * rows)
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=(1, 0.27) * rows)
     share = plane.explained_variance_ratio_
-    time = np.arange(len(paths[0]))
+    time, viridis = np.arange(len(paths[0])), colormaps["viridis"]
     for number, (path, frames) in enumerate(zip(paths, clips.frames, strict=True)):
         row, column = divmod(number, columns)
         axes = figure.add_subplot(grid[2 * row, column])
         axes.scatter(*cloud.T, s=2, color="#DDDDDD", linewidths=0)
         axes.plot(*path.T, color=FAINT, linewidth=1)
-        axes.scatter(*path.T, c=time, cmap="viridis", s=22, zorder=3)
+        axes.scatter(*path.T, c=time, cmap=viridis, s=22, zorder=3)
         bend = clips.curvature[number]
         tidy(axes, f"clip {number}" + (f": bends by {bend:.0f}° a frame" if np.isfinite(bend) else ": stands still"), "")
         axes.set_xlim(centre[0] - reach, centre[0] + reach)
@@ -87,14 +90,9 @@ def trajectories(clips: Clips, latents: Latents) -> Figure:
             inset.set_xticks([])
             inset.set_yticks([])
             inset.set_xlabel(f"frame {which}", fontsize=7.5, color=INK, labelpad=2)
-            inset.spines[:].set_color(_time_colour(which / max(1, len(frames) - 1)))
+            inset.spines[:].set_color(viridis(which / max(1, len(frames) - 1)))
             inset.spines[:].set_linewidth(1.6)
     return figure
-
-
-def _time_colour(share: float) -> tuple[float, float, float, float]:
-    """Of a frame this far through its clip, 0 to 1."""
-    return colormaps["viridis"](share)
 
 
 def curvatures(clips: Clips) -> Figure:

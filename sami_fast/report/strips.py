@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..evaluation import Latents, Run, known_factors
 from ..latents import sampling
+from ..latents.axes import Axes
 from ..latents.discovery import Discovered
 from ..latents.images import image_grid
 from ..metrics.identifiability import correlation_matrix
@@ -96,13 +97,13 @@ def fitted_latents(mu: Tensor, like: Tensor) -> Tensor:
 
 
 def samples(run: Run, latents: Latents) -> Figure:
-    """Images of the data, new images from latents of the prior and, of SAMI, what the denoiser draws alone."""
+    """Images of the data, new images from latents of the prior and, of a model that guides a denoiser, what this draws alone."""
     x_0, model, seed = run.images(torch.arange(min(COLUMNS, run.count))), run.model, run.config.seed
     z = sampling.prior_latents(model, COLUMNS, seed)
     if model.deterministic:
         z = fitted_latents(torch.from_numpy(latents.mu), z)
     rows = [Strip("data", x_0), Strip("samples", sampling.sample(model, COLUMNS, seed=seed, z=z, **_options(run)))]
-    if model.method == "sami":
+    if model.guides:
         rows.append(Strip("denoiser alone", sampling.sample(model, COLUMNS, seed=seed, z=None, **_options(run))))
     return strips(rows)
 
@@ -121,36 +122,42 @@ def central_image(latents: Latents) -> int:
     return int(np.square((mu - np.median(mu, axis=0)) / spread).sum(1).argmin())
 
 
-def _follows(codes: np.ndarray, factors: np.ndarray, names: Sequence[str]) -> str:
-    """A line that names the factor that codes [N] follow best; empty without factors."""
-    if not names:
-        return ""
-    correlation = correlation_matrix(codes[:, None], factors)[:, 0]  # [F]
-    best = int(correlation.argmax())
-    return f"\n{names[best]}, |{RHO}| {correlation[best]:.2f}"
-
-
-def _ticks(values: Tensor) -> list[str]:
-    return [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
-
-
-def traversals(run: Run, latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
-    """One strip per live axis, most informative first: its value moves, everything else and the noise stay.
+def _traversed(
+    run: Run,
+    latents: Latents,
+    rows: Sequence[tuple[int, str, str]],
+    codes: np.ndarray,
+    coordinates: np.ndarray,
+    axes: Axes | None = None,
+) -> Figure:
+    """One strip per row: one coordinate of one image moves over the range that the data take along it.
 
     Args:
-        run: The run.
-        latents: With at least one live dimension.
-        factors: [N, F], F may be 0; an axis is labelled with the factor it follows best.
-        names: Of the factors.
+        rows: Axis, label, colour of the label.
+        codes: [N, A]; where factors are known, a label says which of them its column follows best.
+        coordinates: [N, A], those whose range is shown.
+        axes: What they are coordinates of; None for the latents themselves.
     """
+    factors, names, _ = known_factors(run)
     x_0 = run.images(torch.tensor([central_image(latents)]))
-    rows = []
-    for rank, axis in enumerate(latents.live[:MAX_AXES]):
-        values = sampling.axis_values(torch.from_numpy(latents.z), int(axis), COLUMNS, COVERAGE)
-        images = sampling.traverse(run.model, x_0, int(axis), values, seed=run.config.seed, **_options(run))
-        label = f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats"
-        rows.append(Strip(label + _follows(latents.z[:, axis], factors, names), images, _ticks(values), colour(rank)))
-    return strips(rows)
+    drawn = []
+    for axis, label, ink in rows:
+        values = sampling.axis_values(torch.from_numpy(coordinates), axis, COLUMNS, COVERAGE)
+        images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
+        if names:
+            correlation = correlation_matrix(codes[:, [axis]], factors)[:, 0]  # [F]
+            label += f"\n{names[correlation.argmax()]}, |{RHO}| {correlation.max():.2f}"
+        ticks = [f"{value:.1f}" for value in values.cpu().numpy().round(1) + 0.0]  # + 0.0: no -0.0
+        drawn.append(Strip(label, images, ticks, ink))
+    return strips(drawn)
+
+
+def traversals(run: Run, latents: Latents) -> Figure:
+    """One strip per live latent, most informative first: its value moves, everything else and the noise stay. Needs a live latent."""
+    live = latents.live[:MAX_AXES].tolist()
+    labels = [f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats" for axis in live]
+    rows = [(axis, label, colour(rank)) for rank, (axis, label) in enumerate(zip(live, labels, strict=True))]
+    return _traversed(run, latents, rows, latents.z, latents.z)
 
 
 def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
@@ -163,15 +170,7 @@ def axis_strips(run: Run, discovered: Discovered, latents: Latents) -> Figure:
         discovered: Its axes; the first 12 are shown.
         latents: Of the evaluation images.
     """
-    factors, names, _ = known_factors(run)
     axes = discovered.axes
-    codes, coordinates = axes.coordinates(latents.z), torch.from_numpy(axes.coordinates(latents.mu))
-    x_0 = run.images(torch.tensor([central_image(latents)]))
-    rows = []
-    for axis, name in enumerate(axes.names[:MAX_AXES]):
-        values = sampling.axis_values(coordinates, axis, COLUMNS, COVERAGE)
-        images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
-        score = discovered.score[axis]
-        label = f"{name} · {score:.2g}" if math.isfinite(score) else name
-        rows.append(Strip(label + _follows(codes[:, axis], factors, names), images, _ticks(values)))
-    return strips(rows)
+    scores = [f" · {score:.2g}" if math.isfinite(score) else "" for score in discovered.score]
+    rows = [(axis, name + score, INK) for axis, (name, score) in enumerate(zip(axes.names, scores, strict=True))]
+    return _traversed(run, latents, rows[:MAX_AXES], axes.coordinates(latents.z), axes.coordinates(latents.mu), axes)
