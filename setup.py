@@ -183,7 +183,7 @@ if __name__ == "__main__":
         # `kernels` and `configs` lie at the top of the tree and install inside the package: a PyPI package `kernels` exists.
         packages=[*find_packages(include=["sami_fast", "sami_fast.*"]), "sami_fast.kernels", "sami_fast.configs"],
         package_dir={"sami_fast": "sami_fast", "sami_fast.kernels": "kernels", "sami_fast.configs": "configs"},
-        package_data={"sami_fast.configs": ["*.yaml"], "sami_fast.kernels": ["README.md", "tiles.json"]},
+        package_data={"sami_fast.configs": ["*.yaml"], "sami_fast.kernels": ["README.md"]},
         ext_modules=core() if platform.system() == "Linux" else [],
         cmdclass={"build_ext": BuildCore},
         # Python without its lock has no limited API yet.

@@ -30,20 +30,15 @@ _state = threading.local()  # a backward pass on another thread keeps running it
 
 
 @contextmanager
-def recording(note: Callable[[Launch], Any] = lambda launch: launch, arch: int = 0) -> Iterator[list[Any]]:
+def recording(note: Callable[[Launch], Any] = lambda launch: launch) -> Iterator[list[Any]]:
     """Collects this thread's launches, or what `note` makes of each, instead of running them; launchers may then be called with meta or
-    fake tensors. A launch keeps its tensors alive. `arch` is the chip whose tiles launchers select, 90 for sm_90; 0 for the defaults."""
+    fake tensors. A launch keeps its tensors alive."""
     record: list[Any] = []
-    _state.record, _state.arch = lambda launch: record.append(note(launch)), arch
+    _state.record = lambda launch: record.append(note(launch))
     try:
         yield record
     finally:
         _state.record = None
-
-
-def recorded_arch() -> int | None:
-    """The chip of the recording in progress on this thread, 0 for none in particular; None outside of one."""
-    return None if getattr(_state, "record", None) is None else _state.arch
 
 
 def launch(

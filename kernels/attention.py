@@ -33,7 +33,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._common import INTERPRETED, launch
-from .tiles import Schedule, schedule
 
 MAX_HEAD_SIZE = 128
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -511,8 +510,8 @@ def _attention_bwd_bwd_kv_kernel(
     _store(v_bar_rows, k_start, v_bar, HEAD_SIZE)
 
 
-# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bits per element: what holds where tiles.json has nothing
-# better. Chosen from what the compiler reports for sm_90, where none spills, not by timing. 16 bits: four warps, one warp group, per 64
+# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bits per element:
+# chosen from what the compiler reports for sm_90, where none spills, not by timing. 16 bits: four warps, one warp group, per 64
 # rows, so that a feature map of 64 tokens fills its tile, two to four programs share a multiprocessor, and one's exponentials overlap with
 # another's products; 32 rows per step where 64 spill. Heads of 128 at second order need the accumulators of eight warps. 32 bits: see
 # _product; the side that is summed over in registers is 16 wide, because a thread holds that many operands per row and column.
@@ -538,17 +537,6 @@ _KERNELS = {
     "tan": _attention_tan_kernel,
     "bwd_bwd_q": _attention_bwd_bwd_q_kernel,
     "bwd_bwd_kv": _attention_bwd_bwd_kv_kernel,
-}
-
-
-def _key(part: str, bits: int, block_d: int) -> str:
-    return f"{part} {bits}-bit D={block_d}"
-
-
-SCHEDULES: dict[str, Schedule] = {
-    _key(part, bits, size): dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
-    for (part, bits), tiles in _TILES.items()
-    for size, tile in zip(_SIZES, tiles, strict=True)
 }
 
 
@@ -624,15 +612,16 @@ def _run(part: str, pointers: tuple, layouts: tuple[Tensor, ...], inside: bool, 
     columns = 16 if wide else block_d
     if INTERPRETED:  # its time goes with the number of operations, not with their size
         wide, columns = False, min(block_d, 32) if wide else block_d
-    tile = schedule("attention", _key(part, 32 if wide else 16, block_d), q.device)
-    blocks = triton.cdiv(keys, tile["BLOCK_K"]) if part.endswith("kv") else triton.cdiv(queries, tile["BLOCK_Q"])
+    block_q, block_k, num_warps, num_stages = _TILES[part, 32 if wide else 16][_SIZES.index(block_d)]
+    blocks = triton.cdiv(keys, block_k) if part.endswith("kv") else triton.cdiv(queries, block_q)
     width = 16 // q.element_size()
     strides = [x.stride(dim) // width for x in layouts for dim in (0, 2, 3 if inside else 1)]
     # A number, not a flag: one binary serves both, and its bound on the keys costs what that at their end does.
     reach = 0 if causal else 2**30
     launch(
         _KERNELS[part], (blocks * batch * heads,), *pointers, scale, *strides, heads, queries, keys, reach,
-        HEAD_SIZE=size, INSIDE=inside, BLOCK_D=block_d, BLOCK_C=columns, **tile,
+        HEAD_SIZE=size, INSIDE=inside, BLOCK_D=block_d, BLOCK_C=columns,
+        BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 

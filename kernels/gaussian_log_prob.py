@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 LN_2_PI = tl.constexpr(1.8378770664093453)
 
@@ -120,16 +119,9 @@ def _gaussian_log_prob_bwd_bwd_kernel(
     tl.store(gg_ptr + row, tl.sum(total, 0))
 
 
-# A program has a row: one warp for the usual latent, four where the row is long.
-SCHEDULES: dict[str, Schedule] = {
-    f"{part} {rows}": tile
-    for part in ("fwd", "bwd", "bwd_bwd")
-    for rows, tile in (("short", {"BLOCK_Z": 128, "num_warps": 1}), ("long", {"BLOCK_Z": 1024, "num_warps": 4}))
-}
-
-
-def _schedule(part: str, z: Tensor) -> Schedule:
-    return schedule("gaussian_log_prob", f"{part} {'short' if z.shape[1] <= 512 else 'long'}", z.device)
+def _tile(size: int) -> dict[str, int]:
+    """A program has a row: one warp for the usual latent, four where the row is long."""
+    return {"BLOCK_Z": 128, "num_warps": 1} if size <= 512 else {"BLOCK_Z": 1024, "num_warps": 4}
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -147,7 +139,7 @@ def gaussian_log_prob_fwd(
     batch, size = z.shape
     log_q = z.new_empty(batch)
     strides = z.stride(0), mu.stride(0), var.stride(0)
-    launch(_gaussian_log_prob_fwd_kernel, (batch,), z, mu, var, log_q, size, *strides, **_schedule("fwd", z))
+    launch(_gaussian_log_prob_fwd_kernel, (batch,), z, mu, var, log_q, size, *strides, **_tile(size))
     return log_q
 
 
@@ -162,7 +154,7 @@ def gaussian_log_prob_bwd(
     batch, size = z.shape
     outputs = z.new_empty(batch, size), z.new_empty(batch, size), z.new_empty(batch, size)
     strides = z.stride(0), mu.stride(0), var.stride(0), grad.stride(0)
-    launch(_gaussian_log_prob_bwd_kernel, (batch,), z, mu, var, grad, *outputs, size, *strides, **_schedule("bwd", z))
+    launch(_gaussian_log_prob_bwd_kernel, (batch,), z, mu, var, grad, *outputs, size, *strides, **_tile(size))
     return outputs
 
 
@@ -184,12 +176,12 @@ def gaussian_log_prob_bwd_bwd(
     outputs = z.new_empty(batch), z.new_empty(batch, size), z.new_empty(batch, size), z.new_empty(batch, size)
     strides = [tensor.stride(0) for tensor in (z, mu, var, grad, *cotangents)]
     arguments = z, mu, var, grad, *cotangents, *outputs, size, *strides, *given
-    launch(_gaussian_log_prob_bwd_bwd_kernel, (batch,), *arguments, **_schedule("bwd_bwd", z))
+    launch(_gaussian_log_prob_bwd_bwd_kernel, (batch,), *arguments, **_tile(size))
     return outputs
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Both schedules; rows that start on 16-byte boundaries, and rows that do not."""
+    """Short and long rows; rows that start on 16-byte boundaries, and rows that do not."""
     for size in (64, 63, 2048, 1000):
 
         def call(size: int = size) -> None:

@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 MAX_SPLITS = tl.constexpr(32)
 
@@ -635,29 +634,11 @@ class _Plan:
     num_warps: int
 
 
-def _key(part: str, bits: int, channels_last: bool, vector: int, block_c: int) -> str:
-    return f"{part} {bits}-bit {'last' if channels_last else 'first'} V={vector} C={block_c}"
-
-
-# Elements of a tile that a thread holds: 8, or 4 where there are no vectors and each needs registers for an address of its own.
-# Programs that are enough to fill a GPU: about two waves on the largest of today's.
-SCHEDULES: dict[str, Schedule] = {
-    _key(part, bits, last, vector, block_c): {"elements": 8 if vector > 1 else 4, "programs": 512, "num_warps": num_warps}
-    for part, num_warps in (("fwd", 8), ("bwd", 8), ("tan", 4), ("bwd_bwd", 4))
-    for bits in (16, 32)
-    for last, vectors, blocks in (
-        (False, (128 // bits,), (32, 8, 2)),
-        (False, (1,), (32, 8, 4)),
-        (True, (128 // bits, 4, 1), (32, 8)),
-    )
-    for vector in vectors
-    for block_c in blocks
-}
-
+ENOUGH_PROGRAMS = 512  # to fill a GPU: about two waves on the largest of today's
 TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
 
 
-def _plan(x: Tensor, num_groups: int, part: str) -> _Plan:
+def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     size = channels // num_groups
@@ -671,11 +652,10 @@ def _plan(x: Tensor, num_groups: int, part: str) -> _Plan:
         vector = whole if positions % whole == 0 else 1
         few, rows_of_many = (64, 2) if vector > 1 else (16, 4)
         block_c = 32 if positions <= few else 8 if positions <= 256 else rows_of_many
-    tile = schedule("group_norm_silu", _key(part, 8 * x.element_size(), channels_last, vector, block_c), x.device)
-    num_warps = tile["num_warps"]
-    block_p = max(tile["elements"] * 32 * num_warps // block_c, 4)  # _fold takes fours
+    elements = 8 if vector > 1 else 4  # per thread: fewer without vectors, where each element's address takes registers of its own
+    block_p = max(elements * 32 * num_warps // block_c, 4)  # _fold takes fours
     tiles = -(-positions // block_p)
-    wanted = -(-tile["programs"] // max(batch * num_groups, 1))
+    wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
     splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
     # The kernel rounds tiles per split up; no split may be left without one.
     splits = -(-tiles // -(-tiles // splits)) if x.numel() else 0
@@ -730,7 +710,7 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
     """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32; both 0 where a group has no elements."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, y = _plan(x, num_groups, "fwd"), torch.empty_like(x)
+    plan, y = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     allocate = torch.empty if plan.num_splits else torch.zeros
     mean, rstd = (allocate(x.shape[0], num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
     arguments = gamma, beta, y, mean, rstd, _sums(plan, 4, mean)
@@ -750,7 +730,7 @@ def group_norm_silu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [C], [C]
     """grad_x, grad_weight, grad_bias: the gradient of <grad_y, y>."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, grad_x = _plan(x, num_groups, "bwd"), torch.empty_like(x)
+    plan, grad_x = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     grad_weight, grad_bias = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     arguments = _like(grad_y, x), gamma, beta, _parameter(mean), _parameter(rstd), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
     _launch(_group_norm_silu_bwd_kernel, plan, x, num_groups, *arguments, after=(silu,))
@@ -769,7 +749,7 @@ def group_norm_silu_tan(
 ) -> Tensor:  # [B, C, ...]
     """ty: the tangent of y along tx, parameters constant."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, ty = _plan(x, num_groups, "tan"), torch.empty_like(x)
+    plan, ty = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     arguments = _like(tx, x), gamma, beta, _parameter(mean), _parameter(rstd), ty, _sums(plan, 2, mean)
     _launch(_group_norm_silu_tan_kernel, plan, x, num_groups, *arguments, after=(silu,))
     return ty
@@ -796,7 +776,7 @@ def group_norm_silu_bwd_bwd(
     with respect to grad_y, x, weight and bias; the dependence of mean and rstd on x is included.
     """
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, x_bar = _plan(x, num_groups, "bwd_bwd"), torch.empty_like(x)
+    plan, x_bar = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     gg_y = torch.empty_like(x) if need_tangent else None
     weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     # The pointer of what is absent must be valid, no more, and of the right type.

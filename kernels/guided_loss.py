@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ._common import launch
 from .random import COUNTER, counter, random_normals
-from .tiles import Schedule, schedule
 
 _STRIDES = ("stride_pred_c", "stride_pred_p", "stride_grad_c", "stride_grad_p")
 
@@ -109,12 +108,7 @@ def _guided_loss_fwd_kernel(
     tl.store(unguided_ptr + program, unguided_sum)
 
 
-SCHEDULES: dict[str, Schedule] = {
-    f"{bits}-bit {layout}, eps {eps}": {"BLOCK_Q": 256, "num_warps": 4}
-    for bits in (16, 32)
-    for layout in ("flat", "any")
-    for eps in ("stored", "drawn")
-}
+BLOCK_Q = 256  # quads of elements per program
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -147,9 +141,7 @@ def guided_loss_fwd(
     else:
         strides = [s for x in (eps_pred, grad_log_q) for s in ((pixels, 1) if x.is_contiguous() else (1, channels))]
         flat = False
-    key = f"{8 * eps_pred.element_size()}-bit {'flat' if flat else 'any'}, eps {'drawn' if eps is None else 'stored'}"
-    tile = schedule("guided_loss", key, eps_pred.device)
-    blocks = triton.cdiv(pixels, 4 * tile["BLOCK_Q"])
+    blocks = triton.cdiv(pixels, 4 * BLOCK_Q)
     grad_eps_pred, grad_grad_log_q = torch.empty_like(eps_pred), torch.empty_like(grad_log_q)
     loss, unguided = (eps_pred.new_empty((samples, blocks), dtype=torch.float32) for _ in range(2))
     launch(
@@ -172,7 +164,7 @@ def guided_loss_fwd(
         *counter(seed, step, stream),
         fp_fusion=False,
         FLAT=flat,
-        **tile,
+        BLOCK_Q=BLOCK_Q,
     )
     loss, unguided = (partial.squeeze(1) if blocks == 1 else partial.sum(1) for partial in (loss, unguided))
     return loss, unguided, grad_eps_pred, grad_grad_log_q

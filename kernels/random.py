@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 NUM_STREAMS = 16  # the number and the two streams below repeat `sami_fast.reference.random`, which this package does not import
 STREAM_LOGSNR = 2
@@ -214,11 +213,8 @@ def _stratified_uniform_kernel(
                 tl.store(out_ptr + image.to(tl.int64)[:, None] * levels + k, u, mask=found[:, None] & (k < levels))
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "normals": {"BLOCK_Q": 256, "num_warps": 4},
-    "uniforms": {"BLOCK_Q": 256, "num_warps": 4},
-    "strata": {"BLOCK_J": 32, "BLOCK_I": 128, "num_warps": 4},
-}
+BLOCK_Q = 256  # quads of elements per program
+BLOCK_J, BLOCK_I = 32, 128  # elements of the permutation per program, and those it is compared with at a time
 
 
 def counter(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
@@ -229,22 +225,10 @@ def counter(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
 
 
 def _random(normal: bool, seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
-    tile = schedule("random", "normals" if normal else "uniforms", index.device)
     out = index.new_empty((index.shape[0], size), dtype=torch.float32)
     num_quads = index.shape[0] * triton.cdiv(size, 4)
-    grid = (triton.cdiv(num_quads, tile["BLOCK_Q"]),)
-    launch(
-        _random_kernel,
-        grid,
-        index.contiguous(),
-        out,
-        size,
-        num_quads,
-        *counter(seed, step, stream),
-        fp_fusion=False,
-        NORMAL=normal,
-        **tile,
-    )
+    arguments = index.contiguous(), out, size, num_quads, *counter(seed, step, stream)
+    launch(_random_kernel, (triton.cdiv(num_quads, BLOCK_Q),), *arguments, fp_fusion=False, NORMAL=normal, BLOCK_Q=BLOCK_Q)
     return out
 
 
@@ -263,12 +247,11 @@ def stratified_uniform(index: Tensor, levels: int, global_batch: int, *, seed: i
 
     No program finds an index outside the batch: what it gets is NaN.
     """
-    tile = schedule("random", "strata", index.device)
     out = index.new_full((index.shape[0], levels), float("nan"), dtype=torch.float32)
     # Without an image there is nothing to match; a grid of all j would count in vain.
-    grid = (triton.cdiv(global_batch, tile["BLOCK_J"]) if out.numel() else 0,)
+    grid = (triton.cdiv(global_batch, BLOCK_J) if out.numel() else 0,)
     arguments = index.contiguous(), out, index.shape[0], levels, global_batch, *counter(seed, step, 0)
-    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, **tile)
+    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, BLOCK_J=BLOCK_J, BLOCK_I=BLOCK_I)
     return out
 
 
