@@ -26,7 +26,7 @@ class Launch:
     grid: tuple[int, ...] = ()
 
 
-_state = threading.local()  # a backward pass on another thread keeps running its kernels
+_state = threading.local()  # per thread: a backward pass on another thread still runs its kernels
 
 
 @contextmanager
@@ -44,28 +44,28 @@ def recording(note: Callable[[Launch], Any] = lambda launch: launch) -> Iterator
 def launch(
     kernel: Any,
     grid: Sequence[int],
-    *args: Tensor | int | float | None,
+    first: Tensor,
+    *rest: Tensor | int | float | None,
     num_warps: int = 4,
     num_stages: int = 2,
     fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Run `kernel` over `grid` on the device of its first argument, a tensor; an empty grid runs nothing.
+    """Run `kernel` over `grid` on the device of `first`; an empty grid runs nothing.
 
     Args:
         kernel: A triton.jit function.
         grid: Number of programs along up to three axes.
-        args: Its run-time arguments in order.
+        first, rest: Its run-time arguments in order.
         num_warps, num_stages: Warps per program, depth of the software pipeline.
         fp_fusion: Let a product and a sum contract into one rounding; False where results must be equal bit for bit.
         constants: Its compile-time arguments by name.
     """
     record = getattr(_state, "record", None)
     if record is not None:
-        record(Launch(kernel, args, constants, num_warps, num_stages, fp_fusion, tuple(grid)))
+        record(Launch(kernel, (first, *rest), constants, num_warps, num_stages, fp_fusion, tuple(grid)))
         return
     if 0 in grid:
         return
-    first = args[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[tuple(grid)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+        kernel[tuple(grid)](first, *rest, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)

@@ -487,7 +487,7 @@ class _Plan:
     """How one call is cut into programs and tiles."""
 
     channels_last: bool
-    vector: int  # what lies together in memory starts and ends at multiples of it, in elements
+    vector: int  # elements; rows along the contiguous axis start and end at multiples of it
     block_c: int
     block_p: int
     num_splits: int  # 0 where there is nothing to do
@@ -495,17 +495,17 @@ class _Plan:
 
 
 ENOUGH_PROGRAMS = 512  # to fill a GPU: about two waves on the largest of today's
-TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
+TILES_PER_PROGRAM = 4  # at least; for fewer, a second launch does not pay
 
 
 def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     size = channels // num_groups
-    # What lies together in memory decides the shape of the tiles, and only there vectors matter: of 16 bytes, or else none.
+    # Tiles are shaped by which axis is contiguous in memory. Vectors run along it: 16 bytes where its length allows, else one element.
     channels_last, whole = not x.is_contiguous() or positions == 1, 16 // x.element_size()
     if channels_last:
-        # Groups of 4 channels are common. Maps of 6 x 6 or 14 x 14 are not common enough for as many more binaries.
+        # Vectors of 4 too, as groups of 4 channels are common. With channels first, few images would use them (6 x 6, 14 x 14 pixels).
         vector = next(width for width in (whole, 4, 1) if size % width == 0)
         block_c = 8 if size <= 8 else 32
     else:
@@ -517,13 +517,13 @@ def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
     tiles = -(-positions // block_p)
     wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
     splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
-    # The kernel rounds tiles per split up; no split may be left without one.
+    # The kernel rounds the number of tiles per split up, so fewer splits may do; none may be left without a tile.
     splits = -(-tiles // -(-tiles // splits)) if x.numel() else 0
     return _Plan(channels_last, vector, block_c, block_p, splits, num_warps)
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """value itself, or a copy where it starts between two vectors: kernels are compiled for pointers to whole ones only."""
+    """value, or a copy where its address is no multiple of 16 bytes: kernels are compiled for aligned pointers only."""
     return value.clone() if value.storage_offset() * value.element_size() % 16 else value
 
 
@@ -556,7 +556,7 @@ def _launch(
 
 
 def _sums(plan: _Plan, count: int, like: Tensor) -> Tensor:
-    """The buffer between two launches, for `like` [B, G]; where there is one launch, any pointer will do."""
+    """The buffer between two launches, for `like` [B, G]; a single launch does not use it, and `like` stands in."""
     return like if plan.num_splits == 1 else like.new_empty(like.numel() * count * plan.num_splits)
 
 
@@ -639,7 +639,7 @@ def group_norm_silu_bwd_bwd(
     plan, x_bar = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     gg_y = torch.empty_like(x) if need_tangent else None
     weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
-    # The pointer of what is absent must be valid, no more, and of the right type.
+    # An absent tensor is never read or written, but its pointer must be valid and of the right type.
     inputs = _like(ggx, x), _like(grad_y, x), x if y_bar is None else _like(y_bar, x)
     parameters = gamma, beta, *(gamma if value is None else _parameter(value) for value in (ggweight, ggbias))
     outputs = x_bar if gg_y is None else gg_y, x_bar, weight_bar, bias_bar

@@ -94,7 +94,7 @@ def _guided_loss_fwd_kernel(
             eps = eps.to(eps_pred.dtype).to(tl.float32)
         else:
             eps = tl.load(eps_ptr + row + (c * pixels + pixel), mask=mask, other=0.0).to(tl.float32)
-        # Noise is drawn beyond the end of a sample too, and must not count there.
+        # Noise is drawn beyond the end of a sample as well; the mask keeps it out of the sums.
         d = tl.where(mask, eps - eps_pred.to(tl.float32), 0.0)
         r = d + sigma * grad_log_q
         guided += r * r
@@ -150,7 +150,7 @@ def guided_loss_fwd(
         eps_pred,
         grad_log_q,
         None if eps is None else eps.contiguous(),
-        index.contiguous() if eps is None else None,
+        None if eps is not None or index is None else index.contiguous(),
         *(value.contiguous() for value in (sigma_t, weight, unconditional_weight)),
         grad_eps_pred,
         grad_grad_log_q,
