@@ -186,7 +186,7 @@ if __name__ == "__main__":
         package_data={
             "sami_fast": ["py.typed"],
             "sami_fast.configs": ["*.yaml"],
-            "sami_fast.kernels": ["README.md", "tiles.json"],
+            "sami_fast.kernels": ["README.md"],
             "sami_fast.report": ["templates/*"],
         },
         ext_modules=core() if platform.system() == "Linux" else [],

@@ -26,51 +26,46 @@ class Launch:
     grid: tuple[int, ...] = ()
 
 
-_state = threading.local()  # a backward pass on another thread keeps running its kernels
+_state = threading.local()  # per thread: a backward pass on another thread still runs its kernels
 
 
 @contextmanager
-def recording(note: Callable[[Launch], Any] = lambda launch: launch, arch: int = 0) -> Iterator[list[Any]]:
+def recording(note: Callable[[Launch], Any] = lambda launch: launch) -> Iterator[list[Any]]:
     """Collects this thread's launches, or what `note` makes of each, instead of running them; launchers may then be called with meta or
-    fake tensors. A launch keeps its tensors alive. `arch` is the chip whose tiles launchers select, 90 for sm_90; 0 for the defaults."""
+    fake tensors. A launch keeps its tensors alive."""
     record: list[Any] = []
-    _state.record, _state.arch = lambda launch: record.append(note(launch)), arch
+    _state.record = lambda launch: record.append(note(launch))
     try:
         yield record
     finally:
         _state.record = None
 
 
-def recorded_arch() -> int | None:
-    """The chip of the recording in progress on this thread, 0 for none in particular; None outside of one."""
-    return None if getattr(_state, "record", None) is None else _state.arch
-
-
 def launch(
     kernel: Any,
     grid: Sequence[int],
-    *args: Tensor | int | float | None,
+    first: Tensor,
+    *rest: Tensor | int | float | None,
     num_warps: int = 4,
     num_stages: int = 2,
     fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Run `kernel` over `grid` on the device of its first argument, a tensor; an empty grid runs nothing.
+    """Run `kernel` over `grid` on the device of `first`; an empty grid runs nothing.
 
     Args:
         kernel: A triton.jit function.
         grid: Number of programs along up to three axes.
-        args: Its run-time arguments in order.
+        first, rest: Its run-time arguments in order.
         num_warps, num_stages: Warps per program, depth of the software pipeline.
         fp_fusion: Let a product and a sum contract into one rounding; False where results must be equal bit for bit.
         constants: Its compile-time arguments by name.
     """
     record = getattr(_state, "record", None)
     if record is not None:
-        record(Launch(kernel, args, constants, num_warps, num_stages, fp_fusion, tuple(grid)))
+        record(Launch(kernel, (first, *rest), constants, num_warps, num_stages, fp_fusion, tuple(grid)))
         return
     if 0 in grid:
         return
-    first = args[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[tuple(grid)](*args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+        kernel[tuple(grid)](first, *rest, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)

@@ -118,14 +118,14 @@ def source_of(op: str, label: str, item: "Launch") -> _Source:
     )
 
 
-def sources(op: str, arch: int) -> Iterator[_Source]:
-    """The distinct kernels that the cases of an op launch on a chip."""
+def sources(op: str) -> Iterator[_Source]:
+    """The distinct kernels that the cases of an op launch."""
     from ._common import recording
 
     seen = set()
     cases: Iterator[Case] = import_module(f"sami_fast.kernels.{op}").aot_cases()
     for label, call in cases:
-        with recording(arch=arch) as launches:
+        with recording() as launches:
             call()
         for item in launches:
             source = source_of(op, label, item)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 2
     start = time.monotonic()
-    jobs = [(source, arch) for op in arguments.op for arch in arguments.arch for source in sources(op, arch)]
+    jobs = [(source, arch) for op in arguments.op for arch in arguments.arch for source in sources(op)]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(build, *zip(*jobs, strict=True)))
     chips = {f"sm_{arch}" for arch in arguments.arch} if set(arguments.op) == set(OPS) else set()

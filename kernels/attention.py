@@ -33,7 +33,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._common import INTERPRETED, launch
-from .tiles import Schedule, schedule
 
 MAX_HEAD_SIZE = 128
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -41,7 +40,7 @@ LN_2 = tl.constexpr(math.log(2))
 WITHOUT_BF16 = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
 
 # Run-time numbers that no binary depends on. Strides of a tensor: of its samples, of its heads, and of its tokens or, where those lie
-# inside, of its columns.
+# inside, of its columns. They are parameters one by one because do_not_specialize does not reach into a tuple (Triton 3.6 to 3.9).
 _NUMBERS = [f"stride_{x}{axis}" for x in ("q", "k", "v", "tq", "tk", "tv", "dq", "dk", "dv") for axis in "bnr"]
 _NUMBERS += ["num_heads", "num_queries", "num_keys", "reach"]
 
@@ -82,7 +81,7 @@ def _load(x_rows, start, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, HEAD_SIZE: 
 
 @triton.jit
 def _gather(x_rows, places, BLOCK_D: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """The rows at places, which exist."""
+    """The rows at places, all of which exist."""
     ptr, stride_s, stride_d, _ = x_rows
     columns = tl.arange(0, BLOCK_D)
     return tl.load(
@@ -128,7 +127,7 @@ def _product(a, a_rows, a_start, b, b_rows, b_start, HEAD_SIZE: tl.constexpr, BL
 
 @triton.jit
 def _weighted(p, x, x_rows, x_start, HEAD_SIZE: tl.constexpr, BLOCK_C: tl.constexpr, acc):
-    """p x + acc. Like the operands of _product, x is read again, here whole, where it cannot be kept."""
+    """p x + acc. Where heads do not fit the registers (see _product), x is unused and read again here, whole."""
     if x.shape[1] == BLOCK_C:
         return _dot(p.to(x.dtype), x, acc)
     else:
@@ -137,31 +136,33 @@ def _weighted(p, x, x_rows, x_start, HEAD_SIZE: tl.constexpr, BLOCK_C: tl.conste
 
 @triton.jit
 def _products(
-    a0_rows, a1_rows, a2_rows, a3_rows, a_start, b0_rows, b1_rows, b2_rows, b3_rows, b_start,
-    HEAD_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    a_rows, a_start, b_rows, b_start, HEAD_SIZE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
     HAS_A3: tl.constexpr, HAS_B3: tl.constexpr,
 ):  # fmt: skip
-    """All that the second order takes from two blocks, in one loop over columns: products of q and k, of their tangents, and of dO with V.
+    """The four score matrices of the second order between two blocks, in one loop over columns.
 
-    a0 b0^T, a1 b0^T + a0 b1^T, a2 b2^T, a2 b3^T + a3 b2^T, for the a of queries and the b of keys or the other way round.
+    s = a0 b0^T, t = a1 b0^T + a0 b1^T, e = a2 b2^T, y = a2 b3^T + a3 b2^T. One of a and b is the side of queries (Q, its tangent, dO,
+    O_bar), the other the side of keys (K, its tangent, V, its tangent). A product with an absent a3 or b3 is left out.
     """
+    a0, a1, a2, a3 = a_rows
+    b0, b1, b2, b3 = b_rows
     s = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     t = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     e = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     y = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for column in range(0, HEAD_SIZE, BLOCK_C):
-        a = _load(a0_rows, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column)
-        b = tl.trans(_load(b0_rows, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column))
+        a = _load(a0, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column)
+        b = tl.trans(_load(b0, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column))
         s = _dot(a, b, s)
-        t = _dot(_load(a1_rows, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column), b, t)
-        t = _dot(a, tl.trans(_load(b1_rows, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column)), t)
-        a = _load(a2_rows, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column)
-        b = tl.trans(_load(b2_rows, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column))
+        t = _dot(_load(a1, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column), b, t)
+        t = _dot(a, tl.trans(_load(b1, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column)), t)
+        a = _load(a2, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column)
+        b = tl.trans(_load(b2, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column))
         e = _dot(a, b, e)
         if HAS_B3:
-            y = _dot(a, tl.trans(_load(b3_rows, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column)), y)
+            y = _dot(a, tl.trans(_load(b3, b_start, BLOCK_B, BLOCK_C, HEAD_SIZE, column)), y)
         if HAS_A3:
-            y = _dot(_load(a3_rows, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column), b, y)
+            y = _dot(_load(a3, a_start, BLOCK_A, BLOCK_C, HEAD_SIZE, column), b, y)
     return s, t, e, y
 
 
@@ -172,14 +173,14 @@ def _row_dot(a, b):
 
 @triton.jit
 def _logits(products, scale, seen):
-    # The selection stands between the product and the difference with the maximum and keeps them from contracting into one rounding:
-    # what is subtracted is then the very number that the maximum was taken of, in every kernel.
+    # The selection keeps the compiler from contracting this product and the subtraction of the maximum that follows into one rounding.
+    # So every kernel has the same logits, and those that the maximum was taken of.
     return tl.where(seen, products * scale, float("-inf"))
 
 
 @triton.jit
 def _statistics(head_ptr, rows, num_stats, seen):
-    """Of some queries, the maximum of their logits and, in base 2, the logarithm of the sum; the latter makes P vanish where not seen."""
+    """lse of some queries: the largest logit, and log2 of the sum relative to it; infinity where not seen, which makes P zero."""
     top = tl.load(head_ptr + rows, mask=seen, other=0.0)
     return top, tl.load(head_ptr + num_stats + rows, mask=seen, other=float("inf")) * LOG2_E
 
@@ -277,7 +278,7 @@ def _attention_bwd_kv_kernel(
     num_heads, num_queries, num_keys, reach, HEAD_SIZE: tl.constexpr, INSIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys; all score tiles are transposed, [keys, queries], which spares a transposition of P and dS."""
+    """dK and dV of a block of keys. Score tiles are [keys, queries], so that P and dS need no transposition."""
     k_start, head, b, n, num_stats = _place(num_keys, num_heads, num_queries, BLOCK_K)
     o_head, o_stride = (b * num_queries * num_heads + n) * HEAD_SIZE, num_heads * HEAD_SIZE
     q_rows = _rows(q_ptr, b, n, stride_qb, stride_qn, stride_qr, num_queries, INSIDE)
@@ -296,7 +297,7 @@ def _attention_bwd_kv_kernel(
         q = _load(q_rows, q_start, BLOCK_Q, BLOCK_D, HEAD_SIZE)
         grad_out = _load(grad_out_rows, q_start, BLOCK_Q, BLOCK_D, HEAD_SIZE)
         products = _product(k, k_rows, k_start, q, q_rows, q_start, HEAD_SIZE, BLOCK_C)
-        # P vanishes in the rows beyond the last query. What keys beyond the last one give is never stored.
+        # P is zero in rows beyond the last query. Results of keys beyond the last one are never stored.
         top, log_total = _statistics(lse_ptr + stats, rows, num_stats, rows < num_queries)
         p = _probabilities(products, scale, top[None, :], log_total[None, :], keys[:, None] <= (rows + reach)[None, :])
         dv = _weighted(p, grad_out, grad_out_rows, q_start, HEAD_SIZE, BLOCK_C, dv)
@@ -320,8 +321,8 @@ def _attention_tan_kernel(
 ):  # fmt: skip
     """Tangent of O and tau of a block of queries; tau enters linearly, so it is subtracted at the end.
 
-    What all keys have in common in T would drown the differences, so T of the key with the largest logit, found in a sweep of its own,
-    is subtracted from the start. Where that key has all the weight, what is left is exactly zero.
+    A large part of T common to all keys would cost the differences their digits. So T of the key with the largest logit, found in a
+    first sweep, is subtracted from all. Where that key has all the weight, the difference is exactly zero.
     """
     q_start, head, b, n, num_stats = _place(num_queries, num_heads, num_queries, BLOCK_Q)
     o_head, o_stride = (b * num_queries * num_heads + n) * HEAD_SIZE, num_heads * HEAD_SIZE
@@ -420,7 +421,7 @@ def _attention_bwd_bwd_q_kernel(
         seen = (k_start + tl.arange(0, BLOCK_K))[None, :] <= last_seen[:, None]
         if BLOCK_C < BLOCK_D:
             s, t, e, y = _products(
-                q_rows, ggq_rows, grad_out_rows, out_bar_rows, q_start, k_rows, ggk_rows, v_rows, ggv_rows, k_start,
+                (q_rows, ggq_rows, grad_out_rows, out_bar_rows), q_start, (k_rows, ggk_rows, v_rows, ggv_rows), k_start,
                 HEAD_SIZE, BLOCK_Q, BLOCK_K, BLOCK_C, out_bar_ptr is not None, True,
             )  # fmt: skip
         else:
@@ -451,7 +452,7 @@ def _attention_bwd_bwd_kv_kernel(
     num_heads, num_queries, num_keys, reach, HEAD_SIZE: tl.constexpr, INSIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """K_bar and V_bar of a block of keys, on transposed score tiles, [keys, queries]. out_bar_ptr may be None."""
+    """K_bar and V_bar of a block of keys, on score tiles [keys, queries]. out_bar_ptr may be None."""
     k_start, head, b, n, num_stats = _place(num_keys, num_heads, num_queries, BLOCK_K)
     o_head, o_stride = (b * num_queries * num_heads + n) * HEAD_SIZE, num_heads * HEAD_SIZE
     q_rows = _rows(q_ptr, b, n, stride_qb, stride_qn, stride_qr, num_queries, INSIDE)
@@ -480,7 +481,7 @@ def _attention_bwd_bwd_kv_kernel(
         seen = keys[:, None] <= (rows + reach)[None, :]
         if BLOCK_C < BLOCK_D:
             s, t, e, y = _products(
-                k_rows, ggk_rows, v_rows, ggv_rows, k_start, q_rows, ggq_rows, grad_out_rows, out_bar_rows, q_start,
+                (k_rows, ggk_rows, v_rows, ggv_rows), k_start, (q_rows, ggq_rows, grad_out_rows, out_bar_rows), q_start,
                 HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_C, True, out_bar_ptr is not None,
             )  # fmt: skip
         else:
@@ -489,7 +490,7 @@ def _attention_bwd_bwd_kv_kernel(
             e = _dot(v, tl.trans(grad_out))
             y = _dot(ggv, tl.trans(grad_out))
         p = _probabilities(s, scale, top[None, :], log_total[None, :], seen)
-        # Registers are short: row statistics are loaded where they are used, and sums are formed as soon as they can be.
+        # To save registers, row statistics are loaded where they are used, and sums are formed as early as possible.
         t = t * scale - tl.load(tau_ptr + stats + rows, mask=rows < num_queries, other=0.0)[None, :]
         v_bar = _weighted(p * t, grad_out, grad_out_rows, q_start, HEAD_SIZE, BLOCK_C, v_bar)
         delta = tl.load(delta_ptr + stats + rows, mask=rows < num_queries, other=0.0)
@@ -511,11 +512,12 @@ def _attention_bwd_bwd_kv_kernel(
     _store(v_bar_rows, k_start, v_bar, HEAD_SIZE)
 
 
-# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bits per element: what holds where tiles.json has nothing
-# better. Chosen from what the compiler reports for sm_90, where none spills, not by timing. 16 bits: four warps, one warp group, per 64
-# rows, so that a feature map of 64 tokens fills its tile, two to four programs share a multiprocessor, and one's exponentials overlap with
-# another's products; 32 rows per step where 64 spill. Heads of 128 at second order need the accumulators of eight warps. 32 bits: see
-# _product; the side that is summed over in registers is 16 wide, because a thread holds that many operands per row and column.
+# BLOCK_Q, BLOCK_K, warps, stages for BLOCK_D = 16, 32, 64 and 128, by kernel and bits per element. Chosen by what the compiler reports for
+# sm_90, where none spills, not by timing.
+# 16 bits: four warps (one warp group) per 64 rows, so that a feature map of 64 tokens fills its tile, and two to four programs share a
+# multiprocessor, the exponentials of one overlapping with the products of another. 32 rows per step where 64 would spill. Heads of 128 at
+# second order need the accumulators of eight warps.
+# 32 bits (see _product): the side that is summed over in registers is 16 wide, as a thread holds that many operands per row and column.
 _SIZES = (16, 32, 64, 128)
 _TILES = {
     ("fwd", 16): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
@@ -541,17 +543,6 @@ _KERNELS = {
 }
 
 
-def _key(part: str, bits: int, block_d: int) -> str:
-    return f"{part} {bits}-bit D={block_d}"
-
-
-SCHEDULES: dict[str, Schedule] = {
-    _key(part, bits, size): dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"), tile, strict=True))
-    for (part, bits), tiles in _TILES.items()
-    for size, tile in zip(_SIZES, tiles, strict=True)
-}
-
-
 def _starts_aligned(x: Tensor) -> bool:
     """Tensors without data, which are asked for shapes alone, count as aligned."""
     return x.is_meta or isinstance(x, FakeTensor) or x.data_ptr() % 16 == 0
@@ -571,7 +562,7 @@ def _readable(x: Tensor, inside: bool) -> bool:
 
 
 def _room(x: Tensor, inside: bool) -> Tensor:
-    """Memory that kernels can take for what has the shape of x; heads may end in columns too many."""
+    """Uninitialised memory of the shape of x that kernels can use; heads may be padded with extra columns."""
     batch, tokens, heads, size = x.shape
     if inside:
         return x.new_empty(batch, heads, size, tokens).permute(0, 3, 1, 2)
@@ -580,7 +571,7 @@ def _room(x: Tensor, inside: bool) -> Tensor:
 
 
 def _operand(x: Tensor, inside: bool = False, dense: bool = True) -> Tensor:
-    """x, or a copy of it where kernels cannot read it: O(S D) before O(S^2 D). Columns too many are zeros, which add nothing."""
+    """x, or a copy of it where kernels cannot read it: O(S D) before O(S^2 D). Extra columns are zeros, which add nothing."""
     if _readable(x, inside) and (not dense or x.is_contiguous()):
         return x
     room = _room(x, inside)
@@ -602,7 +593,7 @@ def _per_query(x: Tensor) -> Tensor:
 
 
 def _gradient(primal: Tensor, inside: bool) -> Tensor:
-    """Where a kernel writes the gradient of primal; at best what is returned in the end."""
+    """Where a kernel writes the gradient of primal: the tensor to return, where kernels can write one laid out like primal."""
     return torch.empty_like(primal) if _readable(torch.empty_like(primal, device="meta"), inside) else _room(primal, inside)
 
 
@@ -622,17 +613,18 @@ def _run(part: str, pointers: tuple, layouts: tuple[Tensor, ...], inside: bool, 
     block_d = max(16, triton.next_power_of_2(size))
     wide = q.dtype == torch.float32
     columns = 16 if wide else block_d
-    if INTERPRETED:  # its time goes with the number of operations, not with their size
+    if INTERPRETED:  # its time grows with the number of operations, not with their size
         wide, columns = False, min(block_d, 32) if wide else block_d
-    tile = schedule("attention", _key(part, 32 if wide else 16, block_d), q.device)
-    blocks = triton.cdiv(keys, tile["BLOCK_K"]) if part.endswith("kv") else triton.cdiv(queries, tile["BLOCK_Q"])
+    block_q, block_k, num_warps, num_stages = _TILES[part, 32 if wide else 16][_SIZES.index(block_d)]
+    blocks = triton.cdiv(keys, block_k) if part.endswith("kv") else triton.cdiv(queries, block_q)
     width = 16 // q.element_size()
     strides = [x.stride(dim) // width for x in layouts for dim in (0, 2, 3 if inside else 1)]
-    # A number, not a flag: one binary serves both, and its bound on the keys costs what that at their end does.
+    # A run-time number, so that one binary serves both. It only moves the bound at the end of the keys, which is needed anyway.
     reach = 0 if causal else 2**30
     launch(
         _KERNELS[part], (blocks * batch * heads,), *pointers, scale, *strides, heads, queries, keys, reach,
-        HEAD_SIZE=size, INSIDE=inside, BLOCK_D=block_d, BLOCK_C=columns, **tile,
+        HEAD_SIZE=size, INSIDE=inside, BLOCK_D=block_d, BLOCK_C=columns,
+        BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
@@ -653,11 +645,11 @@ def attention_bwd(
     primals = q, k, v
     inside, (q, k, v) = _operands(*primals)
     grad_out, out, lse = _operand(grad_out), _operand(out), _per_query(lse)
-    dq, dk, dv = grads = [_gradient(x, inside) for x in primals]
+    dq, dk, dv = (_gradient(x, inside) for x in primals)
     delta = torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device)
     _run("bwd_q", (grad_out, q, k, v, out, lse, dq, delta), (q, k, v, dq), inside, scale, causal)
     _run("bwd_kv", (grad_out, q, k, v, lse, delta, dk, dv), (q, k, v, dk, dv), inside, scale, causal)
-    return tuple(_returned(x, primal) for x, primal in zip(grads, primals, strict=True))
+    return _returned(dq, primals[0]), _returned(dk, primals[1]), _returned(dv, primals[2])
 
 
 def attention_tan(
@@ -696,13 +688,13 @@ def attention_bwd_bwd(
     grad_out, out, tout = _operand(grad_out), _operand(out), _operand(tout)
     lse, tau = _per_query(lse), _per_query(tau)
     out_bar = None if out_bar is None else _operand(out_bar)
-    q_bar, k_bar, v_bar = bars = [_gradient(x, inside) for x in primals]
+    q_bar, k_bar, v_bar = (_gradient(x, inside) for x in primals)
     delta, y_mean = torch.empty_like(tau), torch.empty_like(tau)
     pointers = (ggq, ggk, ggv, grad_out, q, k, v, out, lse, tout, tau, out_bar, q_bar, delta, y_mean)
     _run("bwd_bwd_q", pointers, (*operands, q_bar), inside, scale, causal)
     pointers = (ggq, ggk, ggv, grad_out, q, k, v, lse, tau, out_bar, delta, y_mean, k_bar, v_bar)
     _run("bwd_bwd_kv", pointers, (*operands, k_bar, v_bar), inside, scale, causal)
-    return tuple(_returned(x, primal) for x, primal in zip(bars, primals, strict=True))
+    return _returned(q_bar, primals[0]), _returned(k_bar, primals[1]), _returned(v_bar, primals[2])
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -711,15 +703,15 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     Heads that fill their tile and heads that do not differ by a mask; each tile meets both, in one layout or the other.
     """
 
-    def every_level(x: Tensor, joint: bool) -> None:
+    def all_launchers(x: Tensor, joint: bool) -> None:
         out, lse = attention_fwd(x, x, x, 0.125, False)
         dq, dk, dv = attention_bwd(out, x, x, x, out, lse, 0.125, False)
         tout, tau = attention_tan(dq, dk, dv, x, x, x, out, lse, 0.125, False)
         attention_bwd_bwd(dq, dk, dv, out, x, x, x, out, lse, tout, tau, 0.125, False, out if joint else None)
 
     def cases(label: str, x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
-        yield label, lambda: every_level(x, False)
-        yield f"{label}, out_bar", lambda: every_level(x, True)
+        yield label, lambda: all_launchers(x, False)
+        yield f"{label}, out_bar", lambda: all_launchers(x, True)
 
     masked = (8, 24, 40, 96)
     for dtype, name, in_rows, inside in (

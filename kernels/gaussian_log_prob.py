@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 LN_2_PI = tl.constexpr(1.8378770664093453)
 
@@ -42,20 +41,9 @@ def _gaussian_log_prob_fwd_kernel(z_ptr, mu_ptr, var_ptr, log_q_ptr, size, strid
 
 @triton.jit
 def _gaussian_log_prob_bwd_kernel(
-    z_ptr,
-    mu_ptr,
-    var_ptr,
-    grad_ptr,
-    dz_ptr,
-    dmu_ptr,
-    dvar_ptr,
-    size,
-    stride_zb,
-    stride_mub,
-    stride_varb,
-    stride_gradb,
-    BLOCK_Z: tl.constexpr,
-):
+    z_ptr, mu_ptr, var_ptr, grad_ptr, dz_ptr, dmu_ptr, dvar_ptr,
+    size, stride_zb, stride_mub, stride_varb, stride_gradb, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     grad = tl.load(grad_ptr + row * stride_gradb)
     for start in range(0, size, BLOCK_Z):
@@ -72,30 +60,10 @@ def _gaussian_log_prob_bwd_kernel(
 
 @triton.jit
 def _gaussian_log_prob_bwd_bwd_kernel(
-    z_ptr,
-    mu_ptr,
-    var_ptr,
-    grad_ptr,
-    ggz_ptr,
-    ggmu_ptr,
-    ggvar_ptr,
-    gg_ptr,
-    z_bar_ptr,
-    mu_bar_ptr,
-    var_bar_ptr,
-    size,
-    stride_zb,
-    stride_mub,
-    stride_varb,
-    stride_gradb,
-    stride_ggzb,
-    stride_ggmub,
-    stride_ggvarb,
-    has_ggz,
-    has_ggmu,
-    has_ggvar,
+    z_ptr, mu_ptr, var_ptr, grad_ptr, ggz_ptr, ggmu_ptr, ggvar_ptr, gg_ptr, z_bar_ptr, mu_bar_ptr, var_bar_ptr,
+    size, stride_zb, stride_mub, stride_varb, stride_gradb, stride_ggzb, stride_ggmub, stride_ggvarb, has_ggz, has_ggmu, has_ggvar,
     BLOCK_Z: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     grad = tl.load(grad_ptr + row * stride_gradb)
     total = tl.zeros([BLOCK_Z], tl.float32)
@@ -104,7 +72,7 @@ def _gaussian_log_prob_bwd_bwd_kernel(
         mask = cols < size
         var = tl.load(var_ptr + row * stride_varb + cols, mask, other=1.0)
         d = tl.load(z_ptr + row * stride_zb + cols, mask, other=0.0) - tl.load(mu_ptr + row * stride_mub + cols, mask, other=0.0)
-        # An absent cotangent is a load of nothing, not another kernel.
+        # Optional cotangents need no variant of the kernel: run-time flags mask off their loads.
         ggz = tl.load(ggz_ptr + row * stride_ggzb + cols, mask & has_ggz, other=0.0)
         ggmu = tl.load(ggmu_ptr + row * stride_ggmub + cols, mask & has_ggmu, other=0.0)
         ggvar = tl.load(ggvar_ptr + row * stride_ggvarb + cols, mask & has_ggvar, other=0.0)
@@ -120,20 +88,14 @@ def _gaussian_log_prob_bwd_bwd_kernel(
     tl.store(gg_ptr + row, tl.sum(total, 0))
 
 
-# A program has a row: one warp for the usual latent, four where the row is long.
-SCHEDULES: dict[str, Schedule] = {
-    f"{part} {rows}": tile
-    for part in ("fwd", "bwd", "bwd_bwd")
-    for rows, tile in (("short", {"BLOCK_Z": 128, "num_warps": 1}), ("long", {"BLOCK_Z": 1024, "num_warps": 4}))
-}
-
-
-def _schedule(part: str, z: Tensor) -> Schedule:
-    return schedule("gaussian_log_prob", f"{part} {'short' if z.shape[1] <= 512 else 'long'}", z.device)
+def _launch(kernel: triton.JITFunction, z: Tensor, *rest: Tensor | int) -> None:
+    """A program per row: of one warp for the usual latent, of four where the row is long."""
+    block, num_warps = (128, 1) if z.shape[1] <= 512 else (1024, 4)
+    launch(kernel, (z.shape[0],), z, *rest, num_warps=num_warps, BLOCK_Z=block)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Rows may lie anywhere, as those of a chunked head do; what is inside one must be dense."""
+    """Rows may be any distance apart (mu and var are often two halves of one output); the elements of a row must be contiguous."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -144,10 +106,9 @@ def gaussian_log_prob_fwd(
 ) -> Tensor:  # [B]
     """log_q."""
     z, mu, var = map(_rows, (z, mu, var))
-    batch, size = z.shape
-    log_q = z.new_empty(batch)
+    log_q = z.new_empty(z.shape[0])
     strides = z.stride(0), mu.stride(0), var.stride(0)
-    launch(_gaussian_log_prob_fwd_kernel, (batch,), z, mu, var, log_q, size, *strides, **_schedule("fwd", z))
+    _launch(_gaussian_log_prob_fwd_kernel, z, mu, var, log_q, z.shape[1], *strides)
     return log_q
 
 
@@ -162,7 +123,7 @@ def gaussian_log_prob_bwd(
     batch, size = z.shape
     outputs = z.new_empty(batch, size), z.new_empty(batch, size), z.new_empty(batch, size)
     strides = z.stride(0), mu.stride(0), var.stride(0), grad.stride(0)
-    launch(_gaussian_log_prob_bwd_kernel, (batch,), z, mu, var, grad, *outputs, size, *strides, **_schedule("bwd", z))
+    _launch(_gaussian_log_prob_bwd_kernel, z, mu, var, grad, *outputs, size, *strides)
     return outputs
 
 
@@ -179,17 +140,16 @@ def gaussian_log_prob_bwd_bwd(
     z, mu, var = map(_rows, (z, mu, var))
     batch, size = z.shape
     given = [value is not None for value in (ggz, ggmu, ggvar)]
-    # The pointer of an absent one must be valid, no more.
+    # An absent one is never read, but its pointer must be valid.
     cotangents = [z if value is None else _rows(value) for value in (ggz, ggmu, ggvar)]
     outputs = z.new_empty(batch), z.new_empty(batch, size), z.new_empty(batch, size), z.new_empty(batch, size)
     strides = [tensor.stride(0) for tensor in (z, mu, var, grad, *cotangents)]
-    arguments = z, mu, var, grad, *cotangents, *outputs, size, *strides, *given
-    launch(_gaussian_log_prob_bwd_bwd_kernel, (batch,), *arguments, **_schedule("bwd_bwd", z))
+    _launch(_gaussian_log_prob_bwd_bwd_kernel, z, mu, var, grad, *cotangents, *outputs, size, *strides, *given)
     return outputs
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Both schedules; rows that start on 16-byte boundaries, and rows that do not."""
+    """Short and long rows; rows that start on 16-byte boundaries, and rows that do not."""
     for size in (64, 63, 2048, 1000):
 
         def call(size: int = size) -> None:

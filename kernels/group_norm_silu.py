@@ -31,47 +31,45 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 MAX_SPLITS = tl.constexpr(32)
 
 
 @triton.jit
-def _vectors(channels, positions, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Both sizes as they are; the compiler learns that rows start on whole vectors."""
+def _work(channels, positions, num_groups, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
+    """What the program works on: a span (image, end of its channels, all channels, all positions), the first of its channels, the first
+    of its tiles of positions and the one after the last."""
+    # Dividing and multiplying changes neither size, but tells the compiler that rows start on whole vectors.
     if CHANNELS_LAST:
         channels = channels // VECTOR * VECTOR
     else:
         positions = positions // VECTOR * VECTOR
-    return channels, positions
-
-
-@triton.jit
-def _work(channels, positions, num_groups, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr):
-    """What the program works on: image, first channel and the one after the last, first tile of positions and the one after the last."""
     size = channels // num_groups
-    image = tl.program_id(0) // num_groups
+    image = (tl.program_id(0) // num_groups).to(tl.int64)
     c_first = (tl.program_id(0) % num_groups) * size
+    c_end = c_first + size
     num_tiles = tl.cdiv(positions, BLOCK_P)
     tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(1))
     first = tl.program_id(1) * tiles_per_split
     last = tl.minimum(first + tiles_per_split, num_tiles)
     if CHANNELS_LAST:  # groups start on whole vectors too
-        return image.to(tl.int64), tl.multiple_of(c_first, VECTOR), tl.multiple_of(c_first + size, VECTOR), first, last
-    return image.to(tl.int64), c_first, c_first + size, first, last
+        c_first, c_end = tl.multiple_of(c_first, VECTOR), tl.multiple_of(c_end, VECTOR)
+    return (image, c_end, channels, positions), c_first, first, last
 
 
 @triton.jit
-def _inside(channels, positions, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def _inside(span, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Offsets from the first element of a tile, the same in every tile; 32 bits do. [BLOCK_C, BLOCK_P]."""
+    _, _, channels, positions = span
     c = tl.arange(0, BLOCK_C)[:, None]
     p = tl.arange(0, BLOCK_P)[None, :]
     return p * channels + c if CHANNELS_LAST else c * positions + p
 
 
 @triton.jit
-def _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The offset of a tile's first element, and what of the tile exists. [BLOCK_C, BLOCK_P]."""
+def _tile(span, c_begin, tile, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The offset of a tile's first element, and which of the tile's elements exist. [BLOCK_C, BLOCK_P]."""
+    image, c_end, channels, positions = span
     c = c_begin + tl.arange(0, BLOCK_C)
     p_begin = tile * BLOCK_P
     p = p_begin + tl.arange(0, BLOCK_P)
@@ -84,6 +82,13 @@ def _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST: tl.co
 
 
 @triton.jit
+def _load(ptrs, at, mask):
+    """A tile of each tensor. `at` is the offset of the tile, a number, and those inside it."""
+    start, inside = at
+    return [tl.load(ptr + start + inside, mask, other=0.0) for ptr in ptrs]
+
+
+@triton.jit
 def _channel(ptr, c_begin, c_end, BLOCK_C: tl.constexpr):
     """A parameter of the tile's channels. [BLOCK_C, 1]."""
     c = c_begin + tl.arange(0, BLOCK_C)
@@ -91,53 +96,68 @@ def _channel(ptr, c_begin, c_end, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(ptr, value, k: tl.constexpr, NUM: tl.constexpr):
-    """Sum number k of this split. The buffer is [B, G, NUM, splits]."""
-    tl.store(ptr + (tl.program_id(0).to(tl.int64) * NUM + k) * tl.num_programs(1) + tl.program_id(1), value)
+def _plus(a, b):
+    """Sums of two tuples, item by item."""
+    result = ()
+    for k in tl.static_range(len(a)):
+        result += (a[k] + b[k],)
+    return result
 
 
 @triton.jit
-def _load_sums(ptr, k: tl.constexpr, NUM: tl.constexpr):
-    """Sum number k of every split. [MAX_SPLITS], zero where there is no split."""
+def _totals(values):
+    return [tl.sum(value) for value in values]
+
+
+@triton.jit
+def _store_sums(ptr, values):
+    """The sums of this split. The buffer is [B, G, number of sums, splits]."""
+    for k in tl.static_range(len(values)):
+        row = tl.program_id(0).to(tl.int64) * len(values) + k
+        tl.store(ptr + row * tl.num_programs(1) + tl.program_id(1), values[k])
+
+
+@triton.jit
+def _load_sums(ptr, NUM: tl.constexpr):
+    """NUM sums of every split. [MAX_SPLITS] each, zero where there is no split."""
     split = tl.arange(0, MAX_SPLITS)
-    row = (tl.program_id(0).to(tl.int64) * NUM + k) * tl.num_programs(1)
-    return tl.load(ptr + row + split, split < tl.num_programs(1), other=0.0)
+    sums = ()
+    for k in tl.static_range(NUM):
+        row = (tl.program_id(0).to(tl.int64) * NUM + k) * tl.num_programs(1)
+        sums += (tl.load(ptr + row + split, split < tl.num_programs(1), other=0.0),)
+    return sums
 
 
 @triton.jit
-def _load_sum(ptr, k: tl.constexpr, NUM: tl.constexpr):
-    return tl.sum(_load_sums(ptr, k, NUM), 0)
-
-
-@triton.jit
-def _store_channel(ptr, image, values, c_begin, c_end, channels, BLOCK_C: tl.constexpr):
+def _store_channel(ptr, span, c_begin, values, BLOCK_C: tl.constexpr):
     """Sums per channel, [B, splits, C], which the launcher adds up for the gradient of a parameter."""
+    image, c_end, channels, _ = span
     c = c_begin + tl.arange(0, BLOCK_C)
     tl.store(ptr + (image * tl.num_programs(1) + tl.program_id(1)) * channels + c, values, c < c_end)
 
 
 @triton.jit
 def _fold(values, CHANNELS_LAST: tl.constexpr):
-    """Adds neighbours in memory, which one thread has: a sum over tiles costs no exchange between threads until the last one."""
+    """Adds fours of neighbours in memory. One thread holds all four, so tiles are summed without an exchange until the very end."""
     c: tl.constexpr = values.shape[0]
     p: tl.constexpr = values.shape[1]
     return tl.sum(tl.reshape(values, [c // 4, 4, p]), 1) if CHANNELS_LAST else tl.sum(tl.reshape(values, [c, p // 4, 4]), 2)
 
 
 @triton.jit
-def _count(c_begin, c_end, tile, positions, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def _count(span, c_begin, tile, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """How many elements of a tile exist."""
+    _, c_end, _, positions = span
     return tl.minimum(c_end - c_begin, BLOCK_C).to(tl.float32) * tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
 
 
 @triton.jit
-def _moments(x, shift, mask, c_begin, c_end, tile, positions, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Count, mean, sum of squared deviations of x - shift at a tile."""
-    count = _count(c_begin, c_end, tile, positions, BLOCK_C, BLOCK_P)
+def _moments(x, shift, mask, count):
+    """Mean and sum of squared deviations of x - shift at a tile of `count` elements."""
     x = tl.where(mask, x - shift, 0.0)
     mean = tl.sum(x) / count
     d = tl.where(mask, x - mean, 0.0)
-    return count, mean, tl.sum(d * d)
+    return mean, tl.sum(d * d)
 
 
 @triton.jit
@@ -149,7 +169,7 @@ def _activation(x_hat, gamma, beta, silu):
 
 @triton.jit
 def _slopes(x_hat, gamma, beta, silu):
-    """f1 and f2 at a tile; what of them is not used costs nothing."""
+    """f1 and f2 at a tile; the compiler drops the one that is not used."""
     h = x_hat * gamma + beta
     s = tl.sigmoid(h)
     f1 = tl.where(silu, s * (1.0 + h * (1.0 - s)), 1.0)
@@ -157,211 +177,161 @@ def _slopes(x_hat, gamma, beta, silu):
 
 
 @triton.jit
-def _x_hat(x, mask, mean, rstd):
-    # The mean goes first, or a large one would cancel. What is not there must not become NaN: it is multiplied by zeros.
+def _x_hat(x, mask, norm):
+    """Normalised x at a tile, 0 outside the mask, so that sums over the tile need no mask of their own."""
+    mean, rstd = norm
+    # x * rstd - mean * rstd would lose the digits of an x far from zero.
     return tl.where(mask, (x.to(tl.float32) - mean) * rstd, 0.0)
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "num_groups", "norm_eps"])
 def _group_norm_silu_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    sums_ptr,
-    channels,
-    positions,
-    num_groups,
-    norm_eps,
-    silu,
-    sums,
-    apply,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
-    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, sums_ptr,
+    channels, positions, num_groups, norm_eps, silu, sums, apply,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    span, c_first, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
+    c_end = span[1]
+    inside = _inside(span, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(span, c_first, first, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     kept = tl.load(x_ptr + start + inside, mask, other=0.0)
 
     if sums:
-        # Far from zero, means are only as exact as float32 is there. So the first tile's mean is taken away before any are compared.
+        # A mean far from zero carries the rounding error of a number of its size, too much for differences between means of tiles. So all
+        # of them are means of x less the mean of the first tile.
         x = kept.to(tl.float32)
-        shift = tl.sum(x) / _count(c_first, c_end, first, positions, BLOCK_C, BLOCK_P)
-        count, mean, m2 = _moments(x, shift, mask, c_first, c_end, first, positions, BLOCK_C, BLOCK_P)
+        count = _count(span, c_first, first, BLOCK_C, BLOCK_P)
+        shift = tl.sum(x) / count
+        mean, m2 = _moments(x, shift, mask, count)
         for c_begin in range(c_first, c_end, BLOCK_C):
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 x = tl.load(x_ptr + at + inside, there, other=0.0).to(tl.float32)
-                more, its_mean, its_m2 = _moments(x, shift, there, c_begin, c_end, tile, positions, BLOCK_C, BLOCK_P)
-                # Chan's rule
+                more = _count(span, c_begin, tile, BLOCK_C, BLOCK_P)
+                its_mean, its_m2 = _moments(x, shift, there, more)
+                # Chan, Golub and LeVeque's rule for the moments of two parts together
                 difference = its_mean - mean
                 share = more / (count + more)
                 m2 += its_m2 + difference * difference * (count * share)
                 mean += difference * share
                 count += more
     else:
-        counts = _load_sums(sums_ptr, 0, 4)
-        shifts = _load_sums(sums_ptr, 1, 4)
+        counts, shifts, means, m2s = _load_sums(sums_ptr, 4)
         shift = tl.load(sums_ptr + (tl.program_id(0).to(tl.int64) * 4 + 1) * tl.num_programs(1))
-        means = shifts - shift + _load_sums(sums_ptr, 2, 4)
+        means = shifts - shift + means
         count = tl.sum(counts, 0)
         mean = tl.sum(counts * means, 0) / count
-        m2 = tl.sum(_load_sums(sums_ptr, 3, 4) + counts * (means - mean) * (means - mean), 0)
+        m2 = tl.sum(m2s + counts * (means - mean) * (means - mean), 0)
 
     if apply:
         mean += shift
-        rstd = 1.0 / tl.sqrt_rn(m2 / count + norm_eps)
+        norm = mean, 1.0 / tl.sqrt_rn(m2 / count + norm_eps)
         writes = tl.program_id(1) == 0
         tl.store(mean_ptr + tl.program_id(0), mean, writes)
-        tl.store(rstd_ptr + tl.program_id(0), rstd, writes)
+        tl.store(rstd_ptr + tl.program_id(0), norm[1], writes)
         gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
         beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
-        tl.store(y_ptr + start + inside, _activation(_x_hat(kept, mask, mean, rstd), gamma, beta, silu), mask)
+        tl.store(y_ptr + start + inside, _activation(_x_hat(kept, mask, norm), gamma, beta, silu), mask)
         for c_begin in range(c_first, c_end, BLOCK_C):
             gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
             beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, norm)
                 tl.store(y_ptr + at + inside, _activation(x_hat, gamma, beta, silu), there)
     else:
-        _store_sum(sums_ptr, count, 0, 4)
-        _store_sum(sums_ptr, shift, 1, 4)
-        _store_sum(sums_ptr, mean, 2, 4)
-        _store_sum(sums_ptr, m2, 3, 4)
+        _store_sums(sums_ptr, (count, shift, mean, m2))
+
+
+@triton.jit
+def _slope_and_x_hat(x, dy, mask, norm, parameters, silu):
+    """w = grad_y f1 and x_hat at a tile."""
+    gamma, beta = parameters
+    x_hat = _x_hat(x, mask, norm)
+    return dy.to(tl.float32) * _slopes(x_hat, gamma, beta, silu)[0], x_hat
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_bwd_kernel(
-    x_ptr,
-    dy_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    sums_ptr,
-    channels,
-    positions,
-    num_groups,
-    silu,
-    sums,
-    apply,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
-    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    mean = tl.load(mean_ptr + tl.program_id(0))
-    rstd = tl.load(rstd_ptr + tl.program_id(0))
-    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
-    kept_dy = tl.load(dy_ptr + start + inside, mask, other=0.0)
-    first_gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
-    first_beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
+    x_ptr, dy_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, sums_ptr,
+    channels, positions, num_groups, silu, sums, apply,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    span, c_first, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
+    c_end = span[1]
+    inside = _inside(span, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(span, c_first, first, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    norm = tl.load(mean_ptr + tl.program_id(0)), tl.load(rstd_ptr + tl.program_id(0))
+    kept_x, kept_dy = _load((x_ptr, dy_ptr), (start, inside), mask)
+    kept_parameters = _channel(weight_ptr, c_first, c_end, BLOCK_C), _channel(bias_ptr, c_first, c_end, BLOCK_C)
 
     if sums:
-        x_hat = _x_hat(kept_x, mask, mean, rstd)
-        w = kept_dy.to(tl.float32) * _slopes(x_hat, first_gamma, first_beta, silu)[0]
+        w, x_hat = _slope_and_x_hat(kept_x, kept_dy, mask, norm, kept_parameters, silu)
         a = 0.0
         b = 0.0
         sum_w = tl.sum(w, 1)
         sum_wx = tl.sum(w * x_hat, 1)
         for c_begin in range(c_first, c_end, BLOCK_C):
-            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
-            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            parameters = _channel(weight_ptr, c_begin, c_end, BLOCK_C), _channel(bias_ptr, c_begin, c_end, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
-                w = tl.load(dy_ptr + at + inside, there, other=0.0).to(tl.float32) * _slopes(x_hat, gamma, beta, silu)[0]
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x, dy = _load((x_ptr, dy_ptr), (at, inside), there)
+                w, x_hat = _slope_and_x_hat(x, dy, there, norm, parameters, silu)
                 sum_w += tl.sum(w, 1)
                 sum_wx += tl.sum(w * x_hat, 1)
-            _store_channel(dbias_ptr, image, sum_w, c_begin, c_end, channels, BLOCK_C)
-            _store_channel(dweight_ptr, image, sum_wx, c_begin, c_end, channels, BLOCK_C)
-            a += tl.sum(gamma * sum_w[:, None])
-            b += tl.sum(gamma * sum_wx[:, None])
+            _store_channel(dbias_ptr, span, c_begin, sum_w, BLOCK_C)
+            _store_channel(dweight_ptr, span, c_begin, sum_wx, BLOCK_C)
+            a += tl.sum(parameters[0] * sum_w[:, None])
+            b += tl.sum(parameters[0] * sum_wx[:, None])
             sum_w = tl.zeros_like(sum_w)
             sum_wx = tl.zeros_like(sum_wx)
     else:
-        a = _load_sum(sums_ptr, 0, 2)
-        b = _load_sum(sums_ptr, 1, 2)
+        a, b = _totals(_load_sums(sums_ptr, 2))
 
     if apply:
         size = (channels // num_groups).to(tl.float32) * positions
         a /= size
         b /= size
-        x_hat = _x_hat(kept_x, mask, mean, rstd)
-        u = first_gamma * kept_dy.to(tl.float32) * _slopes(x_hat, first_gamma, first_beta, silu)[0]
-        tl.store(dx_ptr + start + inside, rstd * (u - a - x_hat * b), mask)
+        w, x_hat = _slope_and_x_hat(kept_x, kept_dy, mask, norm, kept_parameters, silu)
+        tl.store(dx_ptr + start + inside, norm[1] * (kept_parameters[0] * w - a - x_hat * b), mask)
         for c_begin in range(c_first, c_end, BLOCK_C):
-            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
-            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
+            parameters = _channel(weight_ptr, c_begin, c_end, BLOCK_C), _channel(bias_ptr, c_begin, c_end, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
-                u = gamma * tl.load(dy_ptr + at + inside, there, other=0.0).to(tl.float32) * _slopes(x_hat, gamma, beta, silu)[0]
-                tl.store(dx_ptr + at + inside, rstd * (u - a - x_hat * b), there)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x, dy = _load((x_ptr, dy_ptr), (at, inside), there)
+                w, x_hat = _slope_and_x_hat(x, dy, there, norm, parameters, silu)
+                tl.store(dx_ptr + at + inside, norm[1] * (parameters[0] * w - a - x_hat * b), there)
     else:
-        _store_sum(sums_ptr, a, 0, 2)
-        _store_sum(sums_ptr, b, 1, 2)
+        _store_sums(sums_ptr, (a, b))
 
 
 @triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_tan_kernel(
-    x_ptr,
-    tx_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    rstd_ptr,
-    ty_ptr,
-    sums_ptr,
-    channels,
-    positions,
-    num_groups,
-    silu,
-    sums,
-    apply,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
-    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    mean = tl.load(mean_ptr + tl.program_id(0))
-    rstd = tl.load(rstd_ptr + tl.program_id(0))
-    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
-    kept_t = tl.load(tx_ptr + start + inside, mask, other=0.0)
+    x_ptr, tx_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, ty_ptr, sums_ptr,
+    channels, positions, num_groups, silu, sums, apply,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    span, c_first, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
+    c_end = span[1]
+    inside = _inside(span, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(span, c_first, first, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    norm = tl.load(mean_ptr + tl.program_id(0)), tl.load(rstd_ptr + tl.program_id(0))
+    kept_x, kept_t = _load((x_ptr, tx_ptr), (start, inside), mask)
 
     if sums:
         t = kept_t.to(tl.float32)
         c = _fold(t, CHANNELS_LAST)
-        e = _fold(t * _x_hat(kept_x, mask, mean, rstd), CHANNELS_LAST)
+        e = _fold(t * _x_hat(kept_x, mask, norm), CHANNELS_LAST)
         for c_begin in range(c_first, c_end, BLOCK_C):
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
                 t = tl.load(tx_ptr + at + inside, there, other=0.0).to(tl.float32)
                 c += _fold(t, CHANNELS_LAST)
-                e += _fold(t * _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd), CHANNELS_LAST)
+                e += _fold(t * _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, norm), CHANNELS_LAST)
         c = tl.sum(c)
         e = tl.sum(e)
     else:
-        c = _load_sum(sums_ptr, 0, 2)
-        e = _load_sum(sums_ptr, 1, 2)
+        c, e = _totals(_load_sums(sums_ptr, 2))
 
     if apply:
         size = (channels // num_groups).to(tl.float32) * positions
@@ -369,29 +339,52 @@ def _group_norm_silu_tan_kernel(
         e /= size
         gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
         beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
-        x_hat = _x_hat(kept_x, mask, mean, rstd)
-        h_dot = gamma * rstd * (kept_t.to(tl.float32) - c - x_hat * e)
+        x_hat = _x_hat(kept_x, mask, norm)
+        h_dot = gamma * norm[1] * (kept_t.to(tl.float32) - c - x_hat * e)
         tl.store(ty_ptr + start + inside, _slopes(x_hat, gamma, beta, silu)[0] * h_dot, mask)
         for c_begin in range(c_first, c_end, BLOCK_C):
             gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
             beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, mean, rstd)
-                h_dot = gamma * rstd * (tl.load(tx_ptr + at + inside, there, other=0.0).to(tl.float32) - c - x_hat * e)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                x_hat = _x_hat(tl.load(x_ptr + at + inside, there, other=0.0), there, norm)
+                h_dot = gamma * norm[1] * (tl.load(tx_ptr + at + inside, there, other=0.0).to(tl.float32) - c - x_hat * e)
                 tl.store(ty_ptr + at + inside, _slopes(x_hat, gamma, beta, silu)[0] * h_dot, there)
     else:
-        _store_sum(sums_ptr, c, 0, 2)
-        _store_sum(sums_ptr, e, 1, 2)
+        _store_sums(sums_ptr, (c, e))
 
 
 @triton.jit
-def _second_sums(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, CHANNELS_LAST: tl.constexpr):
-    """The twelve sums, folded, that every group mean of the second backward is made of.
+def _second_tile(ptrs, at, mask, has_y_bar):
+    """x, t, grad_y and y_bar at a tile, the last zero where it is absent."""
+    x_ptr, ggx_ptr, dy_ptr, y_bar_ptr = ptrs
+    x, t, dy = _load((x_ptr, ggx_ptr, dy_ptr), at, mask)
+    return x, t, dy, tl.load(y_bar_ptr + at[0] + at[1], mask & has_y_bar, other=0.0)
 
-    In their names w = grad_y f1, k = grad_y f2, x = x_hat, and r is the part of v without c and e; each has its powers of weight in it.
+
+@triton.jit
+def _second_channel(ptrs, c_begin, ends, BLOCK_C: tl.constexpr):
+    """weight, bias, ggweight and ggbias of the tile's channels, each up to an end of its own: 0 for one that is absent, so all zeros."""
+    weight_ptr, bias_ptr, ggweight_ptr, ggbias_ptr = ptrs
+    c_end, ggweight_end, ggbias_end = ends
+    return (
+        _channel(weight_ptr, c_begin, c_end, BLOCK_C),
+        _channel(bias_ptr, c_begin, c_end, BLOCK_C),
+        _channel(ggweight_ptr, c_begin, ggweight_end, BLOCK_C),
+        _channel(ggbias_ptr, c_begin, ggbias_end, BLOCK_C),
+    )
+
+
+@triton.jit
+def _second_sums(tile, mask, norm, parameters, silu, CHANNELS_LAST: tl.constexpr):
+    """The twelve sums, folded, from which all group means of the second backward follow: sum_t, sum_tx, sum_u, sum_ux, sum_ut, sum_k,
+    sum_kx, sum_kxx, sum_kt, sum_kxt, sum_r, sum_rx.
+
+    Here x = x_hat, u = weight grad_y f1, k = weight^2 grad_y f2, and r is the part of v without c and e.
     """
-    x = _x_hat(x, mask, mean, rstd)
+    x, t, dy, y_bar = tile
+    gamma, beta, dd_gamma, dd_beta = parameters
+    x = _x_hat(x, mask, norm)
     t = t.to(tl.float32)
     dy = dy.to(tl.float32)
     f1, f2 = _slopes(x, gamma, beta, silu)
@@ -401,26 +394,17 @@ def _second_sums(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd_be
     r = gamma * (k * (dd_gamma * x + dd_beta) + y_bar.to(tl.float32) * f1) + dd_gamma * w
     k = gamma * gamma * k
     kx = k * x
-    return (
-        _fold(t, CHANNELS_LAST),
-        _fold(t * x, CHANNELS_LAST),
-        _fold(u, CHANNELS_LAST),
-        _fold(u * x, CHANNELS_LAST),
-        _fold(u * t, CHANNELS_LAST),
-        _fold(k, CHANNELS_LAST),
-        _fold(kx, CHANNELS_LAST),
-        _fold(kx * x, CHANNELS_LAST),
-        _fold(k * t, CHANNELS_LAST),
-        _fold(kx * t, CHANNELS_LAST),
-        _fold(r, CHANNELS_LAST),
-        _fold(r * x, CHANNELS_LAST),
-    )
+    return [_fold(value, CHANNELS_LAST) for value in (t, t * x, u, u * x, u * t, k, kx, kx * x, k * t, kx * t, r, r * x)]
 
 
 @triton.jit
-def _second_results(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, a, b, c, e, p0, p1, x_coefficient):
+def _second_results(tile, mask, norm, parameters, silu, means):
     """gg_y and x_bar at a tile, and its sums for weight_bar and bias_bar."""
-    x = _x_hat(x, mask, mean, rstd)
+    x, t, dy, y_bar = tile
+    gamma, beta, dd_gamma, dd_beta = parameters
+    a, b, c, e, p0, p1, x_coefficient = means
+    rstd = norm[1]
+    x = _x_hat(x, mask, norm)
     t = t.to(tl.float32) - c
     f1, f2 = _slopes(x, gamma, beta, silu)
     dy = dy.to(tl.float32)
@@ -436,191 +420,66 @@ def _second_results(x, t, dy, y_bar, mask, mean, rstd, gamma, beta, dd_gamma, dd
 
 @triton.jit(do_not_specialize=["channels", "positions", "num_groups"])
 def _group_norm_silu_bwd_bwd_kernel(
-    x_ptr,
-    ggx_ptr,
-    dy_ptr,
-    y_bar_ptr,
-    weight_ptr,
-    bias_ptr,
-    ggweight_ptr,
-    ggbias_ptr,
-    mean_ptr,
-    rstd_ptr,
-    ggy_ptr,
-    x_bar_ptr,
-    weight_bar_ptr,
-    bias_bar_ptr,
-    sums_ptr,
-    channels,
-    positions,
-    num_groups,
-    silu,
-    has_y_bar,
-    has_ggweight,
-    has_ggbias,
-    need_tangent,
-    sums,
-    apply,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    # What is absent is a load or a store of nothing, not another kernel: flags in the mask, and ends of channel ranges that are 0.
-    channels, positions = _vectors(channels, positions, CHANNELS_LAST, VECTOR)
-    image, c_first, c_end, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
-    inside = _inside(channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    start, mask = _tile(image, c_first, c_end, first, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    mean = tl.load(mean_ptr + tl.program_id(0))
-    rstd = tl.load(rstd_ptr + tl.program_id(0))
-    weight_end = tl.where(has_ggweight, c_end, 0)
-    bias_end = tl.where(has_ggbias, c_end, 0)
-    kept_x = tl.load(x_ptr + start + inside, mask, other=0.0)
-    kept_t = tl.load(ggx_ptr + start + inside, mask, other=0.0)
-    kept_dy = tl.load(dy_ptr + start + inside, mask, other=0.0)
-    kept_y_bar = tl.load(y_bar_ptr + start + inside, mask & has_y_bar, other=0.0)
-    first_gamma = _channel(weight_ptr, c_first, c_end, BLOCK_C)
-    first_beta = _channel(bias_ptr, c_first, c_end, BLOCK_C)
-    first_dd_gamma = _channel(ggweight_ptr, c_first, weight_end, BLOCK_C)
-    first_dd_beta = _channel(ggbias_ptr, c_first, bias_end, BLOCK_C)
+    x_ptr, ggx_ptr, dy_ptr, y_bar_ptr, weight_ptr, bias_ptr, ggweight_ptr, ggbias_ptr, mean_ptr, rstd_ptr,
+    ggy_ptr, x_bar_ptr, weight_bar_ptr, bias_bar_ptr, sums_ptr,
+    channels, positions, num_groups, silu, has_y_bar, has_ggweight, has_ggbias, need_tangent, sums, apply,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # Optional tensors need no variant of the kernel: run-time flags mask off their loads and stores.
+    span, c_first, first, last = _work(channels, positions, num_groups, CHANNELS_LAST, VECTOR, BLOCK_P)
+    c_end = span[1]
+    inside = _inside(span, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    start, mask = _tile(span, c_first, first, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    norm = tl.load(mean_ptr + tl.program_id(0)), tl.load(rstd_ptr + tl.program_id(0))
+    ends = c_end, tl.where(has_ggweight, c_end, 0), tl.where(has_ggbias, c_end, 0)
+    tile_ptrs = x_ptr, ggx_ptr, dy_ptr, y_bar_ptr
+    channel_ptrs = weight_ptr, bias_ptr, ggweight_ptr, ggbias_ptr
+    kept = _second_tile(tile_ptrs, (start, inside), mask, has_y_bar)
+    kept_parameters = _second_channel(channel_ptrs, c_first, ends, BLOCK_C)
 
     if sums:
-        c, e, a, b, q, sum_k, sum_kx, sum_kxx, sum_kt, sum_kxt, sum_r, sum_rx = _second_sums(
-            kept_x,
-            kept_t,
-            kept_dy,
-            kept_y_bar,
-            mask,
-            mean,
-            rstd,
-            first_gamma,
-            first_beta,
-            first_dd_gamma,
-            first_dd_beta,
-            silu,
-            CHANNELS_LAST,
-        )
+        folded = _second_sums(kept, mask, norm, kept_parameters, silu, CHANNELS_LAST)
         for c_begin in range(c_first, c_end, BLOCK_C):
-            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
-            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
-            dd_gamma = _channel(ggweight_ptr, c_begin, weight_end, BLOCK_C)
-            dd_beta = _channel(ggbias_ptr, c_begin, bias_end, BLOCK_C)
+            parameters = _second_channel(channel_ptrs, c_begin, ends, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x = tl.load(x_ptr + at + inside, there, other=0.0)
-                t = tl.load(ggx_ptr + at + inside, there, other=0.0)
-                dy = tl.load(dy_ptr + at + inside, there, other=0.0)
-                y_bar = tl.load(y_bar_ptr + at + inside, there & has_y_bar, other=0.0)
-                s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11 = _second_sums(
-                    x, t, dy, y_bar, there, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, CHANNELS_LAST
-                )
-                c += s0
-                e += s1
-                a += s2
-                b += s3
-                q += s4
-                sum_k += s5
-                sum_kx += s6
-                sum_kxx += s7
-                sum_kt += s8
-                sum_kxt += s9
-                sum_r += s10
-                sum_rx += s11
-        c = tl.sum(c)
-        e = tl.sum(e)
-        a = tl.sum(a)
-        b = tl.sum(b)
-        q = tl.sum(q)
-        sum_k = tl.sum(sum_k)
-        sum_kx = tl.sum(sum_kx)
-        sum_kxx = tl.sum(sum_kxx)
-        sum_kt = tl.sum(sum_kt)
-        sum_kxt = tl.sum(sum_kxt)
-        sum_r = tl.sum(sum_r)
-        sum_rx = tl.sum(sum_rx)
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                values = _second_tile(tile_ptrs, (at, inside), there, has_y_bar)
+                folded = _plus(folded, _second_sums(values, there, norm, parameters, silu, CHANNELS_LAST))
+        totals = _totals(folded)
     else:
-        c = _load_sum(sums_ptr, 0, 12)
-        e = _load_sum(sums_ptr, 1, 12)
-        a = _load_sum(sums_ptr, 2, 12)
-        b = _load_sum(sums_ptr, 3, 12)
-        q = _load_sum(sums_ptr, 4, 12)
-        sum_k = _load_sum(sums_ptr, 5, 12)
-        sum_kx = _load_sum(sums_ptr, 6, 12)
-        sum_kxx = _load_sum(sums_ptr, 7, 12)
-        sum_kt = _load_sum(sums_ptr, 8, 12)
-        sum_kxt = _load_sum(sums_ptr, 9, 12)
-        sum_r = _load_sum(sums_ptr, 10, 12)
-        sum_rx = _load_sum(sums_ptr, 11, 12)
+        totals = _totals(_load_sums(sums_ptr, 12))
 
     if apply:
+        sum_t, sum_tx, sum_u, sum_ux, sum_ut, sum_k, sum_kx, sum_kxx, sum_kt, sum_kxt, sum_r, sum_rx = totals
         size = (channels // num_groups).to(tl.float32) * positions
-        c /= size
-        e /= size
-        a /= size
-        b /= size
+        a = sum_u / size
+        b = sum_ux / size
+        c = sum_t / size
+        e = sum_tx / size
         # M[v] and M[v x_hat], now that c and e are known
-        p0 = (rstd * (sum_kt - c * sum_k - e * sum_kx) + sum_r) / size
-        p1 = (rstd * (sum_kxt - c * sum_kx - e * sum_kxx) + sum_rx) / size
-        x_coefficient = q / size - a * c - 3.0 * b * e
+        p0 = (norm[1] * (sum_kt - c * sum_k - e * sum_kx) + sum_r) / size
+        p1 = (norm[1] * (sum_kxt - c * sum_kx - e * sum_kxx) + sum_rx) / size
+        means = a, b, c, e, p0, p1, sum_ut / size - a * c - 3.0 * b * e
 
-        gg_y, x_bar, weight_bar, bias_bar = _second_results(
-            kept_x,
-            kept_t,
-            kept_dy,
-            kept_y_bar,
-            mask,
-            mean,
-            rstd,
-            first_gamma,
-            first_beta,
-            first_dd_gamma,
-            first_dd_beta,
-            silu,
-            a,
-            b,
-            c,
-            e,
-            p0,
-            p1,
-            x_coefficient,
-        )
+        gg_y, x_bar, weight_bar, bias_bar = _second_results(kept, mask, norm, kept_parameters, silu, means)
         tl.store(ggy_ptr + start + inside, gg_y, mask & need_tangent)
         tl.store(x_bar_ptr + start + inside, x_bar, mask)
         for c_begin in range(c_first, c_end, BLOCK_C):
-            gamma = _channel(weight_ptr, c_begin, c_end, BLOCK_C)
-            beta = _channel(bias_ptr, c_begin, c_end, BLOCK_C)
-            dd_gamma = _channel(ggweight_ptr, c_begin, weight_end, BLOCK_C)
-            dd_beta = _channel(ggbias_ptr, c_begin, bias_end, BLOCK_C)
+            parameters = _second_channel(channel_ptrs, c_begin, ends, BLOCK_C)
             for tile in range(tl.where(c_begin == c_first, first + 1, first), last):
-                at, there = _tile(image, c_begin, c_end, tile, channels, positions, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                x = tl.load(x_ptr + at + inside, there, other=0.0)
-                t = tl.load(ggx_ptr + at + inside, there, other=0.0)
-                dy = tl.load(dy_ptr + at + inside, there, other=0.0)
-                y_bar = tl.load(y_bar_ptr + at + inside, there & has_y_bar, other=0.0)
-                gg_y, x_bar, s0, s1 = _second_results(
-                    x, t, dy, y_bar, there, mean, rstd, gamma, beta, dd_gamma, dd_beta, silu, a, b, c, e, p0, p1, x_coefficient
-                )
+                at, there = _tile(span, c_begin, tile, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+                values = _second_tile(tile_ptrs, (at, inside), there, has_y_bar)
+                gg_y, x_bar, more_weight_bar, more_bias_bar = _second_results(values, there, norm, parameters, silu, means)
                 tl.store(ggy_ptr + at + inside, gg_y, there & need_tangent)
                 tl.store(x_bar_ptr + at + inside, x_bar, there)
-                weight_bar += s0
-                bias_bar += s1
-            _store_channel(weight_bar_ptr, image, weight_bar, c_begin, c_end, channels, BLOCK_C)
-            _store_channel(bias_bar_ptr, image, bias_bar, c_begin, c_end, channels, BLOCK_C)
+                weight_bar += more_weight_bar
+                bias_bar += more_bias_bar
+            _store_channel(weight_bar_ptr, span, c_begin, weight_bar, BLOCK_C)
+            _store_channel(bias_bar_ptr, span, c_begin, bias_bar, BLOCK_C)
             weight_bar = tl.zeros_like(weight_bar)
             bias_bar = tl.zeros_like(bias_bar)
     else:
-        _store_sum(sums_ptr, c, 0, 12)
-        _store_sum(sums_ptr, e, 1, 12)
-        _store_sum(sums_ptr, a, 2, 12)
-        _store_sum(sums_ptr, b, 3, 12)
-        _store_sum(sums_ptr, q, 4, 12)
-        _store_sum(sums_ptr, sum_k, 5, 12)
-        _store_sum(sums_ptr, sum_kx, 6, 12)
-        _store_sum(sums_ptr, sum_kxx, 7, 12)
-        _store_sum(sums_ptr, sum_kt, 8, 12)
-        _store_sum(sums_ptr, sum_kxt, 9, 12)
-        _store_sum(sums_ptr, sum_r, 10, 12)
-        _store_sum(sums_ptr, sum_rx, 11, 12)
+        _store_sums(sums_ptr, totals)
 
 
 @dataclass(frozen=True)
@@ -628,62 +487,43 @@ class _Plan:
     """How one call is cut into programs and tiles."""
 
     channels_last: bool
-    vector: int  # what lies together in memory starts and ends at multiples of it, in elements
+    vector: int  # elements; rows along the contiguous axis start and end at multiples of it
     block_c: int
     block_p: int
     num_splits: int  # 0 where there is nothing to do
     num_warps: int
 
 
-def _key(part: str, bits: int, channels_last: bool, vector: int, block_c: int) -> str:
-    return f"{part} {bits}-bit {'last' if channels_last else 'first'} V={vector} C={block_c}"
+ENOUGH_PROGRAMS = 512  # to fill a GPU: about two waves on the largest of today's
+TILES_PER_PROGRAM = 4  # at least; for fewer, a second launch does not pay
 
 
-# Elements of a tile that a thread holds: 8, or 4 where there are no vectors and each needs registers for an address of its own.
-# Programs that are enough to fill a GPU: about two waves on the largest of today's.
-SCHEDULES: dict[str, Schedule] = {
-    _key(part, bits, last, vector, block_c): {"elements": 8 if vector > 1 else 4, "programs": 512, "num_warps": num_warps}
-    for part, num_warps in (("fwd", 8), ("bwd", 8), ("tan", 4), ("bwd_bwd", 4))
-    for bits in (16, 32)
-    for last, vectors, blocks in (
-        (False, (128 // bits,), (32, 8, 2)),
-        (False, (1,), (32, 8, 4)),
-        (True, (128 // bits, 4, 1), (32, 8)),
-    )
-    for vector in vectors
-    for block_c in blocks
-}
-
-TILES_PER_PROGRAM = 4  # fewer are not worth a launch of their own
-
-
-def _plan(x: Tensor, num_groups: int, part: str) -> _Plan:
+def _plan(x: Tensor, num_groups: int, num_warps: int) -> _Plan:
     batch, channels = x.shape[:2]
     positions = x.shape[2:].numel()
     size = channels // num_groups
-    # What lies together in memory decides the shape of the tiles, and only there vectors matter: of 16 bytes, or else none.
+    # Tiles are shaped by which axis is contiguous in memory. Vectors run along it: 16 bytes where its length allows, else one element.
     channels_last, whole = not x.is_contiguous() or positions == 1, 16 // x.element_size()
     if channels_last:
-        # Groups of 4 channels are common. Maps of 6 x 6 or 14 x 14 are not common enough for as many more binaries.
+        # Vectors of 4 too, as groups of 4 channels are common. With channels first, few images would use them (6 x 6, 14 x 14 pixels).
         vector = next(width for width in (whole, 4, 1) if size % width == 0)
         block_c = 8 if size <= 8 else 32
     else:
         vector = whole if positions % whole == 0 else 1
         few, rows_of_many = (64, 2) if vector > 1 else (16, 4)
         block_c = 32 if positions <= few else 8 if positions <= 256 else rows_of_many
-    tile = schedule("group_norm_silu", _key(part, 8 * x.element_size(), channels_last, vector, block_c), x.device)
-    num_warps = tile["num_warps"]
-    block_p = max(tile["elements"] * 32 * num_warps // block_c, 4)  # _fold takes fours
+    elements = 8 if vector > 1 else 4  # per thread: fewer without vectors, where each element's address takes registers of its own
+    block_p = max(elements * 32 * num_warps // block_c, 4)  # _fold takes fours
     tiles = -(-positions // block_p)
-    wanted = -(-tile["programs"] // max(batch * num_groups, 1))
+    wanted = -(-ENOUGH_PROGRAMS // max(batch * num_groups, 1))
     splits = max(min(wanted, tiles, tiles * -(-size // block_c) // TILES_PER_PROGRAM, MAX_SPLITS.value), 1)
-    # The kernel rounds tiles per split up; no split may be left without one.
+    # The kernel rounds the number of tiles per split up, so fewer splits may do; none may be left without a tile.
     splits = -(-tiles // -(-tiles // splits)) if x.numel() else 0
     return _Plan(channels_last, vector, block_c, block_p, splits, num_warps)
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """value itself, or a copy where it starts between two vectors: kernels are compiled for pointers to whole ones only."""
+    """value, or a copy where its address is no multiple of 16 bytes: kernels are compiled for aligned pointers only."""
     return value.clone() if value.storage_offset() * value.element_size() % 16 else value
 
 
@@ -716,7 +556,7 @@ def _launch(
 
 
 def _sums(plan: _Plan, count: int, like: Tensor) -> Tensor:
-    """The buffer between two launches, for `like` [B, G]; where there is one launch, any pointer will do."""
+    """The buffer between two launches, for `like` [B, G]; a single launch does not use it, and `like` stands in."""
     return like if plan.num_splits == 1 else like.new_empty(like.numel() * count * plan.num_splits)
 
 
@@ -730,7 +570,7 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
     """y; mean and rstd = 1 / sqrt(variance + norm_eps) of each group, float32; both 0 where a group has no elements."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, y = _plan(x, num_groups, "fwd"), torch.empty_like(x)
+    plan, y = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     allocate = torch.empty if plan.num_splits else torch.zeros
     mean, rstd = (allocate(x.shape[0], num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
     arguments = gamma, beta, y, mean, rstd, _sums(plan, 4, mean)
@@ -750,7 +590,7 @@ def group_norm_silu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [C], [C]
     """grad_x, grad_weight, grad_bias: the gradient of <grad_y, y>."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, grad_x = _plan(x, num_groups, "bwd"), torch.empty_like(x)
+    plan, grad_x = _plan(x, num_groups, num_warps=8), torch.empty_like(x)
     grad_weight, grad_bias = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
     arguments = _like(grad_y, x), gamma, beta, _parameter(mean), _parameter(rstd), grad_x, grad_weight, grad_bias, _sums(plan, 2, mean)
     _launch(_group_norm_silu_bwd_kernel, plan, x, num_groups, *arguments, after=(silu,))
@@ -769,7 +609,7 @@ def group_norm_silu_tan(
 ) -> Tensor:  # [B, C, ...]
     """ty: the tangent of y along tx, parameters constant."""
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, ty = _plan(x, num_groups, "tan"), torch.empty_like(x)
+    plan, ty = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     arguments = _like(tx, x), gamma, beta, _parameter(mean), _parameter(rstd), ty, _sums(plan, 2, mean)
     _launch(_group_norm_silu_tan_kernel, plan, x, num_groups, *arguments, after=(silu,))
     return ty
@@ -796,10 +636,10 @@ def group_norm_silu_bwd_bwd(
     with respect to grad_y, x, weight and bias; the dependence of mean and rstd on x is included.
     """
     x, gamma, beta = _dense(x), _parameter(weight), _parameter(bias)
-    plan, x_bar = _plan(x, num_groups, "bwd_bwd"), torch.empty_like(x)
+    plan, x_bar = _plan(x, num_groups, num_warps=4), torch.empty_like(x)
     gg_y = torch.empty_like(x) if need_tangent else None
     weight_bar, bias_bar = (mean.new_empty(x.shape[0] * plan.num_splits, x.shape[1]) for _ in range(2))
-    # The pointer of what is absent must be valid, no more, and of the right type.
+    # An absent tensor is never read or written, but its pointer must be valid and of the right type.
     inputs = _like(ggx, x), _like(grad_y, x), x if y_bar is None else _like(y_bar, x)
     parameters = gamma, beta, *(gamma if value is None else _parameter(value) for value in (ggweight, ggbias))
     outputs = x_bar if gg_y is None else gg_y, x_bar, weight_bar, bias_bar

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ._common import launch
 from .random import COUNTER, counter, random_normals
-from .tiles import Schedule, schedule
 
 _STRIDES = ("stride_pred_c", "stride_pred_p", "stride_grad_c", "stride_grad_p")
 
@@ -95,7 +94,7 @@ def _guided_loss_fwd_kernel(
             eps = eps.to(eps_pred.dtype).to(tl.float32)
         else:
             eps = tl.load(eps_ptr + row + (c * pixels + pixel), mask=mask, other=0.0).to(tl.float32)
-        # Noise is drawn beyond the end of a sample too, and must not count there.
+        # Noise is drawn beyond the end of a sample as well; the mask keeps it out of the sums.
         d = tl.where(mask, eps - eps_pred.to(tl.float32), 0.0)
         r = d + sigma * grad_log_q
         guided += r * r
@@ -109,12 +108,7 @@ def _guided_loss_fwd_kernel(
     tl.store(unguided_ptr + program, unguided_sum)
 
 
-SCHEDULES: dict[str, Schedule] = {
-    f"{bits}-bit {layout}, eps {eps}": {"BLOCK_Q": 256, "num_warps": 4}
-    for bits in (16, 32)
-    for layout in ("flat", "any")
-    for eps in ("stored", "drawn")
-}
+BLOCK_Q = 256  # quads of elements per program
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -147,9 +141,7 @@ def guided_loss_fwd(
     else:
         strides = [s for x in (eps_pred, grad_log_q) for s in ((pixels, 1) if x.is_contiguous() else (1, channels))]
         flat = False
-    key = f"{8 * eps_pred.element_size()}-bit {'flat' if flat else 'any'}, eps {'drawn' if eps is None else 'stored'}"
-    tile = schedule("guided_loss", key, eps_pred.device)
-    blocks = triton.cdiv(pixels, 4 * tile["BLOCK_Q"])
+    blocks = triton.cdiv(pixels, 4 * BLOCK_Q)
     grad_eps_pred, grad_grad_log_q = torch.empty_like(eps_pred), torch.empty_like(grad_log_q)
     loss, unguided = (eps_pred.new_empty((samples, blocks), dtype=torch.float32) for _ in range(2))
     launch(
@@ -158,7 +150,7 @@ def guided_loss_fwd(
         eps_pred,
         grad_log_q,
         None if eps is None else eps.contiguous(),
-        index.contiguous() if eps is None else None,
+        None if eps is not None or index is None else index.contiguous(),
         *(value.contiguous() for value in (sigma_t, weight, unconditional_weight)),
         grad_eps_pred,
         grad_grad_log_q,
@@ -172,7 +164,7 @@ def guided_loss_fwd(
         *counter(seed, step, stream),
         fp_fusion=False,
         FLAT=flat,
-        **tile,
+        BLOCK_Q=BLOCK_Q,
     )
     loss, unguided = (partial.squeeze(1) if blocks == 1 else partial.sum(1) for partial in (loss, unguided))
     return loss, unguided, grad_eps_pred, grad_grad_log_q

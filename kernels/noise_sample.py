@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ._common import launch
 from .random import COUNTER, counter, random_normals
-from .tiles import Schedule, schedule
 
 
 @triton.jit(do_not_specialize=["levels", "size", "blocks", *COUNTER])
@@ -62,7 +61,7 @@ def _noise_sample_fwd_kernel(
             tl.store(eps_ptr + row * size + element, eps, mask=mask)
 
 
-SCHEDULES: dict[str, Schedule] = {f"{bits}-bit {size}": {"BLOCK_Q": 128, "num_warps": 4} for bits in (16, 32) for size in ("wide", "any")}
+BLOCK_Q = 128  # quads of elements per program
 
 
 def noise_sample_fwd(
@@ -77,11 +76,9 @@ def noise_sample_fwd(
 ) -> tuple[Tensor, Tensor | None]:  # [B*K, C, H, W] twice
     """x_t and, where asked for, eps; contiguous, in the dtype of x_0: float32, float16 or bfloat16."""
     levels, size = alpha_t.shape[1], x_0.shape[1:].numel()
-    wide = size % 16 == 0
-    tile = schedule("noise_sample", f"{8 * x_0.element_size()}-bit {'wide' if wide else 'any'}", x_0.device)
     x_t = x_0.new_empty((x_0.shape[0] * levels, *x_0.shape[1:]))
     eps = torch.empty_like(x_t) if store_eps else None
-    blocks = triton.cdiv(size, 4 * tile["BLOCK_Q"])
+    blocks = triton.cdiv(size, 4 * BLOCK_Q)
     inputs = (value.contiguous() for value in (x_0, alpha_t, sigma_t, index))
     launch(
         _noise_sample_fwd_kernel,
@@ -94,8 +91,8 @@ def noise_sample_fwd(
         blocks,
         *counter(seed, step, stream),
         fp_fusion=False,
-        WIDE=wide,
-        **tile,
+        WIDE=size % 16 == 0,
+        BLOCK_Q=BLOCK_Q,
     )
     return x_t, eps
 

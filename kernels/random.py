@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import launch
-from .tiles import Schedule, schedule
 
 NUM_STREAMS = 16  # the number and the two streams below repeat `sami_fast.reference.random`, which this package does not import
 STREAM_LOGSNR = 2
@@ -184,7 +183,7 @@ def _stratified_uniform_kernel(
     Counting takes global_batch^2 comparisons of keys made on the spot, and no memory; every image is written by one program, the one
     that holds its j. Reads 8 bytes per image in each of the global_batch / BLOCK_J programs, writes 4 per level.
     """
-    rank_low, logsnr_low = offset_low | _STREAM_RANK, offset_low | _STREAM_LOGSNR  # the streams occupy four free bits
+    rank_low, logsnr_low = offset_low | _STREAM_RANK, offset_low | _STREAM_LOGSNR  # stream 0 leaves the low four bits of an offset free
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     key_j = _sort_key(j, seed_low, seed_high, rank_low, offset_high)
     count = tl.zeros((BLOCK_J, BLOCK_I), tl.int32)
@@ -204,7 +203,7 @@ def _stratified_uniform_kernel(
         index = tl.load(index_ptr + image, mask=image < num_images, other=-1)
         match = ((place[:, None] == index[None, :]) & (j < global_batch)[:, None]).to(tl.int32)
         found = tl.sum(match, axis=0) > 0
-        # Most programs hold no image of a small local batch, and skip the drawing.
+        # With a small local batch most programs hold none of its images; they skip the drawing.
         if tl.max(found.to(tl.int32), axis=0) > 0:
             rank = tl.sum(match * j[:, None], axis=0).to(tl.float32)
             for q in range(quads):
@@ -214,37 +213,22 @@ def _stratified_uniform_kernel(
                 tl.store(out_ptr + image.to(tl.int64)[:, None] * levels + k, u, mask=found[:, None] & (k < levels))
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "normals": {"BLOCK_Q": 256, "num_warps": 4},
-    "uniforms": {"BLOCK_Q": 256, "num_warps": 4},
-    "strata": {"BLOCK_J": 32, "BLOCK_I": 128, "num_warps": 4},
-}
+BLOCK_Q = 256  # quads of elements per program
+BLOCK_J, BLOCK_I = 32, 128  # elements of the permutation per program, and those it is compared with at a time
 
 
-def counter(seed: int, step: int, stream: int) -> tuple[int, int, int, int]:
-    """Seed and offset as the signed 32-bit words that kernels take: low and high word of each."""
+def counter(seed: int, step: int, stream: int) -> tuple[int, ...]:
+    """Seed and offset as the four signed 32-bit words that kernels take: low and high word of each."""
     offset = step * NUM_STREAMS + stream
     words = (seed & 0xFFFFFFFF, seed >> 32, offset & 0xFFFFFFFF, offset >> 32)
     return tuple(word - (1 << 32) if word >> 31 else word for word in words)
 
 
 def _random(normal: bool, seed: int, step: int, stream: int, index: Tensor, size: int) -> Tensor:
-    tile = schedule("random", "normals" if normal else "uniforms", index.device)
     out = index.new_empty((index.shape[0], size), dtype=torch.float32)
     num_quads = index.shape[0] * triton.cdiv(size, 4)
-    grid = (triton.cdiv(num_quads, tile["BLOCK_Q"]),)
-    launch(
-        _random_kernel,
-        grid,
-        index.contiguous(),
-        out,
-        size,
-        num_quads,
-        *counter(seed, step, stream),
-        fp_fusion=False,
-        NORMAL=normal,
-        **tile,
-    )
+    arguments = index.contiguous(), out, size, num_quads, *counter(seed, step, stream)
+    launch(_random_kernel, (triton.cdiv(num_quads, BLOCK_Q),), *arguments, fp_fusion=False, NORMAL=normal, BLOCK_Q=BLOCK_Q)
     return out
 
 
@@ -261,14 +245,13 @@ def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int) 
 def stratified_uniform(index: Tensor, levels: int, global_batch: int, *, seed: int, step: int) -> Tensor:
     """Nested stratified uniforms of the images at `index` [B] int64, 0 <= index < global_batch. [B, levels] float32.
 
-    No program finds an index outside the batch: what it gets is NaN.
+    An index outside the batch gets NaN: no program finds it.
     """
-    tile = schedule("random", "strata", index.device)
     out = index.new_full((index.shape[0], levels), float("nan"), dtype=torch.float32)
-    # Without an image there is nothing to match; a grid of all j would count in vain.
-    grid = (triton.cdiv(global_batch, tile["BLOCK_J"]) if out.numel() else 0,)
+    # Without images there is nothing to do, and no program is started.
+    grid = (triton.cdiv(global_batch, BLOCK_J) if out.numel() else 0,)
     arguments = index.contiguous(), out, index.shape[0], levels, global_batch, *counter(seed, step, 0)
-    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, **tile)
+    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, BLOCK_J=BLOCK_J, BLOCK_I=BLOCK_I)
     return out
 
 

@@ -177,7 +177,7 @@ def test_an_operator_inside_an_operator(monkeypatch: pytest.MonkeyPatch):
 VARIANT = """
 from dataclasses import replace
 from sami_fast.kernels import aot
-source = next(s for s in aot.sources("random", 90) if s.label == "normals")
+source = next(s for s in aot.sources("random") if s.label == "normals")
 for changes in ({}, {"num_warps": 1}):
     row = aot.build(replace(source, **changes), 90)
     print(row.version, *row.name, *row.figures.values(), sep="|")

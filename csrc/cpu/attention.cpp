@@ -2,7 +2,7 @@
 //
 // A piece of work is some queries of one head, taken QUERIES at a time over KEYS keys at a time. Its keys are first copied into the order
 // in which products read them. A backward sums dQ along a row of tiles and dK, dV down the columns, in one sweep: P and dS are made once.
-// Where there are few heads, they are cut into pieces whose dK and dV are added afterwards, in order; how, depends on the shape alone.
+// Where there are few heads, they are cut into pieces whose dK and dV are added afterwards, in order. The cut depends on the shape alone.
 
 #include <sami_fast/attention.h>
 
@@ -18,16 +18,16 @@
 namespace sami_fast {
 namespace {
 
-constexpr int64_t QUERIES = 64, KEYS = 128;  // of a tile: four of them and what is multiplied with them stay in the second cache
-constexpr int64_t PIECES = 4;               // wanted, so that there is work for so many threads; each takes memory of its own
-constexpr int64_t PIECE_QUERIES = 256;      // fewer in a piece would not be worth another copy of the keys
+constexpr int64_t QUERIES = 64, KEYS = 128;  // of a tile; four tiles and their operands fit the L2 cache
+constexpr int64_t PIECES = 4;               // aimed at, to give as many threads work; each takes memory of its own
+constexpr int64_t PIECE_QUERIES = 256;      // of a piece, at least, or another copy of the keys does not pay
 
 constexpr int64_t STRIP = 16;               // rows that are transposed together
-constexpr int64_t LANES = 8;                // of a sum along a row
+constexpr int64_t LANES = 8;                // partial sums of a row
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Scratch memory, handed out in aligned runs. Without memory it counts what would be needed.
+// Scratch memory, handed out in aligned runs. One without memory only counts what would be needed.
 class Scratch {
  public:
   Scratch() = default;
@@ -52,7 +52,7 @@ class Scratch {
   size_t used_ = 0;
 };
 
-// Rows of one head, anywhere.
+// Rows of one head, with any strides.
 template <class T>
 struct Rows {
   T* data;
@@ -80,7 +80,7 @@ Heads<T> result_heads(Tensor& x) {
   return {output<T>(x), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// factor * x [rows, size] -> [padded, ld], zeros around it.
+// factor * x [rows, size] -> [padded, ld], the rest zeros.
 template <class T>
 void pack_rows(const Rows<const T>& x, int64_t rows, int64_t padded, int64_t size, T factor, T* to, int64_t ld) {
   if (x.stride_d == 1) {
@@ -89,7 +89,7 @@ void pack_rows(const Rows<const T>& x, int64_t rows, int64_t padded, int64_t siz
       for (int64_t d = 0; d < size; ++d) to[i * ld + d] = factor * from[d];
     }
   } else if (x.stride_s == 1) {
-    // A few rows at a time, so that the lines written to stay in the first cache until they are full.
+    // A few rows at a time, so that the cache lines written to stay in the L1 cache until they are full.
     for (int64_t i = 0; i < rows; i += STRIP) {
       tiles::transpose(x.data + i, x.stride_d, size, std::min(STRIP, rows - i), factor, to + i * ld, ld);
     }
@@ -104,7 +104,7 @@ void pack_rows(const Rows<const T>& x, int64_t rows, int64_t padded, int64_t siz
   std::fill(to + rows * ld, to + padded * ld, T(0));
 }
 
-// x [keys, size] -> panels [size, panel], each of the next keys: x^T in pieces that a product walks through in one go.
+// x [keys, size] -> panels [size, panel], each of the next `panel` keys: parts of x^T that a product reads from end to end.
 template <class T>
 void pack_panels(const Rows<const T>& x, int64_t keys, int64_t size, int64_t panel, T* to) {
   for (int64_t begin = 0; begin < keys; begin += panel, to += size * panel) {
@@ -141,7 +141,7 @@ void store_rows(const Rows<T>& to, int64_t rows, int64_t size, const T* from, in
   }
 }
 
-// Of two packed rows, whose width is a multiple of LANES.
+// Dot product of two packed rows, whose width is a multiple of LANES.
 template <class T>
 T row_dot(const T* a, const T* b, int64_t width) {
   T lane[LANES] = {};
@@ -151,7 +151,7 @@ T row_dot(const T* a, const T* b, int64_t width) {
   return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
 }
 
-// Sizes and how they are cut, the same for all levels.
+// Sizes and how they are cut, the same for all launchers.
 template <class T>
 struct Plan {
   const TileOps<T>& ops = tile_ops<T>();
@@ -170,7 +170,7 @@ struct Plan {
         causal(causal) {
     panel = 2 * ops.lanes;
     width = round_up(size, std::max(ops.lanes, LANES));
-    // Rows that are a multiple of 256 bytes apart would compete for the same places of the first cache.
+    // Rows that are a multiple of 256 bytes apart would share the same sets of the L1 cache.
     ld = width * sizeof(T) % 256 == 0 ? width + 64 / sizeof(T) : width;
     padded_keys = round_up(keys, panel);
     const int64_t blocks = (queries + QUERIES - 1) / QUERIES, rows = batch * num_heads;
@@ -178,7 +178,7 @@ struct Plan {
     piece_queries = (blocks + pieces - 1) / pieces * QUERIES;
   }
 
-  // Between the two parts of lse.
+  // Distance between the two parts of lse.
   int64_t statistics() const { return batch * num_heads * queries; }
 
   // f(piece, scratch) for every piece, with scratch memory as `Buffers` lays it out.
@@ -229,9 +229,9 @@ struct Plan {
   }
 };
 
-constexpr int64_t LD = KEYS + 16;  // of a tile of [queries, keys]; the surplus keeps its rows apart in the first cache
+constexpr int64_t LD = KEYS + 16;  // of a tile of [queries, keys]; the 16 keep its rows from sharing the same sets of the L1 cache
 
-// Scratch of a piece. What a level does not use is not taken.
+// Scratch memory of a piece; each launcher takes only what it uses.
 template <class T>
 struct Common {
   explicit Common(const Plan<T>& plan) : plan(plan) {}
@@ -247,15 +247,15 @@ struct Common {
 
 int64_t padded_rows(int64_t rows) { return round_up(rows, 4); }
 
-// The row sums of a block of queries, filled up with what makes P vanish.
+// Row sums of a block of queries, padded with a value that makes P zero.
 template <class T>
 void load_column(const T* from, int64_t rows, T fill, T* to) {
   std::copy(from, from + rows, to);
   std::fill(to + rows, to + padded_rows(rows), fill);
 }
 
-// Where the gradients of keys and values are summed: in scratch memory and then straight to their place, or where a head is cut into
-// pieces, each in its part of a buffer.
+// Sums of the gradients of keys and values: in scratch memory where a head is one piece, else in a part of a buffer for each piece, which
+// are added up at the end.
 template <class T>
 class KeySums {
  public:

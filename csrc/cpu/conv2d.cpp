@@ -1,8 +1,8 @@
 // 3x3 convolution with zeros around the images on the CPU, by the 16 matrix products of Winograd's F(2x2, 3x3).
 //
-// Images have their channels innermost. They are cut into tiles of 2x2 results, a block of which is transformed, multiplied and transformed
-// back while it stays in the second cache. The gradient in the input is the same with other weights. The gradient in the weights adds up
-// 16 products over the tiles of a piece, and pieces in their order; how tiles are cut into blocks and pieces depends on the shape alone.
+// Images have their channels innermost and are cut into tiles of 2x2 results. A block of tiles is transformed, multiplied and transformed
+// back while it stays in the L2 cache. The gradient in the input is the same convolution with flipped weights. The gradient in the weights
+// sums 16 products over the tiles of a piece, then over the pieces in order. Blocks and pieces depend on the shape alone.
 
 #include <sami_fast/winograd.h>
 
@@ -25,15 +25,15 @@ namespace {
 
 using winograd::POSITIONS;
 
-constexpr int64_t BLOCK_FLOATS = 1 << 16;  // of the transformed tiles of a block: with weights and pixels they fit the second cache
-constexpr int64_t MOST_TILES = 128;        // of a block
-constexpr int64_t FEWEST_TILES = 16;       // of a block, or the weights would be read too often
+constexpr int64_t BLOCK_FLOATS = 1 << 16;  // of a block of transformed tiles, which fits the L2 cache together with weights and pixels
+constexpr int64_t MOST_TILES = 128;        // of a block, at most
+constexpr int64_t FEWEST_TILES = 16;       // of a block, at least, or the weights would be read too often
 constexpr int64_t PIECES = 16;             // of a gradient in the weights, at most
-constexpr int64_t PIECE_TILES = 512;       // fewer in a piece would not be worth another sum, but for a second thread
+constexpr int64_t PIECE_TILES = 512;       // of a piece, at least, except to give a second thread work
 constexpr int64_t STRIP = 16;              // inputs whose weights are transformed together
-constexpr int64_t ROWS = 4;                // products have a multiple of it
-constexpr int64_t WIDEST = 16;             // lanes of a register
-constexpr int64_t APART = 16;              // floats between positions, which would else compete for the same places of the first cache
+constexpr int64_t ROWS = 4;                // rows of a product come in multiples of it
+constexpr int64_t WIDEST = 16;             // lanes of the widest register
+constexpr int64_t APART = 16;              // floats between positions, which would otherwise share the same sets of the L1 cache
 
 int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 int64_t round_up(int64_t value, int64_t step) { return divide_up(value, step) * step; }
@@ -53,7 +53,7 @@ class Scratch {
   std::unique_ptr<float, Free> memory_;
 };
 
-// The tiles of all images, one row after the other.
+// How images are cut into tiles, which are counted row by row and image by image.
 struct Grid {
   int64_t batch, height, width, rows, columns, tiles;
 
@@ -66,7 +66,7 @@ struct Grid {
         tiles(batch * rows * columns) {}
 };
 
-// One tile after the other.
+// Where a tile lies, and the step to the next one.
 struct Place {
   const Grid& grid;
   int64_t image, row, column;
@@ -84,7 +84,7 @@ struct Place {
   }
   // The pixel (y, x) of the image, counted through all images.
   SAMI_FAST_HD int64_t pixel(int64_t y, int64_t x) const { return (image * grid.height + y) * grid.width + x; }
-  // Where the lines of pixels that its row of tiles needs begin (but for the one above) and end
+  // The image lines that this row of tiles reads, as pixels from begin to end; the line above them is left out.
   int64_t lines_begin() const { return pixel(2 * row, 0); }
   int64_t lines_end() const { return pixel(std::min(2 * row + 3, grid.height), 0); }
 };
@@ -101,7 +101,7 @@ struct Transformed {
   }
 };
 
-// f(c) for the first channel of every register; where channels are no whole number of registers, the last one begins early.
+// Calls f with the first channel of every register. A last register that would not be full begins earlier and overlaps the one before.
 template <class P, class F>
 SAMI_FAST_HD void each_register(int64_t channels, const F& f) {
   int64_t c = 0;
@@ -109,9 +109,9 @@ SAMI_FAST_HD void each_register(int64_t channels, const F& f) {
   if (c < channels) f(channels - P::lanes);
 }
 
-// The tiles [first, first + count) of x, each with a pixel more on every side; `zeros` is a line of pixels outside the image.
+// Transforms the tiles [first, first + count) of x, each with one more pixel on every side; `zeros` stands for lines outside the image.
 //
-// A run of tiles in one line of an image shares columns of pixels, so that each is transformed along the column once.
+// Neighbouring tiles of a line share columns of pixels, so each column is transformed once and kept for the next tile.
 template <class P>
 SAMI_FAST_HD void transform_input(
     const Grid& grid, const float* x, int64_t channels, int64_t first, int64_t count, const float* zeros, const Transformed& to) {
@@ -168,7 +168,7 @@ SAMI_FAST_HD void transform_input(
   }
 }
 
-// The other way for tiles of results, and the bias.
+// Transforms products back into tiles of results, and adds the bias.
 template <class P>
 SAMI_FAST_HD void transform_output(
     const Grid& grid, const Transformed& from, int64_t channels, int64_t first, int64_t count, const float* bias, float* y) {
@@ -219,12 +219,12 @@ SAMI_FAST_HD void transform_gradient(
   }
 }
 
-// sums [channels] += the sums of a block of gradients; what stands in the middle of a transformed tile is the sum of all four.
+// sums [channels] += the sums of a block of gradients; position 5 of a transformed tile is the sum of its four gradients.
 template <class P>
 SAMI_FAST_HD void add_bias_gradient(const Transformed& from, int64_t channels, int64_t count, float* sums) {
   const float* z = from.data + 5 * from.position;
   for (int64_t c = 0; c < channels; c += P::lanes) {
-    // A row is whole registers, of which the lanes behind the last channel are left out.
+    // Rows are padded to whole registers; the lanes after the last channel do not count.
     P sum(0.0f);
     for (int64_t t = 0; t < count; ++t) sum += P::load(z + t * from.tile + c);
     float each[P::lanes];
@@ -317,19 +317,19 @@ struct Ops {
   };
 
 OPS(Plain, SAMI_FAST_PLAIN, 4)
-#if defined(SAMI_FAST_X86_LEVELS)
+#if defined(SAMI_FAST_X86_SETS)
 OPS(Avx2, SAMI_FAST_AVX2, 4)
 OPS(Avx512, SAMI_FAST_AVX512, BYTES == 64 ? 4 : 8)
 #endif
 
-template <template <int> class Level>
+template <template <int> class Set>
 const Ops& of_width(int64_t lanes) {
-  return lanes >= 8 ? Level<32>::ops : lanes >= 4 ? Level<16>::ops : Level<4>::ops;
+  return lanes >= 8 ? Set<32>::ops : lanes >= 4 ? Set<16>::ops : Set<4>::ops;
 }
 
 // The widest registers that the machine has and that are no wider than `lanes`.
 const Ops& ops_of(int64_t lanes) {
-#if defined(SAMI_FAST_X86_LEVELS)
+#if defined(SAMI_FAST_X86_SETS)
   static const int machine = __builtin_cpu_supports("x86-64-v4") ? 16 : __builtin_cpu_supports("x86-64-v3") ? 8 : 4;
   if (machine == 16) return lanes >= 16 ? Avx512<64>::ops : of_width<Avx512>(lanes);
   if (machine == 8) return of_width<Avx2>(lanes);
@@ -337,19 +337,19 @@ const Ops& ops_of(int64_t lanes) {
   return of_width<Plain>(std::min<int64_t>(lanes, 4));
 }
 
-// For what reads and writes channels of an image: no register is wider than all of them.
+// For reading and writing images, which are not padded: registers no wider than the channels of a pixel.
 const Ops& inside(int64_t channels) { return ops_of(channels); }
 
-// For what is padded to whole registers: channels are in few of them.
+// For scratch memory, which is padded to whole registers: wide ones, so that few are needed.
 const Ops& around(int64_t channels) { return ops_of(channels > 8 ? 16 : channels > 4 ? 8 : 4); }
 
-// Tiles of a block with so many channels before and after.
+// How many tiles a block has; `channels` are those before and after the convolution together.
 int64_t block_tiles(const Grid& grid, int64_t channels) {
   const int64_t fit = BLOCK_FLOATS / (POSITIONS * channels), half = divide_up(grid.tiles, 2);
   return round_up(std::clamp(std::min(fit, half), FEWEST_TILES, MOST_TILES), 8);
 }
 
-// Where weight [to, from, 3, 3] has its elements; flipped, the gradient in the input is a convolution with them.
+// Weights [outputs, inputs, 3, 3] with any strides; `backwards` flips them and exchanges outputs and inputs, for the gradient in the input.
 struct Kernel {
   const float* data;
   int64_t outputs, inputs, stride_output, stride_input, stride_row, stride_column;
@@ -390,7 +390,7 @@ struct Panels {
         panel(kernel.inputs * row),
         position(divide_up(width, row) * panel + APART),
         memory(POSITIONS * position) {
-    // Some inputs together, and neighbouring weights one after the other, so that whole lines are read.
+    // Inputs are taken in strips, and weights in their order in memory, so that whole cache lines are read.
     parallel(divide_up(kernel.inputs, STRIP), (1 << 11) / (STRIP * kernel.outputs), [&](int64_t begin, int64_t end) {
       Scratch scratch(STRIP * 9 * row);
       std::fill(scratch.data(), scratch.data() + STRIP * 9 * row, 0.0f);
@@ -409,7 +409,7 @@ struct Panels {
             }
           }
           for (int64_t i = 0; i < inputs; ++i) {
-            // What the last panel has behind its outputs is left of another one, and nobody reads what becomes of it.
+            // Columns of the last panel beyond the outputs hold old values; results made of them are never read.
             ops.weight(scratch.data() + i * 9 * row, row, memory.data() + first / row * panel + (input + i) * row, position);
           }
         }
@@ -418,11 +418,11 @@ struct Panels {
   }
 };
 
-// Pixels that are fetched into the second cache while products keep the processor busy, a share of them per position.
+// Prefetches pixels into the L2 cache while products run, a sixteenth of them per position.
 struct Ahead {
   const float *begin = nullptr, *end = nullptr;
 
-  // The lines of some tiles, of which there may be none. Where a line is much longer than that, it would be fetched many times over.
+  // The image lines of `count` tiles, which may be 0. Lines much longer than that are left out: each block would fetch them again.
   Ahead(const Grid& grid, const float* x, int64_t channels, int64_t first, int64_t count) {
     if (count <= 0 || grid.columns > 2 * count) return;
     begin = x + Place(grid, first).lines_begin() * channels;
@@ -455,7 +455,7 @@ void convolve(const Grid& grid, const float* x, const Kernel& kernel, const floa
       for (int64_t p = 0; p < POSITIONS; ++p) {
         next_x.fetch(p);
         this_y.fetch(p);
-        // Surplus rows hold anything, and nobody reads what becomes of them.
+        // Rows beyond `count` hold old values; results made of them are never read.
         weights.ops.product(
             round_up(count, ROWS), weights.width, inputs, v.data + p * v.position, v.tile, weights.memory.data() + p * weights.position,
             weights.row, weights.panel, m.data + p * m.position, m.tile);
@@ -465,14 +465,14 @@ void convolve(const Grid& grid, const float* x, const Kernel& kernel, const floa
   });
 }
 
-// What channels of one of the two tensors are for the products of the gradient in the weights: rows, or columns along registers.
+// One of the two tensors of the gradient in the weights, whose channels become the rows or the columns of the products.
 struct Side {
-  int64_t channels, stride;  // of weight_bar
+  int64_t channels, stride;  // stride in weight_bar
 };
 
 void gradient_of_weight(
     const Grid& grid, const float* grad_y, int64_t outputs, const float* x, int64_t inputs, float* weight_bar, float* bias_bar) {
-  // Registers hold the side that fills wider ones.
+  // Columns lie along registers, so they are the side whose channels fill wider ones.
   const bool outputs_in_rows = outputs < inputs && around(outputs).lanes < around(inputs).lanes;
   const Side y_side{outputs, inputs * 9}, x_side{inputs, 9};
   const Side &rows = outputs_in_rows ? y_side : x_side, &columns = outputs_in_rows ? x_side : y_side;
@@ -489,7 +489,7 @@ void gradient_of_weight(
     Scratch scratch(floats);
     const Transformed v = Transformed::at(scratch.data(), block, inputs), z = Transformed::at(scratch.data() + size_v, block, outputs);
     const Transformed &a = outputs_in_rows ? z : v, &b = outputs_in_rows ? v : z;
-    // Lanes behind the last channel are read as well, and nobody reads what becomes of them.
+    // Lanes after the last channel are multiplied as well. Zeros initialise them; results made of them are never read.
     std::fill(scratch.data(), scratch.data() + floats, 0.0f);
     const float* zeros = scratch.data() + size_v + size_z;
     for (int64_t i = begin; i < end; ++i) {
@@ -532,7 +532,7 @@ void gradient_of_weight(
   }
 }
 
-// Tensors around it
+// Checks and tensors around it
 
 constexpr auto CHANNELS_LAST = torch::headeronly::MemoryFormat::ChannelsLast;
 

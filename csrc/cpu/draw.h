@@ -1,5 +1,5 @@
 #pragma once
-// Random numbers in pieces that stay in the first cache, for the loops that use them up.
+// Random numbers in pieces that stay in the L1 cache, for the loops that use them up.
 
 #include <cstdint>
 

@@ -21,7 +21,7 @@ struct Rows {
   Rows() = default;
   explicit Rows(const Tensor& dense) : data(input<T>(dense)), stride(dense.size(0) > 1 ? dense.stride(0) : dense.size(1)) {}
 
-  // `count` elements of each of `rows` rows, end to end: where they lie if they lie so, or gathered in `block`. Without data: zeros.
+  // `count` elements of each of `rows` rows, end to end: in place where they are contiguous, else copied to `block`. Zeros without data.
   SAMI_FAST_HD const T* block(int64_t row, int64_t rows, int64_t start, int64_t count, T (&block)[BLOCK]) const {
     if (data == nullptr) {
       for (int64_t i = 0; i < rows * count; ++i) block[i] = T(0);
@@ -46,7 +46,7 @@ SAMI_FAST_HD const T* spread(const T* per_row, int64_t row, int64_t rows, int64_
   return block;
 }
 
-// The loops over elements. No output lies on an input, which the compiler has to hear as __restrict__ to make vectors.
+// The loops over elements. __restrict__ tells the compiler that no output overlaps an input, so that it can vectorise them.
 
 template <class T>
 SAMI_FAST_HD void fwd(int64_t n, const T* __restrict__ z, const T* __restrict__ mu, const T* __restrict__ var, T* __restrict__ terms) {
@@ -149,8 +149,8 @@ struct SecondBackward {
   }
 };
 
-#define SAMI_FAST_ROWS(LEVEL, T) \
-  SAMI_FAST_CLONES void run(const LEVEL<T>& level, int64_t row, int64_t rows) { level(row, rows); }
+#define SAMI_FAST_ROWS(LOOP, T) \
+  SAMI_FAST_CLONES void run(const LOOP<T>& loop, int64_t row, int64_t rows) { loop(row, rows); }
 SAMI_FAST_ROWS(Forward, float)
 SAMI_FAST_ROWS(Forward, double)
 SAMI_FAST_ROWS(Backward, float)
@@ -159,11 +159,11 @@ SAMI_FAST_ROWS(SecondBackward, float)
 SAMI_FAST_ROWS(SecondBackward, double)
 
 // All rows, in blocks that are cut in the same places whatever the number of threads.
-template <class Level>
-void over_rows(const Level& level, int64_t batch) {
-  const int64_t rows = level.size == 0 ? 1 : std::max<int64_t>(1, BLOCK / level.size), blocks = (batch + rows - 1) / rows;
+template <class Loop>
+void over_rows(const Loop& loop, int64_t batch) {
+  const int64_t rows = loop.size == 0 ? 1 : std::max<int64_t>(1, BLOCK / loop.size), blocks = (batch + rows - 1) / rows;
   parallel(blocks, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(level, i * rows, std::min(rows, batch - i * rows));
+    for (int64_t i = begin; i < end; ++i) run(loop, i * rows, std::min(rows, batch - i * rows));
   });
 }
 
@@ -176,7 +176,7 @@ void check(const Tensor& z, const Tensor& mu, const Tensor& var) {
   }
 }
 
-// Rows may lie anywhere, as those of a chunked head do; what is inside one must be dense.
+// Rows may be any distance apart; the elements of a row must be contiguous.
 Tensor dense_rows(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) != 1 ? torch::stable::contiguous(x) : x; }
 
 Tensor gaussian_log_prob_fwd(const Tensor& z, const Tensor& mu, const Tensor& var) {
@@ -204,9 +204,9 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(const Tensor& grad, con
     using T = decltype(zero);
     const Tensor zs = dense_rows(z), mus = dense_rows(mu), vars = dense_rows(var), grads = torch::stable::contiguous(grad);
     Tensor grad_z = empty_rows(z), grad_mu = empty_rows(z), grad_var = empty_rows(z);
-    const Backward<T> level{
+    const Backward<T> loop{
         Rows<T>(zs), Rows<T>(mus), Rows<T>(vars), input<T>(grads), output<T>(grad_z), output<T>(grad_mu), output<T>(grad_var), z.size(1)};
-    over_rows(level, z.size(0));
+    over_rows(loop, z.size(0));
     return std::make_tuple(grad_z, grad_mu, grad_var);
   });
 }
@@ -229,9 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_log_prob_bwd_bwd(
       cotangents[i] = Rows<T>(kept[i]);
     }
     Tensor gg = torch::stable::new_empty(z, {z.size(0)}), z_bar = empty_rows(z), mu_bar = empty_rows(z), var_bar = empty_rows(z);
-    const SecondBackward<T> level{Rows<T>(zs),   Rows<T>(mus),   Rows<T>(vars),   cotangents[0],     cotangents[1], cotangents[2],
+    const SecondBackward<T> loop{Rows<T>(zs),   Rows<T>(mus),   Rows<T>(vars),   cotangents[0],     cotangents[1], cotangents[2],
                                   input<T>(grads), output<T>(gg), output<T>(z_bar), output<T>(mu_bar), output<T>(var_bar), z.size(1)};
-    over_rows(level, z.size(0));
+    over_rows(loop, z.size(0));
     return std::make_tuple(gg, z_bar, mu_bar, var_bar);
   });
 }

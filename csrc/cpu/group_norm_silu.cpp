@@ -1,12 +1,12 @@
 // Group normalisation with SiLU on the CPU: the twins of sami_fast/reference/group_norm_silu.py.
 //
 // A piece of work is one group of one image, or with channels innermost a few neighbouring groups. It is swept two or three times, first
-// for sums and then for results, and comes from memory in the first sweep only. The second backward takes one sweep more than its sums ask
-// for: with the means of t known beforehand, the sigmoid is evaluated once and five sums are left of twelve.
+// for sums and then for results, and stays in a cache after the first sweep. Two sweeps would do for the second backward too, with twelve
+// sums; a first one for the means of t leaves five of them, and evaluates the sigmoid once only.
 //
 // A sweep walks over strips: all positions of one channel, or with channels innermost of as many channels as a register has lanes. Either
-// is a row of registers with a parameter for each lane. Where positions or channels are no whole number of registers, the last register
-// begins early, and what it shares with the one before counts once. So registers must not be wider than what they have to hold.
+// is a row of registers with one value of a parameter per lane. Where the last register would not be full, it begins earlier and overlaps
+// the one before; the lanes they share count once. So a register must not be wider than the row.
 
 #include <sami_fast/group_norm.h>
 
@@ -23,9 +23,9 @@
 namespace sami_fast {
 namespace {
 
-constexpr int64_t BLOCK = 32;            // registers that are summed up before the sum goes on in double precision
-constexpr int64_t CHANNELS = 16;         // a piece with channels innermost has at least so many, where there are so many
-constexpr int64_t ELEMENTS = 1 << 13;    // worth a thread of their own
+constexpr int64_t BLOCK = 32;            // registers that are summed in T before their sum is added to one in double precision
+constexpr int64_t CHANNELS = 16;         // of a piece with channels innermost, at least, where there are as many
+constexpr int64_t ELEMENTS = 1 << 13;    // that are worth a thread
 constexpr int64_t VALUES = 7, SUMS = 5;  // per channel of a piece, at most
 constexpr int64_t WIDEST = 64;           // bytes of a register, at most
 
@@ -40,7 +40,7 @@ struct Piece {
   int64_t first, image, channel, row, groups, channels;
 };
 
-// A tensor that is swept. One that is absent reads as zeros and forgets what is written: it stays at a register's worth of memory.
+// A tensor that is swept. An absent one does not move: it is read as zeros, or written, always at the same register's worth of memory.
 template <class T>
 struct Stream {
   T* data;
@@ -49,7 +49,7 @@ struct Stream {
   SAMI_FAST_HD T* at(int64_t offset) const { return data + (moves ? offset : 0); }
 };
 
-// What a level is called with, as far as the level has it; tensors lie as the plan says, the parameters have one value per channel.
+// The arguments of all four functions, each of which uses its own. Tensors lie as the plan says, parameters have one value per channel.
 template <class T>
 struct Call {
   Plan plan;
@@ -63,9 +63,9 @@ struct Call {
   double *grad_weight, *grad_bias;  // [B, C]
 };
 
-// A row of registers, `stride` elements apart. With channels innermost lane l belongs to channel `channel` + l of the piece, and the first
-// `skip` lanes of every register to another strip as well. Else the row is that of `channel`, and where `skip` is not 0, one more register
-// ends where the row ends, of which the register before has the first `skip` lanes too.
+// A row of `count` registers, `stride` elements apart. With channels innermost, lane l belongs to channel `channel` + l of the piece, and
+// the first `skip` lanes of every register have been done by the strip before. Else the row holds the positions of `channel`; where `skip`
+// is not 0, one more register ends where the row ends, and its first `skip` lanes have been done by the register before.
 struct Strip {
   int64_t offset, stride, count, skip, channel;
 };
@@ -90,7 +90,7 @@ struct Walk {
     }
   }
 
-  // A value for each lane, out of one for each channel of the piece.
+  // One value per lane, from one per channel of the piece.
   SAMI_FAST_HD P lanes(const Strip& strip, const T* values) const {
     if constexpr (CHANNELS_LAST) {
       return P::load(values + strip.channel);
@@ -115,7 +115,7 @@ struct Walk {
       body(in, out, sums);
       for (size_t k = 0; k < OUTPUTS; ++k) out[k].store(outputs[k].at(offset));
     };
-    // The same where the first lanes are done: what they have written and summed stays.
+    // The same for a register whose first `skip` lanes have been done: their results and sums stay.
     const auto overlapping_step = [&](int64_t offset) INLINE {
       const std::array<P, SUMS> before = sums;
       for (size_t k = 0; k < INPUTS; ++k) in[k] = P::load(inputs[k].at(offset));
@@ -159,7 +159,7 @@ struct Rows {
   SAMI_FAST_HD T* operator[](int64_t k) const { return data + k * channels; }
 };
 
-// The mean over a group of what `sum` has of each channel.
+// The mean over a group, from sum(c), the sum over channel c.
 template <class F>
 SAMI_FAST_HD double group_mean(const Plan& plan, int64_t group, const F& sum) {
   double total = 0;
@@ -181,7 +181,7 @@ SAMI_FAST_HD void fill_statistics(const Call<T>& call, const Piece& piece, T* me
   }
 }
 
-// f with a flag as a type, so that it is no branch inside a sweep.
+// Calls f with the flag as a type, so that sweeps do not branch on it.
 template <class F>
 SAMI_FAST_HD void with_flag(bool flag, const F& f) {
   flag ? f(std::true_type{}) : f(std::false_type{});
@@ -201,7 +201,7 @@ SAMI_FAST_HD void forward(const Call<T>& call, const Piece& piece, const Rows<T>
   });
   for (int64_t g = 0; g < piece.groups; ++g) fill_group(plan, g, mean, group_mean(plan, g, [&](int64_t c) INLINE { return totals[0][c]; }));
 
-  // A sweep of its own, or the variance would cancel. The sum of the deviations makes up for the rounding of the mean.
+  // The variance takes a second sweep: E[x^2] - mean^2 would cancel. The mean deviation corrects for the rounding of the mean.
   walk.strips([&](const Strip& strip) INLINE {
     const P m = walk.lanes(strip, mean);
     walk.template sweep<2>(strip, inputs, nothing, totals[1], [&](auto& in, auto&, auto& sums) INLINE {
@@ -213,7 +213,7 @@ SAMI_FAST_HD void forward(const Call<T>& call, const Piece& piece, const Rows<T>
   for (int64_t g = 0; g < piece.groups; ++g) {
     const double d = group_mean(plan, g, [&](int64_t c) INLINE { return totals[1][c]; });
     const double variance = group_mean(plan, g, [&](int64_t c) INLINE { return totals[2][c]; }) - d * d;
-    // Squares that are too large for T make everything NaN; 1 / infinity would pass for a number.
+    // Where squares overflow T, results are NaN: 1 / infinity would be 0, and pass for a number.
     fill_group(plan, g, rstd, variance < INFINITY ? 1.0 / std::sqrt(std::max(variance, 0.0) + call.norm_eps) : NAN);
     call.new_mean[piece.row + g] = mean[g * plan.group_size];
     call.new_rstd[piece.row + g] = rstd[g * plan.group_size];
@@ -238,7 +238,7 @@ SAMI_FAST_HD void backward(const Call<T>& call, const Piece& piece, const Rows<T
   const T *weight = call.weight + piece.channel, *bias = call.bias + piece.channel;
   fill_statistics(call, piece, mean, rstd);
 
-  // w waits in the place of grad_x.
+  // Between the sweeps, grad_x holds w.
   const Stream<const T> w{call.grad_x.data, call.grad_x.moves};
   const std::array inputs{call.x, call.grad_y}, later_inputs{call.x, w};
   const std::array outputs{call.grad_x};
@@ -327,7 +327,7 @@ SAMI_FAST_HD void second_backward(const Call<T>& call, const Piece& piece, const
   tangent_means<P, CHANNELS_LAST>(call, piece, mean, rstd, c, e, totals);
   for (int64_t k = 0; k < SUMS * piece.channels; ++k) totals[0][k] = 0;
 
-  // The core of x_bar waits in its place.
+  // Between the sweeps, grad_x holds the core of x_bar.
   const Stream<const T> core{call.grad_x.data, call.grad_x.moves};
   const std::array inputs{call.x, call.t, call.grad_y, call.y_bar};
   const std::array later_inputs{call.x, call.t, core};
@@ -381,14 +381,14 @@ SAMI_FAST_HD void second_backward(const Call<T>& call, const Piece& piece, const
   });
 }
 
-// One function for each level, number type, layout and width of registers
+// The four functions for one number type, layout and width of registers
 template <class T>
-struct Levels {
-  using Level = void (*)(const Call<T>&, const Piece&, const Rows<T>&, const Rows<double>&);
-  Level forward, backward, tangent, second_backward;
+struct Functions {
+  using Function = void (*)(const Call<T>&, const Piece&, const Rows<T>&, const Rows<double>&);
+  Function forward, backward, tangent, second_backward;
 };
 
-#define LEVELS(NAME, TARGET)                                                                                                              \
+#define FUNCTIONS(NAME, TARGET)                                                                                                           \
   template <class T, int BYTES, bool CHANNELS_LAST>                                                                                       \
   struct NAME {                                                                                                                           \
     using P = Pack<T, BYTES>;                                                                                                             \
@@ -404,36 +404,36 @@ struct Levels {
     TARGET static void bwd_bwd(const Call<T>& call, const Piece& piece, const Rows<T>& rows, const Rows<double>& totals) {                \
       second_backward<P, CHANNELS_LAST>(call, piece, rows, totals);                                                                       \
     }                                                                                                                                     \
-    static constexpr Levels<T> levels{fwd, bwd, tan, bwd_bwd};                                                                            \
+    static constexpr Functions<T> functions{fwd, bwd, tan, bwd_bwd};                                                                      \
   };
 
-LEVELS(Plain, SAMI_FAST_PLAIN)
-#if defined(SAMI_FAST_X86_LEVELS)
-LEVELS(Avx2, SAMI_FAST_AVX2)
-LEVELS(Avx512, SAMI_FAST_AVX512)
+FUNCTIONS(Plain, SAMI_FAST_PLAIN)
+#if defined(SAMI_FAST_X86_SETS)
+FUNCTIONS(Avx2, SAMI_FAST_AVX2)
+FUNCTIONS(Avx512, SAMI_FAST_AVX512)
 #endif
 
-// The widest registers that the machine has and a row fills.
+// Those for the widest registers that the machine has and a row fills.
 template <class T, bool CHANNELS_LAST>
-const Levels<T>& widest(int64_t row) {
+const Functions<T>& widest(int64_t row) {
   const int64_t bytes = row * static_cast<int64_t>(sizeof(T));
-#if defined(SAMI_FAST_X86_LEVELS)
+#if defined(SAMI_FAST_X86_SETS)
   static const int machine = __builtin_cpu_supports("x86-64-v4") ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;
-  if (machine >= 64 && bytes >= 64) return Avx512<T, 64, CHANNELS_LAST>::levels;
-  if (machine >= 32 && bytes >= 32) return Avx2<T, 32, CHANNELS_LAST>::levels;
+  if (machine >= 64 && bytes >= 64) return Avx512<T, 64, CHANNELS_LAST>::functions;
+  if (machine >= 32 && bytes >= 32) return Avx2<T, 32, CHANNELS_LAST>::functions;
 #endif
-  return bytes >= 16 ? Plain<T, 16, CHANNELS_LAST>::levels : Plain<T, sizeof(T), CHANNELS_LAST>::levels;
+  return bytes >= 16 ? Plain<T, 16, CHANNELS_LAST>::functions : Plain<T, sizeof(T), CHANNELS_LAST>::functions;
 }
 
 template <class T>
-const Levels<T>& levels(const Plan& plan) {
+const Functions<T>& functions(const Plan& plan) {
   if (plan.channels_last) return widest<T, true>(plan.groups_per_piece * plan.group_size);
   return widest<T, false>(plan.positions);
 }
 
-// Runs a level over all pieces. They do not depend on the number of threads, and each writes to places of its own.
+// Runs a function over all pieces. They do not depend on the number of threads, and each writes to places of its own.
 template <class T>
-void run(const Call<T>& call, typename Levels<T>::Level level) {
+void run(const Call<T>& call, typename Functions<T>::Function function) {
   const Plan& plan = call.plan;
   if (plan.channels == 0) return;
   // The last piece of an image takes the groups that are left over.
@@ -451,12 +451,12 @@ void run(const Call<T>& call, typename Levels<T>::Level level) {
       const int64_t first = image * plan.channels * plan.positions + channel * (plan.channels_last ? 1 : plan.positions);
       const Piece piece{first, image, channel, image * plan.groups + group, groups, groups * plan.group_size};
       std::fill(totals.begin(), totals.end(), 0.0);
-      level(here, piece, {piece.channels, values.data()}, {piece.channels, totals.data()});
+      function(here, piece, {piece.channels, values.data()}, {piece.channels, totals.data()});
     }
   });
 }
 
-// Tensors around it
+// Checks and tensors around it
 
 Tensor as_type(const Tensor& value, ScalarType type) { return value.scalar_type() == type ? value : torch::stable::to(value, type); }
 
@@ -514,7 +514,7 @@ Stream<T> writes(Tensor& tensor) {
   return {output<T>(tensor), true};
 }
 
-// What every level but the forward starts from.
+// What all but the forward start from.
 struct Saved {
   Tensor x;
   Plan plan;
@@ -544,7 +544,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
   const Plan plan = plan_of(features, num_groups);
   const Tensor gamma = row("weight", weight, features, plan.channels), beta = row("bias", bias, features, plan.channels);
   Tensor y = torch::stable::empty_like(features);
-  const auto statistics = [&] { return torch::stable::new_zeros(features, {plan.batch, plan.groups}); };  // zeros stay where C is 0
+  const auto statistics = [&] { return torch::stable::new_zeros(features, {plan.batch, plan.groups}); };  // they stay zero where C is 0
   Tensor mean = statistics(), rstd = statistics();
   dispatch("group_norm_silu_fwd", features, [&](auto number) {
     using T = decltype(number);
@@ -552,7 +552,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
     call.x = reads<T>(features), call.y = writes<T>(y);
     call.weight = input<T>(gamma), call.bias = input<T>(beta);
     call.new_mean = output<T>(mean), call.new_rstd = output<T>(rstd);
-    run(call, levels<T>(plan).forward);
+    run(call, functions<T>(plan).forward);
   });
   return {as_type(y, x.scalar_type()), mean, rstd};
 }
@@ -575,7 +575,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_bwd(
     Call<T> call = saved.call<T>(silu);
     call.grad_y = reads<T>(g), call.grad_x = writes<T>(grad_x);
     call.grad_weight = grad_weight.data(), call.grad_bias = grad_bias.data();
-    run(call, levels<T>(saved.plan).backward);
+    run(call, functions<T>(saved.plan).backward);
   });
   return {as_type(grad_x, x.scalar_type()), over_images(saved.plan, grad_weight, weight), over_images(saved.plan, grad_bias, bias)};
 }
@@ -596,7 +596,7 @@ Tensor group_norm_silu_tan(
     using T = decltype(number);
     Call<T> call = saved.call<T>(silu);
     call.t = reads<T>(t), call.y = writes<T>(ty);
-    run(call, levels<T>(saved.plan).tangent);
+    run(call, functions<T>(saved.plan).tangent);
   });
   return as_type(ty, x.scalar_type());
 }
@@ -633,7 +633,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd_bwd(
     if (need_tangent) call.y = writes<T>(gg_y);
     call.ggweight = input<T>(dd_gamma), call.ggbias = input<T>(dd_beta);
     call.grad_weight = weight_bar.data(), call.grad_bias = bias_bar.data();
-    run(call, levels<T>(plan).second_backward);
+    run(call, functions<T>(plan).second_backward);
   });
   const ScalarType type = x.scalar_type();
   return {as_type(gg_y, type), as_type(x_bar, type), over_images(plan, weight_bar, weight), over_images(plan, bias_bar, bias)};

@@ -1,6 +1,6 @@
 // Guided loss on the CPU: the twin of sami_fast/reference/guided_loss.py.
 //
-// Noise that was not stored is drawn again a piece at a time and never leaves the first cache.
+// Noise that was not stored is drawn again a piece at a time and never leaves the L1 cache.
 
 #include <sami_fast/guided_loss.h>
 
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_loss_fwd(
     const auto dense = [&](const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, type)); };
     const Tensor predictions = dense(eps_pred), scores = dense(grad_log_q);
     const Tensor sigmas = dense(sigma_t), weights = dense(weight), unconditionals = dense(unconditional_weight);
-    // The one that is absent is never read.
+    // Of eps and index one may be absent; what stands in for it is never read.
     const Tensor given = dense(eps ? *eps : eps_pred), places = eps ? sigmas : torch::stable::contiguous(*index);
     Tensor loss = torch::stable::new_empty(predictions, {samples}), unguided = torch::stable::empty_like(loss);
     Tensor grad_eps_pred = torch::stable::empty_like(predictions), grad_grad_log_q = torch::stable::empty_like(scores);

@@ -13,7 +13,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #define SAMI_FAST_PLAIN __attribute__((optimize("fp-contract=fast"), flatten))
 #if defined(__x86_64__) && defined(__linux__) && !defined(SAMI_FAST_ONE_TARGET)
-#define SAMI_FAST_X86_LEVELS
+#define SAMI_FAST_X86_SETS
 #define SAMI_FAST_AVX512 __attribute__((target("arch=x86-64-v4"), optimize("fp-contract=fast"), flatten))
 #define SAMI_FAST_AVX2 __attribute__((target("arch=x86-64-v3"), optimize("fp-contract=fast"), flatten))
 #endif

@@ -155,7 +155,8 @@ SAMI_FAST_HD T sum_of_lanes(const typename Register<T, BYTES>::type& value) {
   return sum;
 }
 
-// Separate sweeps over a row, which stays in the first cache: plain loops become vectors, and sums are vectors from the start.
+// Separate sweeps over a row, which stays in the L1 cache. The compiler vectorises plain loops; sums, which it may not reorder, are written
+// as vectors.
 template <class T>
 SAMI_FAST_HD void exponentials(int64_t columns, T* __restrict__ s, T top, T log_total) {
   for (int64_t j = 0; j < columns; ++j) s[j] = exp_fast((s[j] - top) - log_total);
@@ -208,8 +209,8 @@ SAMI_FAST_HD void tangent(
       weight += R::at(s + j);
       moment += R::at(s + j) * (R::at(t + j) - centre[i]);
     }
-    // T enters O. only through T - tau, so any constant may be taken off a row. The closer it is to tau, the less is left to cancel:
-    // nothing at all where one key has all the weight.
+    // T enters O. only through T - tau, so any constant may be subtracted from a row. The closer it is to tau, the fewer
+    // digits cancel: none where one key has all the weight.
     const T total = mass[i] + sum_of_lanes<T, BYTES>(weight);
     const T step = total > T(1e-30) ? (rest[i] + sum_of_lanes<T, BYTES>(moment)) / total : T(0);
     if (mass[i] > T(0)) {
@@ -245,15 +246,15 @@ SAMI_FAST_HD void second(
   }
 }
 
-// Here, unlike elsewhere, a product and a sum may contract into one rounding: nothing is compared bit by bit with another machine.
+// Here, unlike elsewhere, a product and a sum may contract into one rounding: no test compares these bits across machines.
 #if defined(__GNUC__) && !defined(__clang__)
 #define SAMI_FAST_CONTRACT __attribute__((optimize("fp-contract=fast")))
 #else
 #define SAMI_FAST_CONTRACT
 #endif
 
-// Every function of TileOps, compiled for one instruction set. Plain functions of templates cannot be cloned by attribute alone, because
-// the width of the registers is part of their type.
+// Every function of TileOps, compiled for one instruction set. An attribute cannot clone them, because the width of the registers
+// is part of their type.
 #define SAMI_FAST_TILE_OPS(NAME, TARGET, BYTES, ROWS)                                                                                      \
   template <class T>                                                                                                                       \
   struct NAME {                                                                                                                            \
@@ -291,7 +292,7 @@ SAMI_FAST_TILE_OPS(Plain, , 16, 4)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SAMI_FAST_ONE_TARGET)
 SAMI_FAST_TILE_OPS(Avx2, __attribute__((target("arch=x86-64-v3"))), 32, 4)
 SAMI_FAST_TILE_OPS(Avx512, __attribute__((target("arch=x86-64-v4"))), 64, 8)
-#define SAMI_FAST_TILE_LEVELS
+#define SAMI_FAST_TILE_SETS
 #endif
 #undef SAMI_FAST_TILE_OPS
 #undef SAMI_FAST_CONTRACT
@@ -301,7 +302,7 @@ SAMI_FAST_TILE_OPS(Avx512, __attribute__((target("arch=x86-64-v4"))), 64, 8)
 
 template <class T>
 inline const TileOps<T>& tile_ops() {
-#if defined(SAMI_FAST_TILE_LEVELS)
+#if defined(SAMI_FAST_TILE_SETS)
   static const TileOps<T> ops = __builtin_cpu_supports("x86-64-v4")   ? tiles::Avx512<T>::ops()
                                 : __builtin_cpu_supports("x86-64-v3") ? tiles::Avx2<T>::ops()
                                                                       : tiles::Plain<T>::ops();

@@ -87,11 +87,11 @@ __device__ __forceinline__ void load_line(float* line, const float* from, int64_
   if (threadIdx.x < N) line[threadIdx.x] = start + threadIdx.x < end ? factor * from[start + threadIdx.x] : beyond;
 }
 
-// The intrinsic keeps this product from contracting with what is subtracted next: the maximum was taken of this very number.
+// The intrinsic keeps the compiler from contracting this product and the subtraction of the maximum that follows into one rounding.
 __device__ __forceinline__ float logit(float s, const Shape& shape) { return __fmul_rn(s, shape.scale); }
 
-// exp(scale s - lse) of a pair that is seen, else 0, from the two parts of lse, the second in base 2. There, infinity makes the rows vanish
-// that do not exist.
+// exp(scale s - lse) of a pair that is seen, else 0, from the two parts of lse, the second in base 2. It is infinity for rows that do not
+// exist, which makes their P zero.
 __device__ __forceinline__ float probability(float s, const Shape& shape, float top, float log_total, int64_t query, int64_t key) {
   return key < keys_seen(query, shape.keys, shape.causal) ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
 }
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1)
   store_rows(dq.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
 }
 
-// dK and dV of a block of keys. All matrices are transposed, [keys, queries].
+// dK and dV of a block of keys, on matrices [keys, queries].
 template <class T, int D>
 __global__ void __launch_bounds__(THREADS<T>, 1)
     attention_bwd_kv_kernel(
@@ -290,8 +290,8 @@ __global__ void __launch_bounds__(THREADS<T>, 1)
   store_rows(dv.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_v, 1.0f, 1.0f);
 }
 
-// Tangent of O, and tau, of a block of queries. T enters O. only through T - tau, so any constant may be taken off a row. T of the key with
-// the largest logit, found in a sweep of its own, leaves next to nothing to cancel where that key has all the weight.
+// Tangent of O, and tau, of a block of queries. T enters O. only through T - tau, so any constant may be subtracted from a row. It is T of
+// the key with the largest logit, found in a first sweep; where that key has all the weight, no large numbers are left to cancel.
 template <class T, int D>
 __global__ void __launch_bounds__(THREADS<T>, 1)
     attention_tan_kernel(
@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(THREADS<T>, 1) attention_bwd_bwd_q_kernel(Seco
   store_rows(q_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
 }
 
-// K_bar and V_bar of a block of keys, on transposed matrices.
+// K_bar and V_bar of a block of keys, on matrices [keys, queries].
 template <class T, int D>
 __global__ void __launch_bounds__(THREADS<T>, 1)
     attention_bwd_bwd_kv_kernel(SecondInputs<T> in, View<T> k_bar, View<T> v_bar, Shape shape) {
@@ -553,7 +553,7 @@ float* result_numbers(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr
 
 void check_cuda(cudaError_t code) { STD_TORCH_CHECK(code == cudaSuccess, "attention: ", cudaGetErrorString(code)); }
 
-// Everything a level needs to start kernels.
+// Everything a launcher needs to start its kernels.
 struct Run {
   Shape shape;
   int64_t batch;

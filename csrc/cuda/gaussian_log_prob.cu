@@ -9,7 +9,7 @@ namespace {
 
 constexpr int WARPS = 4;  // rows of a block
 
-// Rows may lie anywhere, as those of a chunked head do; what is inside one is dense.
+// Rows may be any distance apart; the elements of a row are contiguous.
 template <class T>
 struct Rows {
   const T* data = nullptr;

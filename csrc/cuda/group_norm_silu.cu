@@ -1,8 +1,8 @@
 // Group normalisation with SiLU on a GPU: the twins of sami_fast/reference/group_norm_silu.py, float32 arithmetic over float, half or bfloat16.
 //
 // A block takes one group of one image. It reads memory in a first sweep, for sums; the sweep for the results finds most of it in a cache. Its
-// threads form a tile of channels by positions, those along what lies together in memory being neighbours, and the tile walks over the group.
-// A thread has VEC elements that lie together: of one channel, or with channels innermost of as many channels.
+// threads form a tile of channels by positions, neighbouring threads along the contiguous axis, and the tile walks over the group.
+// A thread has VEC elements that lie together: positions of one channel, or with channels innermost VEC channels of one position.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_fwd_kernel(
   const Walk<CHANNELS_LAST, VEC> walk(layout);
   const Nothing nothing;
 
-  // Far from zero a sum is only as exact as float32 is there. So the first element is taken away before anything is added.
+  // Sums of numbers far from zero lose digits, so the first element is subtracted from all of them.
   const int64_t first = static_cast<int64_t>(walk.image) * layout.channels * layout.positions +
                         static_cast<int64_t>(walk.first_channel) * (CHANNELS_LAST ? 1 : layout.positions);
   const float shift = layout.positions > 0 ? wide(x[first]) : 0.0f, count = fmaxf(walk.count(), 1.0f);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_fwd_kernel(
   add_up(sum);
   const float mean = shift + sum[0] / count;
 
-  // A sweep of its own, or the variance would cancel. The sum of the deviations makes up for the rounding of the mean.
+  // The variance takes a second sweep: E[x^2] - mean^2 would cancel. The mean deviation corrects for the rounding of the mean.
   float squares[2] = {0.0f, 0.0f};
   const auto add_squares = [&](int64_t offset) {
     float value[VEC];
@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_bwd_bwd_kernel
   walk.sweep(begin, apply, end);
 }
 
-// Tensors around it
+// Checks and tensors around it
 
 // x itself where channels or positions lie together, else a contiguous copy.
 Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
@@ -547,7 +547,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
   return {y, mean, rstd};
 }
 
-// What every level but the forward starts from.
+// What all launchers but the forward start from.
 struct Saved {
   Tensor x, weight, bias, mean, rstd;
 

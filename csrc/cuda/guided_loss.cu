@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_loss_fwd(
     const auto scalars = [](const Tensor& x) { return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float)); };
     const Tensor predictions = dense(eps_pred), scores = dense(grad_log_q);
     const Tensor sigmas = scalars(sigma_t), weights = scalars(weight), unconditionals = scalars(unconditional_weight);
-    // The one that is absent is never read.
+    // Of eps and index one may be absent; what stands in for it is never read.
     const Tensor given = eps ? torch::stable::contiguous(torch::stable::to(*eps, type)) : predictions;
     const Tensor places = eps ? sigmas : torch::stable::contiguous(*index);
     Tensor grad_eps_pred = torch::stable::empty_like(predictions), grad_grad_log_q = torch::stable::empty_like(scores);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) noise_sample_kernel(
     Four<T> noise, mixed;
 #pragma unroll
     for (int lane = 0; lane < 4; ++lane) {
-      noise.lane[lane] = narrow<T>(n[lane]);  // x_t belongs to the very eps that is stored, or drawn again by the loss
+      noise.lane[lane] = narrow<T>(n[lane]);  // rounded first: x_t is made of the eps that is stored, or drawn again by the loss
       mixed.lane[lane] = narrow<T>(noisy(alpha, widen(x.lane[lane]), sigma, widen(noise.lane[lane])));
     }
     if (FOURS) {

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= num_quads) return;
   const int64_t quads = (size + 3) / 4;
-  // A 64-bit division takes about a hundred instructions, and is hardly ever needed.
+  // A 64-bit division takes about a hundred instructions, so it is left out where 32 bits do.
   const int64_t sample = num_quads >> 32 ? i / quads : static_cast<uint32_t>(i) / static_cast<uint32_t>(quads);
   const int64_t place = i - sample * quads, start = 4 * place;
   const uint64_t quad = static_cast<uint64_t>(index[sample]) * quads + place;
@@ -117,7 +117,7 @@ Tensor stratified_uniform(const Tensor& index, int64_t levels, int64_t global_ba
   const OnDevice device(index);
   const Tensor places = torch::stable::contiguous(index);
   Tensor result = torch::stable::new_empty(places, {places.size(0), levels}, ScalarType::Float);
-  torch::stable::fill_(result, NAN);  // where an index lies outside the batch, nobody writes
+  torch::stable::fill_(result, NAN);  // what an index outside the batch keeps
   if (result.numel() == 0 || global_batch <= 0) return result;
   stratified_uniform_kernel<<<grid((global_batch + TILE - 1) / TILE), TILE, 0, device.stream>>>(
       input<int64_t>(places), output<float>(result), places.size(0), levels, global_batch,

@@ -8,7 +8,7 @@
 //   second backward   Y = dO V.^T + O_bar V^T,  y_mean = rowsum(dO * O.) + rowsum(O_bar * O):  S_bar = (T - tau) * dS + P * (Y - y_mean),
 //                     Q_bar = s (S_bar K + dS K.),  K_bar = s (S_bar^T Q + dS^T Q.),  V_bar = P.^T dO + P^T O_bar
 //
-// The row sums are known, or enter linearly, so that tiles of the matrices can be made, used and dropped one after the other.
+// The row sums are known beforehand, or enter linearly, so that the matrices are made tile by tile and never stored.
 
 #include <sami_fast/macros.h>
 

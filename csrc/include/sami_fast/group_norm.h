@@ -7,7 +7,7 @@
 
 namespace sami_fast {
 
-// The mean goes first: scaling before it would cancel where |mean| is large.
+// The mean is subtracted before scaling: x rstd - mean rstd would cancel where |mean| is large.
 template <class T>
 SAMI_FAST_HD T normalise(T x, T mean, T rstd) {
   return (x - mean) * rstd;
@@ -63,11 +63,11 @@ struct SecondBackward {
     }
   }
 
-  // v - rstd e u: what of x_bar differs from element to element by more than x_hat and t
+  // v - rstd e u: the part of x_bar that is not affine in x_hat and t
   SAMI_FAST_HD T core(T weight, T ggweight, T rstd, T e) const { return weight * h_bar + (ggweight - rstd * e * weight) * w; }
 };
 
-// What x_bar takes from its group: p0 = M[v] and p1 = M[v x_hat]; r = M[u x_dot] = rstd (q - a c - b e).
+// The numbers that x_bar needs of its group: p0 = M[v] and p1 = M[v x_hat]; r = M[u x_dot] = rstd (q - a c - b e).
 template <class T>
 struct SecondBackwardGroup {
   T rstd, c, constant, t_factor, x_factor;

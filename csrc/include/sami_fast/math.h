@@ -87,7 +87,7 @@ SAMI_FAST_HD T exp_fast(T x) {
 #endif
 }
 
-// 1 / (1 + exp(-x)); no smaller than 6e-39 (float), where it ought to go on to 0.
+// 1 / (1 + exp(-x)); in float never below 6e-39, where the true value goes on to 0.
 template <class T>
 SAMI_FAST_HD T sigmoid(T x) {
 #if defined(__CUDA_ARCH__)
