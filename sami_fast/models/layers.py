@@ -31,22 +31,22 @@ class GroupNormSiLU(Layer):
         return ops.group_norm_silu_dual(x, tx, self.weight, self.bias, self.num_groups, **settings)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        levels = ops.sweep_levels("group_norm_silu", x)
-        y, mean, rstd = levels.group_norm_silu_fwd(x, self.weight, self.bias, self.num_groups, self.norm_eps, self.silu)
-        tape.note(self, levels=levels, saved=(x, self.weight, self.bias, mean, rstd, self.num_groups, self.silu))
+        launchers = ops.GroupNormSiLULaunchers.in_force(x)
+        y, mean, rstd = launchers.fwd(x, self.weight, self.bias, self.num_groups, self.norm_eps, self.silu)
+        tape.note(self, launchers=launchers, saved=(x, self.weight, self.bias, mean, rstd, self.num_groups, self.silu))
         return y
 
     def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, grad_y=grad_y)
-        return note.levels.group_norm_silu_bwd(grad_y, *note.saved)[0]
+        return note.launchers.bwd(grad_y, *note.saved)[0]
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, tx=tx)
-        return note.levels.group_norm_silu_tan(tx, *note.saved)
+        return note.launchers.tan(tx, *note.saved)
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor:
         note = tape.take(self)
-        _, x_bar, weight_bar, bias_bar = note.levels.group_norm_silu_bwd_bwd(
+        _, x_bar, weight_bar, bias_bar = note.launchers.bwd_bwd(
             note.tx, None, None, note.grad_y, *note.saved, y_bar=y_bar, need_tangent=False
         )
         tape.add(self.weight, weight_bar)
@@ -119,27 +119,25 @@ class SelfAttention(Layer):
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
         q, k, v = self._split(x)
-        levels, settings = ops.attention_levels(q)
-        out, lse = levels.attention_fwd(q, k, v, *settings)
-        tape.note(self, levels=levels, settings=settings, like=x, saved=(q, k, v, out, lse))
+        launchers, settings = ops.AttentionLaunchers.in_force(q), (q.shape[-1] ** -0.5, False)  # scale, causal
+        out, lse = launchers.fwd(q, k, v, *settings)
+        tape.note(self, launchers=launchers, settings=settings, like=x, saved=(q, k, v, out, lse))
         return self._image(out, x)
 
     def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, grad_out=self._tokens(grad_y))
-        return self._channels(note.levels.attention_bwd(note.grad_out, *note.saved, *note.settings), grad_y)
+        return self._channels(note.launchers.bwd(note.grad_out, *note.saved, *note.settings), grad_y)
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, tangents=self._split(tx))
-        note.tout, note.tau = note.levels.attention_tan(*note.tangents, *note.saved, *note.settings)
+        note.tout, note.tau = note.launchers.tan(*note.tangents, *note.saved, *note.settings)
         return self._image(note.tout, tx)
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
         note = tape.take(self)
         if not need_input:
             return None
-        bars = note.levels.attention_bwd_bwd(
-            *note.tangents, note.grad_out, *note.saved, note.tout, note.tau, *note.settings, self._tokens(y_bar)
-        )
+        bars = note.launchers.bwd_bwd(*note.tangents, note.grad_out, *note.saved, note.tout, note.tau, *note.settings, self._tokens(y_bar))
         return self._channels(bars, y_bar)
 
 
