@@ -48,8 +48,8 @@ class Encoder(Layer):
         image_channels: C of the images, values in [-1, 1].
         image_size: H = W of the images, divisible by 2^len(channels).
         latent_size: Z.
-        channels: Width of each level; a level halves the resolution, then refines it.
-        blocks: Residual blocks per level.
+        channels: Width of each stage; a stage halves the resolution, then refines it.
+        blocks: Residual blocks per stage.
         attention: Resolutions (side lengths) that get self-attention.
         groups: Groups of the norms (fewer where the width does not divide).
         style: "group_norm_silu" or "bias_free_relu" (no norms, no biases; the paper's).
@@ -81,9 +81,9 @@ class Encoder(Layer):
         self.latent_size = latent_size
         layers: list[Layer] = []
         width = image_channels
-        for level_width, side in zip(channels, sides, strict=True):
-            layers += [conv(width, level_width, 3, style, stride=2), norm_act(level_width, groups, style)]
-            width = level_width
+        for new_width, side in zip(channels, sides, strict=True):
+            layers += [conv(width, new_width, 3, style, stride=2), norm_act(new_width, groups, style)]
+            width = new_width
             for _ in range(blocks):
                 layers.append(ResBlock(width, width, groups, style))
             if side in attention:

@@ -169,17 +169,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def checked_sides(owner: str, style: str, image_size: int, levels: range, attention: list[int]) -> list[int]:
-    """Side length of each level, where level n is the image halved n times.
+def checked_sides(owner: str, style: str, image_size: int, halvings: range, attention: list[int]) -> list[int]:
+    """Side lengths of an image that was halved so many times.
 
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that is not among them.
     """
     if style not in STYLES:
         raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
-    if image_size % 2 ** levels[-1]:
-        raise ValueError(f"image size {image_size} is not divisible by {2 ** levels[-1]}, which the {owner}'s {levels[-1]} halvings need")
-    sides = [image_size >> level for level in levels]
+    most = halvings[-1]
+    if image_size % 2**most:
+        raise ValueError(f"image size {image_size} is not divisible by {2**most}, which the {owner}'s {most} halvings need")
+    sides = [image_size >> times for times in halvings]
     for side in attention:
         if side not in sides:
             raise ValueError(f"attention {side}: the {owner} has no such resolution, its own are {', '.join(map(str, sides))}")

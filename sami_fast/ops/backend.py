@@ -98,7 +98,7 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype | None) -> str | 
     if (reason := _missing(backend)) is not None:
         return reason
     if backend == "triton" and device_type != "cuda":
-        from ..kernels._common import INTERPRETED
+        from ..kernels._common import INTERPRETED  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
 
         if not INTERPRETED:
             return f"it needs tensors on a CUDA device, these are on {device_type}"

@@ -5,6 +5,7 @@ so there is no last order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def _on_core(x: Tensor, backend: str | None) -> bool:
     return chosen == "cpp" and x.dim() == 4 and x.layout == torch.strided and not torch.is_autocast_enabled("cpu")
 
 
-def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and groups == 1
@@ -160,15 +161,15 @@ _conv2d_bwd_weight = define("conv2d_bwd_weight", ConvolutionLaunchers.bwd_weight
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d)
-def _fwd_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+def _fwd_flops(x_shape, weight_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d_bwd_input)
-def _bwd_input_flops(grad_y_shape, weight_shape, *_, out_shape=None, **__) -> int:
+def _bwd_input_flops(grad_y_shape, weight_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(out_shape, weight_shape, grad_y_shape)
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d_bwd_weight)
-def _bwd_weight_flops(grad_y_shape, x_shape, *_, out_shape=None, **__) -> int:
+def _bwd_weight_flops(grad_y_shape, x_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(x_shape, out_shape[0], grad_y_shape)

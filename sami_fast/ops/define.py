@@ -71,7 +71,7 @@ def define(
 def _kernels_recorded(backend: str) -> Any:
     if backend != "triton":
         return nullcontext()
-    from ..kernels._common import recording
+    from ..kernels._common import recording  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
 
     return recording()
 
@@ -115,7 +115,7 @@ def _autograd_kernel(name: str, op: Callable[..., Any], save: Callable[..., None
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    function = type(
+    function: Any = type(
         name,
         (torch.autograd.function._SingleLevelFunction,),  # not Function, which would go through torch.func's transforms once more
         {"forward": staticmethod(below_autograd), "setup_context": staticmethod(save), "backward": staticmethod(formula)},

@@ -144,9 +144,12 @@ def _bwd_bwd(
     silu: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = num_groups, silu, None, True  # no y_bar, and the gradient for grad_y as well
-    grads = GroupNormSiLULaunchers(backend).bwd_bwd(ggx, ggweight, ggbias, grad_y, x, weight, bias, mean, rstd, *settings)
-    return grads
+    on = GroupNormSiLULaunchers(backend)
+    gg_y, x_bar, weight_bar, bias_bar = on.bwd_bwd(
+        ggx, ggweight, ggbias, grad_y, x, weight, bias, mean, rstd, num_groups, silu, y_bar=None, need_tangent=True
+    )
+    assert gg_y is not None  # need_tangent asks for it
+    return gg_y, x_bar, weight_bar, bias_bar
 
 
 def _dual(

@@ -61,8 +61,7 @@ def guided_loss(
     Runs on: C++, Triton, CUDA, reference.
     Source: SAMI, arXiv:2512.17127, training objective.
     """
-    noise = eps if isinstance(eps, Noise) else None
-    given = None if noise else eps
+    noise, given = (eps, None) if isinstance(eps, Noise) else (None, eps)
     check_guided_loss(given, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
     if noise and noise.index.shape[0] * noise.levels != eps_pred.shape[0]:
         raise ValueError(f"eps: expected noise for {eps_pred.shape[0]} samples, found {noise.index.shape[0]} x {noise.levels}")
@@ -74,7 +73,7 @@ def guided_loss(
     check_device("guided_loss", eps_pred=eps_pred, sigma_t=sigma_t, **({"eps": noise.index} if noise else {}))
     backend = GuidedLossLaunchers.choose(backend, eps_pred)
     if backend == "reference":
-        eps = noise.draw(eps_pred, backend) if noise else eps
+        eps = eps.draw(eps_pred, backend) if isinstance(eps, Noise) else eps
         loss, unguided = reference.guided_loss(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
         if not return_cotangent:
             return loss, unguided

@@ -1,7 +1,7 @@
-"""Softmax attention in plain torch: the public operator, differentiable to any order, and the levels that its derivatives are made of.
+"""Softmax attention in plain torch: the public operator, differentiable to any order, and the twins of its launchers.
 
-`attention` is the truth: a few lines that autograd can differentiate, O(S_q S_k) memory. The levels below it are explicit formulas
-with the signatures of the launchers in `sami_fast.kernels`; they work in blocks of query rows, so their memory is O(S_q + S_k).
+`attention` is the truth: a few lines that autograd can differentiate, O(S_q S_k) memory. The twins below it are explicit formulas with the
+names and signatures of the launchers in `sami_fast.kernels`; they work in blocks of query rows, so their memory is O(S_q + S_k).
 With s = scale, P = softmax(s Q K^T), E = dO V^T - D, D = rowsum(dO * O), dS = P * E, and a dot for the tangent along (tq, tk, tv):
 
     attention_fwd      O = P V,  lse = (max_j s Q K^T, ln sum_j exp(s Q K^T - max))
@@ -61,11 +61,7 @@ def attention(
     """
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)
-    if causal:
-        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(hidden, float("-inf"))
-    return torch.einsum("bnqk,bknd->bqnd", logits.softmax(-1), v)
+    return torch.einsum("bnqk,bknd->bqnd", _softmax(q, k, scale, causal), v)
 
 
 def attention_dual(
@@ -82,15 +78,20 @@ def attention_dual(
     """`attention` and its tangent along (tq, tk, tv), written out so that autograd can differentiate both."""
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)
+    p = _softmax(q, k, scale, causal)
     t = scale * (torch.einsum("bqnd,bknd->bnqk", tq, k) + torch.einsum("bqnd,bknd->bnqk", q, tk))
-    if causal:
-        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(hidden, float("-inf"))
-    p = logits.softmax(-1)
     tp = p * (t - (p * t).sum(-1, keepdim=True))
     out = torch.einsum("bnqk,bknd->bqnd", p, v)
     return out, torch.einsum("bnqk,bknd->bqnd", tp, v) + torch.einsum("bnqk,bknd->bqnd", p, tv)
+
+
+def _softmax(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+    """[B, N, S_q, S_k]"""
+    logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)
+    if causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+    return logits.softmax(-1)
 
 
 def _heads(*tensors: Tensor) -> list[Tensor]:

@@ -1,10 +1,10 @@
-"""Diagonal Gaussians: log density with its raw levels, KL divergence from the prior, reparameterised sample.
+"""Diagonal Gaussians: log density with the twins of its launchers, KL divergence from the prior, reparameterised sample.
 
 With d = z - mu and r = d / var, a term of the log density is -1/2 (d r + ln var + ln 2 pi); its derivatives are
 
     in z  -r       in mu  r       in var  1/2 (d r - 1) / var
 
-The levels know nothing of autograd; `sami_fast.kernels.gaussian_log_prob` has the same ones.
+The twins know nothing of autograd; the launchers in `sami_fast.kernels.gaussian_log_prob` have the same names and signatures.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Group normalisation with the SiLU that usually follows it: the op, and its raw levels in explicit formulas.
+"""Group normalisation with the SiLU that usually follows it: the op, and the twins of its launchers as explicit formulas.
 
 x_hat = (x - mean) rstd,  h = weight x_hat + bias,  s = sigmoid(h),  y = h s.
 Without SiLU y = h, f1 = 1 and f2 = 0; with it
@@ -6,7 +6,8 @@ Without SiLU y = h, f1 = 1 and f2 = 0; with it
     f1 = dy/dh   = s (1 + h (1 - s))
     f2 = d2y/dh2 = s (1 - s) (2 + h (1 - 2 s))
 
-M[.] is the mean over a group. The levels know nothing of autograd; `sami_fast.kernels.group_norm_silu` has the same ones.
+M[.] is the mean over a group. The twins know nothing of autograd; the launchers in `sami_fast.kernels.group_norm_silu` have the same
+names and signatures.
 """
 
 import torch
@@ -96,7 +97,7 @@ def group_norm_silu_dual(
     return h, th
 
 
-# The raw levels
+# The twins of the launchers
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -157,7 +158,7 @@ def group_norm_silu_fwd(
     norm_eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
-    """y, and what the other levels need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64).
+    """y, and what the derivatives need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64).
 
     Where a group has no elements both are 0.
     """

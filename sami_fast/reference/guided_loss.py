@@ -89,6 +89,7 @@ def guided_loss_fwd(
     eps_pred. The cotangents have the dtypes of their tensors, the sums float32 (float64 for float64).
     """
     if eps is None:
+        assert index is not None
         sample = (index[:, None] * levels + torch.arange(levels, device=index.device)).flatten()
         eps = random_normal(seed, step, stream, sample, eps_pred.shape[1:].numel()).to(eps_pred.dtype).view(eps_pred.shape)
     loss, unguided, r, d = _residuals(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)

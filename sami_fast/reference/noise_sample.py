@@ -35,7 +35,9 @@ def noise_sample(
     Source: SAMI, arXiv:2512.17127, forward process.
     """
     check_noise_sample(x_0, alpha_t, sigma_t, index)
-    return noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, True)
+    x_t, eps = noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, True)
+    assert eps is not None  # it is stored
+    return x_t, eps
 
 
 def check_noise_sample(x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor) -> None:
