@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
@@ -12,7 +13,7 @@ from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
 STYLES = ("group_norm_silu", "bias_free_relu")
 
 
-class GroupNormSiLU(Layer):
+class GroupNormSiLU(Layer[Tensor]):
     """Group norm and SiLU over [B, C, ...]; G = the largest divisor of C up to `groups`. Parameters as in nn.GroupNorm."""
 
     norm_eps = 1e-5
@@ -54,7 +55,7 @@ class GroupNormSiLU(Layer):
         return x_bar
 
 
-def norm_act(channels: int, groups: int, style: str) -> Layer:
+def norm_act(channels: int, groups: int, style: str) -> Layer[Tensor]:
     """What stands between two convolutions: GroupNorm + SiLU, or a ReLU alone (the paper's bias-free networks)."""
     return GroupNormSiLU(channels, groups) if style == "group_norm_silu" else ReLU()
 
@@ -77,7 +78,7 @@ class ResBlock(Residual):
         self.skip = conv(in_channels, out_channels, 1, style) if in_channels != out_channels else Identity()
 
     @property
-    def branch(self) -> tuple[Layer, ...]:
+    def branch(self) -> tuple[Layer[Tensor], ...]:
         return self.norm_1, self.conv_1, self.norm_2, self.conv_2
 
     def forward(self, x: Tensor, tx: Tensor | None = None, *, embedding: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ class ResBlock(Residual):
         return self.skip(x) + self.conv_2(self.norm_2(h))
 
 
-class SelfAttention(Layer):
+class SelfAttention(Layer[Tensor]):
     """[B, 3C, H, W] -> [B, C, H, W]: attention among the H*W positions, without parameters; q, k and v lie in the channels."""
 
     def __init__(self, num_heads: int) -> None:
@@ -97,15 +98,15 @@ class SelfAttention(Layer):
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """[B, 3C, H, W] -> three views of [B, S, N, D]."""
-        return qkv.flatten(2).unflatten(1, (3, self.num_heads, qkv.shape[1] // (3 * self.num_heads))).permute(1, 0, 4, 2, 3).unbind(0)
+        return rearrange(qkv, "B (three N D) H W -> three B (H W) N D", three=3, N=self.num_heads).unbind(0)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> a view of [B, S, N, D]."""
-        return x.flatten(2).unflatten(1, (self.num_heads, x.shape[1] // self.num_heads)).permute(0, 3, 1, 2)
+        return rearrange(x, "B (N D) H W -> B (H W) N D", N=self.num_heads)
 
     def _image(self, tokens: Tensor, like: Tensor) -> Tensor:
         """[B, S, N, D] -> [B, C, H, W]."""
-        return tokens.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, like.shape[2:])
+        return rearrange(tokens, "B (H W) N D -> B (N D) H W", H=like.shape[2], W=like.shape[3])
 
     def _channels(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The inverse of `_split`. [B, 3C, H, W]"""
@@ -154,7 +155,7 @@ class AttentionBlock(Residual):
         self.skip = Identity()
 
     @property
-    def branch(self) -> tuple[Layer, ...]:
+    def branch(self) -> tuple[Layer[Tensor], ...]:
         return self.norm, self.qkv, self.attention, self.out
 
 

@@ -19,7 +19,7 @@ from .launchers import Launcher, Launchers
 
 # Below these the transforms cost more than they save: channels of x, pixels along a side, tiles of 2x2 pixels.
 MIN_CHANNELS, MIN_SIDE, MIN_TILES = 4, 4, 16
-Pair = tuple[int, int]
+Pair = tuple[int, ...]  # two numbers; not tuple[int, int], for the settings of nn.Conv2d are not typed so
 
 
 class ConvolutionLaunchers(Launchers):

@@ -61,7 +61,11 @@ def attention(
     """
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.einsum("bnqk,bknd->bqnd", _softmax(q, k, scale, causal), v)
+    logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)
+    if causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+    return torch.einsum("bnqk,bknd->bqnd", logits.softmax(-1), v)
 
 
 def attention_dual(
@@ -78,20 +82,15 @@ def attention_dual(
     """`attention` and its tangent along (tq, tk, tv), written out so that autograd can differentiate both."""
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = _softmax(q, k, scale, causal)
-    t = scale * (torch.einsum("bqnd,bknd->bnqk", tq, k) + torch.einsum("bqnd,bknd->bnqk", q, tk))
-    tp = p * (t - (p * t).sum(-1, keepdim=True))
-    out = torch.einsum("bnqk,bknd->bqnd", p, v)
-    return out, torch.einsum("bnqk,bknd->bqnd", tp, v) + torch.einsum("bnqk,bknd->bqnd", p, tv)
-
-
-def _softmax(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """[B, N, S_q, S_k]"""
     logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)
+    t = scale * (torch.einsum("bqnd,bknd->bnqk", tq, k) + torch.einsum("bqnd,bknd->bnqk", q, tk))
     if causal:
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         logits = logits.masked_fill(hidden, float("-inf"))
-    return logits.softmax(-1)
+    p = logits.softmax(-1)
+    tp = p * (t - (p * t).sum(-1, keepdim=True))
+    out = torch.einsum("bnqk,bknd->bqnd", p, v)
+    return out, torch.einsum("bnqk,bknd->bqnd", tp, v) + torch.einsum("bnqk,bknd->bqnd", p, tv)
 
 
 def _heads(*tensors: Tensor) -> list[Tensor]:
