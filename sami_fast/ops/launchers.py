@@ -8,7 +8,8 @@
 
 A launcher is the function that starts a kernel; it knows nothing of autograd. Its twin in `sami_fast/reference` is plain torch with the
 same name, arguments and results, and says their shapes and formulas. So the twin gives every launcher its type: editors jump to it, type
-checkers hold calls against it, and `define` takes an operator's schema from it.
+checkers hold calls against it, and `define` takes an operator's schema from it. Only this differs: where a twin gives None for a result
+that was not asked for, the compiled core gives an empty tensor.
 """
 
 from collections.abc import Callable
