@@ -224,26 +224,6 @@ class ReLU(Pointwise):
         return None
 
 
-class Identity(nn.Identity, Layer[Tensor]):
-    """y = x."""
-
-    # pyrefly: ignore[bad-override]  # torch's takes no tangent
-    def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return x if tx is None else (x, tx)
-
-    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return x
-
-    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
-        return grad_y
-
-    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
-        return tx
-
-    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
-        return y_bar
-
-
 # Layers one after another, which share one tape
 
 
@@ -287,6 +267,10 @@ class Chain(nn.Sequential, Layer[Tensor]):
 
     forward = chain_dual
     sweep_forward, sweep_adjoint, sweep_tangent, sweep_joint = chain_forward, chain_adjoint, chain_tangent, chain_joint
+
+
+class Identity(Chain):
+    """y = x: no layer at all."""
 
 
 class Residual(Layer[Tensor]):

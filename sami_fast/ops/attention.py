@@ -18,8 +18,6 @@ HEADS = {"triton": (8, 128), "cuda": (1, 128)}  # smallest and largest head size
 
 
 class AttentionLaunchers(Launchers):
-    """Softmax attention; the formulas stand in `sami_fast/reference/attention.py`."""
-
     op = "attention"
     fwd = Launcher(attention_fwd)
     bwd = Launcher(attention_bwd)

@@ -23,10 +23,8 @@ Pair = tuple[int, ...]  # two numbers; not tuple[int, int], for the settings of 
 
 
 class ConvolutionLaunchers(Launchers):
-    """3x3 convolution, stride 1, padding 1; on a GPU a convolution is torch's."""
-
     op = "conv2d"
-    backends = ("reference", "cpp")
+    backends = ("reference", "cpp")  # on a GPU a convolution is torch's
     fwd = Launcher(conv2d_fwd)
     bwd_input = Launcher(conv2d_bwd_input)
     bwd_weight = Launcher(conv2d_bwd_weight)

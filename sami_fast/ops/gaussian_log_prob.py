@@ -24,8 +24,6 @@ __all__ = ["GaussianLaunchers", "gaussian_kl", "gaussian_launchers", "gaussian_l
 
 
 class GaussianLaunchers(Launchers):
-    """Log density of a diagonal Gaussian; the formulas stand in `sami_fast/reference/gaussian_log_prob.py`."""
-
     op = "gaussian_log_prob"
     fwd = Launcher(gaussian_log_prob_fwd)
     bwd = Launcher(gaussian_log_prob_bwd)

@@ -21,8 +21,6 @@ from .launchers import Launcher, Launchers
 
 
 class GroupNormSiLULaunchers(Launchers):
-    """Group norm with or without SiLU; the formulas stand in `sami_fast/reference/group_norm_silu.py`."""
-
     op = "group_norm_silu"
     fwd = Launcher(group_norm_silu_fwd)
     bwd = Launcher(group_norm_silu_bwd)

@@ -17,8 +17,6 @@ from .random import check_draw, check_index
 
 
 class GuidedLossLaunchers(Launchers):
-    """Loss and both cotangents; the formulas stand in `sami_fast/reference/guided_loss.py`."""
-
     op = "guided_loss"
     fwd = Launcher(guided_loss_fwd)
 

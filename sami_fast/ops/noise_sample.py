@@ -18,8 +18,6 @@ from .random import check_draw, check_index, random_normal
 
 
 class NoiseSampleLaunchers(Launchers):
-    """Multiscale noising; see `sami_fast/reference/noise_sample.py`."""
-
     op = "noise_sample"
     fwd = Launcher(noise_sample_fwd)
 

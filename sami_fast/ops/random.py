@@ -11,9 +11,7 @@ from .launchers import Launcher, Launchers
 
 
 class RandomLaunchers(Launchers):
-    """Draws of one file, `sami_fast/reference/random.py`; what holds for normals holds for uniforms."""
-
-    op = "random_normal"
+    op = "random_normal"  # and random_uniform, of which the same holds
     normal = Launcher(reference.random_normal)
     uniform = Launcher(reference.random_uniform)
 

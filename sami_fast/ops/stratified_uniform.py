@@ -9,10 +9,8 @@ from .random import check_draw, check_index
 
 
 class StratifiedUniformLaunchers(Launchers):
-    """See `sami_fast/reference/stratified_uniform.py`; Triton's lies with the other draws."""
-
     op = "stratified_uniform"
-    draw = Launcher(reference.stratified_uniform, file="random")
+    draw = Launcher(reference.stratified_uniform, file="random")  # Triton's lies with the other draws
 
 
 def stratified_uniform(

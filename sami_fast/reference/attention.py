@@ -45,20 +45,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:  # [B, S_q, N, D]
-    """out = softmax(scale q k^T) v for every head.
-
-    Args:
-        q: Queries. [B, S_q, N, D] (batch, tokens, heads, head size), any floating dtype.
-        k, v: Keys and values. [B, S_k, N, D], dtype of q.
-        scale: Factor on the logits; 1 / sqrt(D) when None.
-        causal: Query i sees keys j <= i only. Needs S_q == S_k.
-    Returns:
-        [B, S_q, N, D], dtype of q.
-    Raises:
-        ValueError: shapes do not fit, or causal with S_q != S_k.
-    Differentiable: twice, in q, k and v.
-    Source: Vaswani et al., arXiv:1706.03762, eq. 1.
-    """
+    """out = softmax(scale q k^T) v for every head, as `sami_fast.ops.attention` describes it, differentiable to any order."""
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)

@@ -32,16 +32,7 @@ def gaussian_log_prob(
 
         log_q = -1/2 sum_Z [ (z - mu)^2 / var + ln var + ln 2 pi ]
 
-    Args:
-        z: Point. [B, Z], float32 or float64.
-        mu: Mean, same shape and dtype as z.
-        var: Variance, > 0, same shape and dtype as z.
-    Returns:
-        [B], dtype of z.
-    Raises:
-        ValueError: shapes differ.
-    Differentiable: twice, in z, mu and var.
-    Source: SAMI, arXiv:2512.17127, encoder density.
+    Arguments and errors as `sami_fast.ops.gaussian_log_prob` describes them. Differentiable: twice and further, in z, mu and var.
     """
     check_gaussian(z=z, mu=mu, var=var)
     return -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(-1)

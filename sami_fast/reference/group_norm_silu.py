@@ -38,18 +38,7 @@ def group_norm_silu(
 ) -> Tensor:  # [B, C, ...]
     """h = weight x_hat + bias with x_hat normalised over each group; returns h sigmoid(h), or h without SiLU.
 
-    Args:
-        x: Features. [B, C, ...], float32, float64 or bfloat16 (computed in float32).
-        weight, bias: Scale and shift per channel. [C].
-        num_groups: G, divides C.
-        norm_eps: Added to the variance.
-        silu: Apply SiLU after the norm.
-    Returns:
-        Same shape and dtype as x.
-    Raises:
-        ValueError: C is not divisible by G, or weight or bias is not [C].
-    Differentiable: twice, in x, weight and bias.
-    Source: Wu & He, arXiv:1803.08494.
+    Arguments and errors as `sami_fast.ops.group_norm_silu` describes them. Differentiable: twice and further, in x, weight and bias.
     """
     check_group_norm_silu(x, weight, bias, num_groups)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
