@@ -186,7 +186,7 @@ def _blank(original: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
 
 @torch.compiler.assume_constant_result
 def _say(serial: int, name: str, what: str) -> None:
-    """Warn, once for each module and reason. Constant for the compiler, which warns while it traces."""
+    """Warn, once for each module and reason. torch.compile runs this once, while it traces."""
     _warn_once(serial, f"{name}: {what}")
 
 

@@ -30,10 +30,10 @@ DTYPES = {  # of a backend's floating inputs; any where it is not listed
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
-HOME_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
+HOME_DEVICES = {"cpp": "cpu", "cuda": "cuda"}  # the device type that a backend is compiled for
 OPS: dict[str, tuple[str, ...]] = {}  # every op and the backends that have it, as `launchers.Launchers` finds them
 
-# What is asked for, and by whom: a variable of the thread (or task), so that two of them do not get into each other's way.
+# The backend that was asked for, and by what. Each thread and each asyncio task has its own, so `use_backend` in one changes no other.
 _wanted: ContextVar[tuple[str, str]] = ContextVar("backend", default=(os.environ.get("SAMI_FAST_BACKEND") or "auto", "SAMI_FAST_BACKEND"))
 
 
@@ -122,7 +122,7 @@ def _warn_once(message: str) -> None:
 def _pick(
     op: str, wanted: str, wanted_by: str, device_type: str, dtype: torch.dtype | None, limits: tuple[tuple[str, str], ...]
 ) -> tuple[str, str | None]:
-    """The backend, or why there is none. Constant for the compiler, which could not pass on an exception as it is."""
+    """The backend, or why there is none: torch.compile runs this once, while it traces, and would wrap an exception in one of its own."""
 
     def refuses(backend: str) -> str | None:
         return refusal(backend, device_type, dtype) or dict(limits).get(backend)

@@ -45,7 +45,7 @@ class Launcher(Generic[P, R]):
         return self if launchers is None else _find(self.twin, self.file, launchers.backend)
 
     def schema(self) -> str:
-        """The twin's, as an operator's, with the backend as a last argument."""
+        """An operator's: the twin's own, with the backend as a last argument."""
         return torch.library.infer_schema(self.twin, mutates_args=()).replace(") ->", ", str backend) ->", 1)
 
     def run(self, *args: Any) -> Any:
