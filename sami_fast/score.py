@@ -132,8 +132,8 @@ class _Sweeps(torch.autograd.Function):
             mu, var = encoder.sweep_forward(x_t, tape)
             launchers = ops.gaussian_launchers(z, mu, var)
             ones = torch.ones_like(z[:, 0])
-            _, *head = launchers.bwd(ones, z, mu, var)
-            gradient = encoder.sweep_adjoint(tuple(head), tape)
+            _, grad_mu, grad_var = launchers.bwd(ones, z, mu, var)
+            gradient = encoder.sweep_adjoint((grad_mu, grad_var), tape)
         ctx.encoder, ctx.tape, ctx.head = encoder, tape, (launchers, ones, mu, var)
         ctx.save_for_backward(x_t, z, *parameters)  # the tape holds them too, but this notices when one was changed in between
         return gradient.to(x_t.dtype)
