@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
@@ -131,20 +132,20 @@ def accelerate(module: nn.Module) -> Report:
     return Report(module, tuple(changed), tuple(skipped))
 
 
-class Accelerated:
+class Accelerated(nn.Module):
     """A module that runs on our ops.
 
     Attributes:
         _original_class: What it was.
         _place: See `Place`.
-        _original_processor: That of a diffusers Attention, where it had to go, too.
+        _original_processor: That of a diffusers Attention, where it was replaced as well.
     """
 
     _original_class: type[nn.Module]
     _place: Place
 
 
-def _become(module: nn.Module, replacement: type[nn.Module], place: Place) -> None:
+def _become(module: Any, replacement: type[nn.Module], place: Place) -> None:
     if _forms_weights(module):
         module._original_processor = module.processor
         module.processor = _diffusers_attention().AttnProcessor2_0()
@@ -153,9 +154,8 @@ def _become(module: nn.Module, replacement: type[nn.Module], place: Place) -> No
 
 
 def _restore(module: nn.Module) -> None:
-    for part in module.modules():
-        if not isinstance(part, Accelerated):
-            continue
+    ours: list[Any] = [part for part in module.modules() if isinstance(part, Accelerated)]
+    for part in ours:
         part.__class__ = part._original_class
         del part._place
         if "_original_processor" in vars(part):
@@ -171,7 +171,8 @@ def _subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _blank, (original, forward), self.__getstate__()
 
-    # The old forward by itself: the compiler does not look it up on a class that it was told to leave whole, as diffusers' Attention is.
+    # The old forward is a member of its own, since diffusers marks Attention with torch._dynamo.allow_in_graph, and torch.compile does not
+    # look up `original.forward` on a class so marked.
     members = {"forward": forward, "_original_forward": staticmethod(original.forward)}
     members |= {"_original_class": original, "__reduce_ex__": __reduce_ex__}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
@@ -185,7 +186,7 @@ def _blank(original: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
 
 @torch.compiler.assume_constant_result
 def _say(serial: int, name: str, what: str) -> None:
-    """Warn, once for each module and reason. Constant for the compiler, which warns while it traces."""
+    """Warn, once for each module and reason. torch.compile runs this once, while it traces."""
     _warn_once(serial, f"{name}: {what}")
 
 
@@ -220,7 +221,7 @@ def _autocast_result(device: str, dtype: torch.dtype) -> torch.dtype:
         return F.group_norm(torch.zeros(1, 1, 2, device=device, dtype=dtype), 1).dtype
 
 
-def _why_apart(norm: nn.Module, act: nn.Module | None) -> str | None:
+def _why_apart(norm: nn.Module, act: nn.Module) -> str | None:
     """Why a group norm and the module after it cannot run in one pass now; None when they can."""
     if type(norm) is not GroupNorm:
         return "the norm is not ours"
@@ -238,13 +239,14 @@ class Sequential(Accelerated, nn.Sequential):
     _original_class = nn.Sequential
 
     def forward(self, input: Tensor) -> Tensor:
-        done = False  # with the norm before
-        for layer, following in pairwise([*self, None]):
-            if done:
-                done = False
-                continue
-            done = _why_apart(layer, following) is None
-            input = _group_norm(layer, input, silu=True) if done else layer(input)
+        waiting = [*self]
+        while waiting:
+            layer = waiting.pop(0)
+            if waiting and isinstance(layer, GroupNorm) and _why_apart(layer, waiting[0]) is None:
+                input = _group_norm(layer, input, silu=True)
+                waiting.pop(0)  # the SiLU is done
+            else:
+                input = layer(input)
         return input
 
 
@@ -279,14 +281,14 @@ class _Stage:
         return partial(_act, part) if name in self._acts else part
 
 
-def _fusing_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _fusing_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     pairs = [pair for pair in _pairs(self) if _why_two_passes(self, *pair) is None]
     return self._original_forward(_Stage(self, pairs) if pairs else self, *args, **kwargs)
 
 
 def _pairs(block: nn.Module) -> Iterable[tuple[str, str]]:
     """The names of a group norm and of the activation after it, in an nn.Sequential or a known block."""
-    kind = getattr(block, "_original_class", type(block))
+    kind = block._original_class if isinstance(block, Accelerated) else type(block)
     if kind is nn.Sequential:
         children = pairwise(block._modules.items())
         return [(n, a) for (n, norm), (a, act) in children if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU)]
@@ -347,7 +349,7 @@ def _instead(reason: str) -> str:
     return f"attention is torch's, whose memory grows with the square of the tokens: ours does not take {reason}"
 
 
-def _twice_differentiable(query: Tensor) -> AbstractContextManager[None]:
+def _twice_differentiable(query: Tensor) -> AbstractContextManager[Any]:
     """Of torch's ways to compute attention only the mathematical one has a second derivative. It takes no nested tensors.
 
     Without gradients torch may choose.
@@ -394,7 +396,7 @@ class _OurAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attending_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _attending_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     with _OurAttention(self._place):
         return self._original_forward(self, *args, **kwargs)
 
@@ -440,14 +442,11 @@ class MultiheadAttention(Accelerated, nn.MultiheadAttention):
             weights = self.in_proj_weight.chunk(3) if packed else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             projected = [F.linear(*one) for one in zip((query, key, value), weights, biases, strict=True)]
-        q, k, v = (self._batch_first(t).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in projected)
+        torchs = "S (N D)" if query.dim() == 2 else "B S (N D)" if self.batch_first else "S B (N D)"
+        ours = "1 N S D" if query.dim() == 2 else "B N S D"
+        q, k, v = (rearrange(t, f"{torchs} -> {ours}", N=self.num_heads) for t in projected)
         out = _attention(self._place, q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=causal)
-        out = self._batch_first(out.transpose(1, 2).flatten(2)) if query.dim() == 3 else out.transpose(1, 2).flatten(2).squeeze(0)
-        return F.linear(out, self.out_proj.weight, self.out_proj.bias)
-
-    def _batch_first(self, x: Tensor) -> Tensor:
-        """Between torch's order and [B, S, E], either way."""
-        return x.unsqueeze(0) if x.dim() == 2 else x if self.batch_first else x.transpose(0, 1)
+        return F.linear(rearrange(out, f"{ours} -> {torchs}"), self.out_proj.weight, self.out_proj.bias)
 
 
 # Which module becomes what: each function decides on the modules that it is about, and says nothing of others.
@@ -469,7 +468,7 @@ def _layer(module: nn.Module) -> Iterator[Decision]:
         yield (GroupNorm, "ops.group_norm_silu") if module.affine else (None, "ours has a weight and a bias, this one has neither")
     elif kind is nn.MultiheadAttention:
         yield MultiheadAttention, "ops.attention"
-    elif _is_winograd(module):
+    elif isinstance(module, nn.Conv2d) and _is_winograd(module):
         yield Conv2d, "ops.conv2d"
     else:
         yield None, f"ours differs from torch's only for 3x3, stride 1, padding 1 of zeros, one group, {MIN_CHANNELS} channels or more"
@@ -542,14 +541,15 @@ def _diffusers_attention() -> ModuleType:
     return sys.modules.get(name, ModuleType(name))
 
 
-def _forms_weights(module: nn.Module) -> bool:
+def _forms_weights(module: Any) -> bool:
     """A diffusers Attention whose processor forms the weights, and for which AttnProcessor2_0 computes the same.
 
     `upcast_attention` and `upcast_softmax` ask for sums in float32, which ours has anyway.
     """
     home = _diffusers_attention()
+    attention: Any = getattr(home, "Attention", None)
     return (
-        type(module) is getattr(home, "Attention", None)
+        type(module) is attention
         and type(module.processor) is home.AttnProcessor
         and module.scale == (module.inner_dim // module.heads) ** -0.5
         and module.norm_q is module.norm_k is None

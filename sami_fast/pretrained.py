@@ -24,7 +24,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of the noise, of alpha_t 
 class DiscreteTimeDenoiser(nn.Module):
     """A network (x_t, timestep) -> prediction as a denoiser (x_t, t) -> eps_pred.
 
-    t of the schedule is a noise level, and the level a place among the network's own timesteps: between two of them it is fractional.
+    A time t of the schedule stands for a noise level. It is looked up among the noise levels of the network's own timesteps; where it lies
+    between two of them, the timestep that the network gets is fractional.
 
         eps = prediction                                "epsilon"
         eps = sigma_t x_t + alpha_t prediction          "v_prediction"
@@ -104,7 +105,10 @@ class UNetTrunk(nn.Module):
     It stays in evaluation mode, as the UNet was: dropout is off, in training too.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    down_blocks: nn.ModuleList
+    mid_block: nn.Module | None
+
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.conv_in, self.down_blocks, self.mid_block = map(copy.deepcopy, (unet.conv_in, unet.down_blocks, unet.mid_block))
         with torch.no_grad():
@@ -132,7 +136,9 @@ class DiffusersDenoiser(DiscreteTimeDenoiser):
         ValueError: a model or a scheduler that is not of the kind: unconditional, square images, alphas that fall with the timestep.
     """
 
-    def __init__(self, unet: nn.Module, scheduler: dict[str, Any], schedule: Schedule) -> None:
+    network: Any  # diffusers' types leave out what its models have
+
+    def __init__(self, unet: Any, scheduler: dict[str, Any], schedule: Schedule) -> None:
         shape, channels, out = _image_shape(unet.config), unet.config.in_channels, unet.config.out_channels
         if shape is None:
             raise ValueError(f"sample_size: expected one side length, found {unet.config.sample_size}")
@@ -176,7 +182,7 @@ def scheduler_settings(scheduler: dict[str, Any]) -> Any:
 
     if not {"beta_schedule", "trained_betas"} & scheduler.keys():
         raise ValueError(f"scheduler: expected one with betas, found {scheduler.get('_class_name', 'none')}")
-    made = DDPMScheduler.from_config({name: value for name, value in scheduler.items() if not name.startswith("_")})
+    made: Any = DDPMScheduler.from_config({name: value for name, value in scheduler.items() if not name.startswith("_")})
     if made.config.prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type: expected {', '.join(PREDICTIONS)}, found {made.config.prediction_type}")
     return made
@@ -209,10 +215,12 @@ def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) 
     if "unet" in architecture:
         from diffusers import UNet2DModel
 
-        unet = UNet2DModel.from_config(architecture["unet"]) if denoiser is None else denoiser.network
-        return HalfUNet(UNetTrunk(unet), _image_shape(unet.config), groups=unet.config.norm_num_groups, **arguments)
-    denoiser = Denoiser(**architecture) if denoiser is None else denoiser
-    return HalfUNet(DenoiserTrunk(denoiser), denoiser.image_shape, groups=architecture["groups"], **arguments)
+        unet: Any = UNet2DModel.from_config(architecture["unet"]) if denoiser is None else denoiser.network
+        shape = _image_shape(unet.config)
+        assert shape is not None  # as `DiffusersDenoiser` checks
+        return HalfUNet(UNetTrunk(unet), shape, groups=unet.config.norm_num_groups, **arguments)
+    own: Any = Denoiser(**architecture) if denoiser is None else denoiser
+    return HalfUNet(DenoiserTrunk(own), own.image_shape, groups=architecture["groups"], **arguments)
 
 
 def is_diffusers(folder_or_id: str | os.PathLike[str]) -> bool:
@@ -299,7 +307,8 @@ def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> 
     Raises:
         UserError: diffusers is missing, or the checkpoint is damaged, pickled, or of another kind.
     """
-    folder = _unet_folder(located(folder_or_id))
+    folder = located(folder_or_id)
+    folder = _unet_folder(folder) or folder
     if (kind := _config(folder).get("_class_name")) != "UNet2DModel":
         raise UserError(f"{folder}: expected a UNet2DModel, found {kind}; a denoiser works on pixels and is told nothing but the timestep")
     scheduler = read_scheduler(folder_or_id)

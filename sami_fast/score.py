@@ -130,11 +130,11 @@ class _Sweeps(torch.autograd.Function):
         tape = Tape(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
         with torch.autocast(device, enabled=False):
             mu, var = encoder.sweep_forward(x_t, tape)
-            levels = ops.gaussian_levels(z, mu, var)
+            launchers = ops.gaussian_launchers(z, mu, var)
             ones = torch.ones_like(z[:, 0])
-            _, *head = levels.gaussian_log_prob_bwd(ones, z, mu, var)
-            gradient = encoder.sweep_adjoint(tuple(head), tape)
-        ctx.encoder, ctx.tape, ctx.head = encoder, tape, (levels, ones, mu, var)
+            _, grad_mu, grad_var = launchers.bwd(ones, z, mu, var)
+            gradient = encoder.sweep_adjoint((grad_mu, grad_var), tape)
+        ctx.encoder, ctx.tape, ctx.head = encoder, tape, (launchers, ones, mu, var)
         ctx.save_for_backward(x_t, z, *parameters)  # the tape holds them too, but this notices when one was changed in between
         return gradient.to(x_t.dtype)
 
@@ -145,11 +145,11 @@ class _Sweeps(torch.autograd.Function):
         if ctx.tape is None:
             raise RuntimeError("score.sweeps frees its notes in its first backward pass, and this is a second: use the method reverse")
         _, z, *parameters = ctx.saved_tensors
-        tape, (levels, ones, mu, var) = ctx.tape, ctx.head
+        tape, (launchers, ones, mu, var) = ctx.tape, ctx.head
         ctx.tape = ctx.head = None
         with torch.autocast(v.device.type, enabled=False):
             tmu, tvar = ctx.encoder.sweep_tangent(v, tape)
-            _, z_bar, mu_bar, var_bar = levels.gaussian_log_prob_bwd_bwd(None, tmu, tvar, ones, z, mu, var)
+            _, z_bar, mu_bar, var_bar = launchers.bwd_bwd(None, tmu, tvar, ones, z, mu, var)
             if any(ctx.needs_input_grad[3:]):
                 ctx.encoder.sweep_joint((mu_bar, var_bar), tape, need_input=False)
         return None, None, z_bar, *(tape.gradients.get(p) for p in parameters)

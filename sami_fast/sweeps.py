@@ -14,6 +14,7 @@ takes a tangent (x, tx) -> (y, ty), which the dual-number schedule uses. Sums of
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import ops
+
+Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])  # what a layer makes: features, or a Gaussian's mu and var
 
 
 class Tape:
@@ -32,7 +35,7 @@ class Tape:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
-        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.gradients: dict[Tensor, Tensor] = {}
         self._notes: dict[nn.Module, SimpleNamespace] = {}
 
     def note(self, layer: nn.Module, **values: object) -> SimpleNamespace:
@@ -49,28 +52,29 @@ class Tape:
         """`value` in the dtype that a product with this parameter runs in."""
         return value.to(self.dtype if self.dtype is not None and parameter.dtype == torch.float32 else parameter.dtype)
 
-    def add(self, parameter: nn.Parameter | None, gradient: Tensor | None) -> None:
-        if parameter is None or not parameter.requires_grad:
+    def add(self, parameter: Tensor | None, gradient: Tensor | None) -> None:
+        """Add to the gradient of a parameter; nothing where there is no parameter, no gradient or no use for it."""
+        if parameter is None or gradient is None or not parameter.requires_grad:
             return
         gradient = gradient.to(parameter.dtype)
         known = self.gradients.get(parameter)
         self.gradients[parameter] = gradient if known is None else known.add_(gradient)
 
 
-class Layer(nn.Module, ABC):
+class Layer(nn.Module, ABC, Generic[Out]):
     """A layer that can be swept. `need_input` of the joint sweep is False where nobody asks for x_bar, which may then be None."""
 
     @abstractmethod
-    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor: ...
+    def sweep_forward(self, x: Tensor, tape: Tape) -> Out: ...
 
     @abstractmethod
-    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor: ...
+    def sweep_adjoint(self, grad_y: Out, tape: Tape) -> Tensor: ...
 
     @abstractmethod
-    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor: ...
+    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Out: ...
 
     @abstractmethod
-    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None: ...
+    def sweep_joint(self, y_bar: Out, tape: Tape, need_input: bool = True) -> Tensor | None: ...
 
 
 def sweepable(module: nn.Module) -> bool:
@@ -87,14 +91,17 @@ def sweepable(module: nn.Module) -> bool:
     )
 
 
-class Conv2d(nn.Conv2d, Layer):
+class Conv2d(nn.Conv2d, Layer[Tensor]):
     """nn.Conv2d with zero padding by whole numbers."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    padding: tuple[int, ...]  # pyrefly: ignore[bad-override-mutable-attribute]  # a str is refused
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(f"padding: expected numbers of zeros, found {self.padding!r}, {self.padding_mode}")
 
+    # pyrefly: ignore[bad-override]  # torch's takes no tangent
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if tx is None:
             return self._conv(x, self.weight, self.bias)
@@ -104,8 +111,8 @@ class Conv2d(nn.Conv2d, Layer):
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return ops.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Gradients of input, weight and bias, those that the mask asks for."""
+    def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Any, ...]:
+        """Gradients of input, weight and bias: a Tensor where the mask asks for one, None where it does not."""
         return ops.conv2d_backward(grad_y, x, weight, self.stride, self.padding, self.dilation, self.groups, mask)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
@@ -134,9 +141,10 @@ class Conv2d(nn.Conv2d, Layer):
         return x_bar
 
 
-class Linear(nn.Linear, Layer):
+class Linear(nn.Linear, Layer[Tensor]):
     """nn.Linear on [B, features], always in the dtype of its weight."""
 
+    # pyrefly: ignore[bad-override]  # torch's takes no tangent
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if tx is None:
             return super().forward(x)
@@ -164,7 +172,7 @@ class Linear(nn.Linear, Layer):
         return y_bar @ self.weight if need_input else None
 
 
-class Pointwise(Layer):
+class Pointwise(Layer[Tensor]):
     """y = f(x), element by element."""
 
     @abstractmethod
@@ -216,50 +224,36 @@ class ReLU(Pointwise):
         return None
 
 
-class Identity(nn.Identity, Layer):
-    """y = x."""
-
-    def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return x if tx is None else (x, tx)
-
-    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return x
-
-    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
-        return grad_y
-
-    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
-        return tx
-
-    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
-        return y_bar
+# Layers one after another, which share one tape
 
 
-def chain_forward(layers: Sequence[Layer], x: Tensor, tape: Tape) -> Tensor:
+def chain_forward(layers: Sequence[Layer[Tensor]], x: Tensor, tape: Tape) -> Tensor:
     for layer in layers:
         x = layer.sweep_forward(x, tape)
     return x
 
 
-def chain_adjoint(layers: Sequence[Layer], grad_y: Tensor, tape: Tape) -> Tensor:
+def chain_adjoint(layers: Sequence[Layer[Tensor]], grad_y: Tensor, tape: Tape) -> Tensor:
     for layer in reversed(layers):
         grad_y = layer.sweep_adjoint(grad_y, tape)
     return grad_y
 
 
-def chain_tangent(layers: Sequence[Layer], tx: Tensor, tape: Tape) -> Tensor:
+def chain_tangent(layers: Sequence[Layer[Tensor]], tx: Tensor, tape: Tape) -> Tensor:
     for layer in layers:
         tx = layer.sweep_tangent(tx, tape)
     return tx
 
 
-def chain_joint(layers: Sequence[Layer], y_bar: Tensor, tape: Tape, need_input: bool) -> Tensor | None:
+def chain_joint(layers: Sequence[Layer[Tensor]], y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
+    bar: Tensor | None = y_bar
     for place in reversed(range(len(layers))):
-        y_bar = layers[place].sweep_joint(y_bar, tape, need_input or place > 0)
-    return y_bar
+        assert bar is not None
+        bar = layers[place].sweep_joint(bar, tape, need_input or place > 0)
+    return bar
 
 
-def chain_dual(layers: Sequence[Layer], x: Tensor, tx: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def chain_dual(layers: Sequence[Layer[Tensor]], x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     for layer in layers:
         if tx is None:
             x = layer(x)
@@ -268,37 +262,29 @@ def chain_dual(layers: Sequence[Layer], x: Tensor, tx: Tensor | None) -> Tensor 
     return x if tx is None else (x, tx)
 
 
-class Chain(nn.Sequential, Layer):
-    """One layer after another."""
+class Chain(nn.Sequential, Layer[Tensor]):
+    """One layer after another; its methods are the functions above."""
 
-    def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return chain_dual(self, x, tx)
-
-    def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return chain_forward(self, x, tape)
-
-    def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
-        return chain_adjoint(self, grad_y, tape)
-
-    def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
-        return chain_tangent(self, tx, tape)
-
-    def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
-        return chain_joint(self, y_bar, tape, need_input)
+    forward = chain_dual
+    sweep_forward, sweep_adjoint, sweep_tangent, sweep_joint = chain_forward, chain_adjoint, chain_tangent, chain_joint
 
 
-class Residual(Layer):
+class Identity(Chain):
+    """y = x: no layer at all."""
+
+
+class Residual(Layer[Tensor]):
     """y = skip(x) + branch(x), the branch a chain of at least one layer that makes new tensors."""
 
-    skip: Layer
+    skip: Layer[Tensor]
 
     @property
     @abstractmethod
-    def branch(self) -> tuple[Layer, ...]: ...
+    def branch(self) -> tuple[Layer[Tensor], ...]: ...
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if tx is None:
-            return self.skip(x) + chain_dual(self.branch, x, None)
+            return self.skip(x) + chain_dual(self.branch, x)
         (skip, t_skip), (h, th) = self.skip(x, tx), chain_dual(self.branch, x, tx)
         return skip + h, t_skip + th
 
@@ -314,4 +300,4 @@ class Residual(Layer):
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
         skip = self.skip.sweep_joint(y_bar, tape, need_input)
         branch = chain_joint(self.branch, y_bar, tape, need_input)
-        return branch.add_(skip) if need_input else None
+        return branch.add_(skip) if need_input and branch is not None and skip is not None else None

@@ -97,7 +97,7 @@ def largest(tensors: Iterable[Tensor]) -> float:
     return max(t.abs().max().item() for t in tensors)
 
 
-def core_levels() -> Any:
+def core_launchers() -> Any:
     """The raw launchers of the compiled core, which have the names and signatures of their twins in sami_fast/reference."""
     if (reason := refusal("cpp", "cpu", torch.float32)) is not None:
         pytest.skip(reason)

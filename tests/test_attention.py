@@ -1,4 +1,4 @@
-"""Softmax attention, against torch's own and against loops; its raw levels against autograd, and the Triton ones against those."""
+"""Softmax attention, against torch's own and against loops; its launchers against autograd, and the Triton ones against those."""
 
 from importlib import import_module
 
@@ -132,23 +132,23 @@ def test_wrong_shapes(shapes, causal, message):
         attention(*(torch.zeros(shape) for shape in shapes), causal=causal)
 
 
-# The levels that the derivatives are made of, and the Triton kernels with the same signatures
+# The launchers that the derivatives are made of, and the Triton kernels with the same signatures
 
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v", "tout", "tau", "q_bar", "k_bar", "v_bar")
 
 
-def level_inputs(batch: int, queries: int, keys: int, heads: int, size: int, dtype=torch.float64, joint=True) -> dict:
+def launcher_inputs(batch: int, queries: int, keys: int, heads: int, size: int, dtype=torch.float64, joint=True) -> dict:
     lengths = {"q": queries, "k": keys, "v": keys, "tq": queries, "tk": keys, "tv": keys, "grad_out": queries, "out_bar": queries}
     given = {name: normal(batch, n, heads, size, seed=seed, dtype=dtype) for seed, (name, n) in enumerate(lengths.items())}
     return given if joint else given | {"out_bar": None}
 
 
-def run_levels(levels, q, k, v, tq, tk, tv, grad_out, out_bar, scale: float, causal: bool) -> list[torch.Tensor]:
-    """What every level returns, in the order of NAMES, each fed with what the levels before it gave."""
-    out, lse = levels.attention_fwd(q, k, v, scale, causal)
-    first = levels.attention_bwd(grad_out, q, k, v, out, lse, scale, causal)
-    tout, tau = levels.attention_tan(tq, tk, tv, q, k, v, out, lse, scale, causal)
-    second = levels.attention_bwd_bwd(tq, tk, tv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
+def run_launchers(launchers, q, k, v, tq, tk, tv, grad_out, out_bar, scale: float, causal: bool) -> list[torch.Tensor]:
+    """What every launcher returns, in the order of NAMES, each fed with what the launchers before it gave."""
+    out, lse = launchers.attention_fwd(q, k, v, scale, causal)
+    first = launchers.attention_bwd(grad_out, q, k, v, out, lse, scale, causal)
+    tout, tau = launchers.attention_tan(tq, tk, tv, q, k, v, out, lse, scale, causal)
+    second = launchers.attention_bwd_bwd(tq, tk, tv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
     return [out, lse, *first, tout, tau, *second]
 
 
@@ -172,7 +172,7 @@ def run_autograd(q, k, v, tq, tk, tv, grad_out, out_bar, scale: float, causal: b
     return [out, torch.stack((top, total)), *first, tout, tau, *second]
 
 
-def assert_levels(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> None:
+def assert_results(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> None:
     """Each within `limit` of its own largest value, or of 1 where that is smaller: with a single key most of them are zero."""
     for name, a, b in zip(NAMES, found, expected, strict=True):
         assert a.shape == b.shape, name
@@ -192,30 +192,30 @@ LEVEL_SHAPES = [(1, 1, 1, 1, 1), (2, 4, 4, 2, 8), (1, 63, 64, 2, 3), (2, 130, 17
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("shape", LEVEL_SHAPES)
-def test_levels_against_autograd(shape, joint):
-    given = level_inputs(*shape, joint=joint)
-    assert_levels(run_levels(twins, **given, scale=0.6, causal=False), run_autograd(**given, scale=0.6, causal=False), 1e-12)
+def test_launchers_against_autograd(shape, joint):
+    given = launcher_inputs(*shape, joint=joint)
+    assert_results(run_launchers(twins, **given, scale=0.6, causal=False), run_autograd(**given, scale=0.6, causal=False), 1e-12)
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 300])
-def test_causal_levels_against_autograd(tokens):
-    given = level_inputs(2, tokens, tokens, 2, 8)
-    assert_levels(run_levels(twins, **given, scale=0.6, causal=True), run_autograd(**given, scale=0.6, causal=True), 1e-12)
+def test_causal_launchers_against_autograd(tokens):
+    given = launcher_inputs(2, tokens, tokens, 2, 8)
+    assert_results(run_launchers(twins, **given, scale=0.6, causal=True), run_autograd(**given, scale=0.6, causal=True), 1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
-def test_levels_in_lower_precision(dtype, limit):
-    given = level_inputs(2, 140, 33, 2, 16, dtype=dtype)
-    found = run_levels(twins, **given, scale=0.25, causal=False)
+def test_launchers_in_lower_precision(dtype, limit):
+    given = launcher_inputs(2, 140, 33, 2, 16, dtype=dtype)
+    found = run_launchers(twins, **given, scale=0.25, causal=False)
     statistics = ("lse", "tau")
     assert [x.dtype for x in found] == [torch.float32 if name in statistics else dtype for name in NAMES]
-    assert_levels(found, run_levels(twins, **double(given), scale=0.25, causal=False), limit)
+    assert_results(found, run_launchers(twins, **double(given), scale=0.25, causal=False), limit)
 
 
-def test_memory_of_the_levels_grows_linearly():
+def test_memory_of_the_launchers_grows_linearly():
     def peak(tokens: int) -> int:
-        given = level_inputs(1, tokens, tokens, 1, 8, dtype=torch.float32)
-        return peak_bytes(lambda: run_levels(twins, **given, scale=0.3, causal=False))
+        given = launcher_inputs(1, tokens, tokens, 1, 8, dtype=torch.float32)
+        return peak_bytes(lambda: run_launchers(twins, **given, scale=0.3, causal=False))
 
     small, middle, large = (peak(n) for n in (256, 512, 1024))
     assert middle < 2.1 * small
@@ -243,32 +243,32 @@ def on_device(given: dict) -> dict:
 
 
 def check_kernels(given: dict, scale: float, causal: bool = False, factor: float = 1.0) -> list[torch.Tensor]:
-    found = run_levels(kernels, **on_device(given), scale=scale, causal=causal)
+    found = run_launchers(kernels, **on_device(given), scale=scale, causal=causal)
     limit = factor * LIMITS[given["q"].dtype]
-    assert_levels(found, run_levels(twins, **double(given), scale=scale, causal=causal), limit)
+    assert_results(found, run_launchers(twins, **double(given), scale=scale, causal=causal), limit)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
 def test_kernels(shape, dtype):
-    found = check_kernels(level_inputs(*shape, dtype=dtype), shape[-1] ** -0.5)
+    found = check_kernels(launcher_inputs(*shape, dtype=dtype), shape[-1] ** -0.5)
     assert [x.dtype for x in found] == [torch.float32 if name in ("lse", "tau") else dtype for name in NAMES]
 
 
 @pytest.mark.parametrize("shape", KERNEL_SHAPES[1:3])
 def test_kernels_without_out_bar(shape):
-    check_kernels(level_inputs(*shape, dtype=torch.float32, joint=False), 0.3)
+    check_kernels(launcher_inputs(*shape, dtype=torch.float32, joint=False), 0.3)
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float32), (63, torch.float16), (130, torch.float32)])
 def test_causal_kernels(tokens, dtype):
-    check_kernels(level_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.3, causal=True)
+    check_kernels(launcher_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.3, causal=True)
 
 
 def test_kernels_on_an_empty_batch():
-    given = level_inputs(0, 5, 6, 2, 8, dtype=torch.float32)
-    assert_levels(run_levels(kernels, **given, scale=1.0, causal=False), run_levels(twins, **given, scale=1.0, causal=False), 0.0)
+    given = launcher_inputs(0, 5, 6, 2, 8, dtype=torch.float32)
+    assert_results(run_launchers(kernels, **given, scale=1.0, causal=False), run_launchers(twins, **given, scale=1.0, causal=False), 0.0)
 
 
 def heads_outside(x: torch.Tensor) -> torch.Tensor:
@@ -295,16 +295,16 @@ def off_by_one(x: torch.Tensor) -> torch.Tensor:
 # queries, keys, head size: all of it fit for 16-byte accesses, or heads, or tokens, or neither
 @pytest.mark.parametrize("sizes", [(32, 40, 16), (32, 40, 10), (33, 49, 16), (17, 49, 9)])
 @pytest.mark.parametrize("layout", [heads_outside, tokens_inside, of_a_projection, off_by_one])
-@pytest.mark.parametrize("levels", [twins, kernels], ids=["torch", "triton"])
-def test_layouts(levels, layout, sizes):
+@pytest.mark.parametrize("launchers", [twins, kernels], ids=["torch", "triton"])
+def test_layouts(launchers, layout, sizes):
     queries, keys, size = sizes
-    given = level_inputs(2, queries, keys, 2, size, dtype=torch.float32)
-    expected = run_levels(levels, **on_device(given), scale=0.3, causal=False)
+    given = launcher_inputs(2, queries, keys, 2, size, dtype=torch.float32)
+    expected = run_launchers(launchers, **on_device(given), scale=0.3, causal=False)
     # Once the tensors that define the layout, once all of them, cotangents too.
     for names in (("q", "k", "v"), given):
         arranged = given | {name: layout(given[name]) for name in names}
-        found = run_levels(levels, **on_device(arranged), scale=0.3, causal=False)
-        assert_levels(found, expected, 1e-6)
+        found = run_launchers(launchers, **on_device(arranged), scale=0.3, causal=False)
+        assert_results(found, expected, 1e-6)
         for name, result in zip(NAMES, found, strict=True):
             if name in ("out", "lse", "tout", "tau"):
                 assert result.is_contiguous()
@@ -313,14 +313,14 @@ def test_layouts(levels, layout, sizes):
 
 
 def test_layouts_that_differ_and_expanded_cotangents():
-    given = level_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
     given |= {"q": tokens_inside(given["q"]), "k": of_a_projection(given["k"]), "v": heads_outside(given["v"])}
     given |= {"grad_out": torch.tensor(0.7).expand(1, 20, 2, 8), "tk": torch.tensor([[0.3], [-1.1]]).expand(1, 33, 2, 8)}
     check_kernels(given, 0.3)
 
 
 def accesses(x: torch.Tensor) -> list[tuple[bool, bool]]:
-    """Of every kernel that the levels launch on tensors like x: whether tokens lie inside, and whether it reads x where it is."""
+    """Of every kernel that the launchers start on tensors like x: whether tokens lie inside, and whether it reads x where it is."""
     with recording() as launches:
         out, lse = kernels.attention_fwd(x, x, x, 0.3, False)
         grads = kernels.attention_bwd(out, x, x, x, out, lse, 0.3, False)
@@ -341,15 +341,15 @@ def test_what_kernels_read_in_place(dtype):
 
 
 def test_sharp_softmax():
-    given = level_inputs(1, 20, 40, 1, 16, dtype=torch.float32)
-    expected = run_levels(twins, **double(given), scale=4.0, causal=False)
+    given = launcher_inputs(1, 20, 40, 1, 16, dtype=torch.float32)
+    expected = run_launchers(twins, **double(given), scale=4.0, causal=False)
     assert (4.0 * torch.einsum("bqnd,bknd->bnqk", given["q"], given["k"])).abs().max() > 40
     # A logit of 50 in float32 is off by 50 * 6e-8, and so is every probability, in relation to itself.
-    for levels in (twins, kernels):
-        assert_levels(run_levels(levels, **on_device(given), scale=4.0, causal=False), expected, 1e-5)
+    for launchers in (twins, kernels):
+        assert_results(run_launchers(launchers, **on_device(given), scale=4.0, causal=False), expected, 1e-5)
 
 
-# What float32 loses to large logits, in the levels and in autograd of the reference: D, offset of q, of k, factor of q
+# What float32 loses to large logits, in the launchers and in autograd of the reference: D, offset of q, of k, factor of q
 LARGE_LOGITS = {
     "offsets": (64, 1.0, 10.0, 1.0),
     "offset of the keys": (16, 0.0, 300.0, 1.0),
@@ -358,15 +358,15 @@ LARGE_LOGITS = {
 
 
 @pytest.mark.parametrize("case", LARGE_LOGITS)
-@pytest.mark.parametrize("levels", [twins, kernels], ids=["torch", "triton"])
-def test_large_logits_lose_no_more_than_in_autograd(levels, case):
+@pytest.mark.parametrize("launchers", [twins, kernels], ids=["torch", "triton"])
+def test_large_logits_lose_no_more_than_in_autograd(launchers, case):
     """At most three times the error of autograd (found: 1.9), and a few roundings of what cancels where the true value is zero."""
     size, q_offset, k_offset, factor = LARGE_LOGITS[case]
-    given = level_inputs(1, 64, 128, 1, size, dtype=torch.float32)
+    given = launcher_inputs(1, 64, 128, 1, size, dtype=torch.float32)
     given |= {"q": factor * (given["q"] + q_offset), "k": given["k"] + k_offset}
     options = {"scale": size**-0.5, "causal": False}
-    exact = run_levels(twins, **double(given), **options)
-    found, autograd = run_levels(levels, **on_device(given), **options), run_autograd(**given, **options)
+    exact = run_launchers(twins, **double(given), **options)
+    found, autograd = run_launchers(launchers, **on_device(given), **options), run_autograd(**given, **options)
     # Saturated, P is one-hot and E, a difference, is zero: what is left of its terms is multiplied by k in dQ and by q in dK.
     e = torch.einsum("bqnd,bknd->bnqk", given["grad_out"], given["v"]).abs().max().item()
     q, k = (options["scale"] * e * given[name].abs().max().item() if case == "saturated" else 0.0 for name in "qk")
@@ -378,19 +378,19 @@ def test_large_logits_lose_no_more_than_in_autograd(levels, case):
 
 
 def test_huge_and_vanishing_logits():
-    given = level_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
     for scale in (1e6, -1e6, 0.0):
-        found = run_levels(kernels, **on_device(given), scale=scale, causal=False)
+        found = run_launchers(kernels, **on_device(given), scale=scale, causal=False)
         assert all(x.isfinite().all() for x in found)
     check_kernels(given, 0.0)
     check_kernels(given, -0.5)
 
 
 def test_inputs_stay_as_they_came():
-    given = level_inputs(1, 17, 20, 2, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 17, 20, 2, 8, dtype=torch.float32)
     before = {name: x.clone() for name, x in given.items()}
-    for levels in (twins, kernels):
-        run_levels(levels, **given, scale=0.3, causal=False)
+    for launchers in (twins, kernels):
+        run_launchers(launchers, **given, scale=0.3, causal=False)
         assert all(torch.equal(given[name], x) for name, x in before.items())
 
 
@@ -404,9 +404,9 @@ REAL_SHAPES = [(16, 256, 256, 4, 64), (2, 1024, 1024, 2, 128), (2, 1000, 333, 3,
 @pytest.mark.parametrize("shape", REAL_SHAPES)
 def test_kernels_at_real_sizes(shape, dtype):
     causal = shape[1] == 1024
-    given = level_inputs(*shape, dtype=dtype)
+    given = launcher_inputs(*shape, dtype=dtype)
     first = check_kernels(given, shape[-1] ** -0.5, causal, factor=2.0)
-    again = run_levels(kernels, **on_device(given), scale=shape[-1] ** -0.5, causal=causal)
+    again = run_launchers(kernels, **on_device(given), scale=shape[-1] ** -0.5, causal=causal)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -414,5 +414,5 @@ def test_kernels_at_real_sizes(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [heads_outside, tokens_inside, of_a_projection])
 def test_layouts_at_real_sizes(layout, dtype):
-    given = level_inputs(4, 256, 256, 4, 64, dtype=dtype)
+    given = launcher_inputs(4, 256, 256, 4, 64, dtype=dtype)
     check_kernels({name: layout(x) for name, x in given.items()}, 0.125, factor=2.0)

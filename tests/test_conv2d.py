@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import core_levels, normal, relative_error
+from helpers import core_launchers, normal, relative_error
 
 from sami_fast import ops
 
@@ -17,7 +17,7 @@ PAIRS = {"stride": (1, 1), "padding": (1, 1)}
 
 @pytest.fixture(autouse=True)
 def _core():
-    core_levels()
+    core_launchers()
 
 
 def inputs(*shape: int, out: int = 8, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

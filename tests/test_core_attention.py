@@ -1,19 +1,19 @@
-"""The compiled levels of attention against their twins in plain torch."""
+"""The compiled launchers of attention against their twins in plain torch."""
 
 import pytest
 import test_attention
 import torch
-from helpers import core_levels, normal, relative_error
+from helpers import core_launchers, normal, relative_error
 from test_attention import (
     LARGE_LOGITS,
     NAMES,
-    assert_levels,
+    assert_results,
     double,
     heads_outside,
-    level_inputs,
+    launcher_inputs,
     of_a_projection,
     run_autograd,
-    run_levels,
+    run_launchers,
     tokens_inside,
     twins,
 )
@@ -37,34 +37,34 @@ LIMITS = {torch.float64: 2e-14, torch.float32: 4e-6}
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def check(core, given: dict, scale: float, causal: bool = False, limit: float | None = None) -> list[torch.Tensor]:
-    found = run_levels(core, **given, scale=scale, causal=causal)
+    found = run_launchers(core, **given, scale=scale, causal=causal)
     assert [x.dtype for x in found] == [given["q"].dtype] * len(NAMES)
-    expected = run_levels(twins, **double(given), scale=scale, causal=causal)
-    assert_levels(found, expected, LIMITS[given["q"].dtype] if limit is None else limit)
+    expected = run_launchers(twins, **double(given), scale=scale, causal=causal)
+    assert_results(found, expected, LIMITS[given["q"].dtype] if limit is None else limit)
     return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_levels(core, shape, joint, dtype):
-    check(core, level_inputs(*shape, dtype=dtype, joint=joint), shape[-1] ** -0.5)
+def test_launchers(core, shape, joint, dtype):
+    check(core, launcher_inputs(*shape, dtype=dtype, joint=joint), shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130, 520])
-def test_causal_levels(core, tokens, dtype):
-    check(core, level_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.6, causal=True)
+def test_causal_launchers(core, tokens, dtype):
+    check(core, launcher_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.6, causal=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_against_autograd(core, causal):
-    given = level_inputs(2, 37, 37, 2, 8)
-    assert_levels(run_levels(core, **given, scale=0.6, causal=causal), run_autograd(**given, scale=0.6, causal=causal), 1e-12)
+    given = launcher_inputs(2, 37, 37, 2, 8)
+    assert_results(run_launchers(core, **given, scale=0.6, causal=causal), run_autograd(**given, scale=0.6, causal=causal), 1e-12)
 
 
 # The same bits whatever runs them
@@ -73,11 +73,11 @@ def test_against_autograd(core, causal):
 @pytest.mark.parametrize("shape", [(1, 1100, 70, 1, 16), (3, 65, 130, 2, 24)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_number_of_threads(core, shape, dtype):
-    given = level_inputs(*shape, dtype=dtype)
+    given = launcher_inputs(*shape, dtype=dtype)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(run_levels(core, **given, scale=0.3, causal=False))
+        results.append(run_launchers(core, **given, scale=0.3, causal=False))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -100,21 +100,21 @@ LAYOUTS = [heads_outside, tokens_inside, of_a_projection, misaligned, spread]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layouts(core, layout, dtype):
-    given = level_inputs(2, 33, 75, 2, 20, dtype=dtype)
-    expected = run_levels(core, **given, scale=0.3, causal=False)
+    given = launcher_inputs(2, 33, 75, 2, 20, dtype=dtype)
+    expected = run_launchers(core, **given, scale=0.3, causal=False)
     # Once the tensors that define the layout, once all of them, cotangents too.
     for names in (("q", "k", "v"), given):
         arranged = given | {name: layout(given[name]) for name in names}
         before = {name: x.clone() for name, x in arranged.items()}
-        found = run_levels(core, **arranged, scale=0.3, causal=False)
-        strides = [x.stride() for x in run_levels(twins, **arranged, scale=0.3, causal=False)]
+        found = run_launchers(core, **arranged, scale=0.3, causal=False)
+        strides = [x.stride() for x in run_launchers(twins, **arranged, scale=0.3, causal=False)]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert [x.stride() for x in found] == strides
         assert all(torch.equal(arranged[name], x) for name, x in before.items())  # inputs stay as they came
 
 
 def test_layouts_that_differ_and_expanded_cotangents(core):
-    given = level_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
     given |= {"q": tokens_inside(given["q"]), "k": of_a_projection(given["k"]), "v": heads_outside(given["v"])}
     given |= {"grad_out": torch.tensor(0.7).expand(1, 20, 2, 8), "tk": torch.tensor([[0.3], [-1.1]]).expand(1, 33, 2, 8)}
     check(core, given, 0.3)
@@ -124,7 +124,7 @@ def test_layouts_that_differ_and_expanded_cotangents(core):
 
 
 def test_sharp_softmax(core):
-    check(core, level_inputs(1, 20, 40, 1, 16, dtype=torch.float32), 4.0, limit=1e-5)  # found: 2.9e-6; the twins: 5.0e-6
+    check(core, launcher_inputs(1, 20, 40, 1, 16, dtype=torch.float32), 4.0, limit=1e-5)  # found: 2.9e-6; the twins: 5.0e-6
 
 
 @pytest.mark.parametrize("case", LARGE_LOGITS)
@@ -134,7 +134,7 @@ def test_large_logits(core, case):
 
 def test_one_key_has_all_the_weight(core):
     """Its tangent is that of its value alone, however large T is, and whatever block of keys it lies in."""
-    given = level_inputs(1, 64, 500, 1, 16, dtype=torch.float32)
+    given = launcher_inputs(1, 64, 500, 1, 16, dtype=torch.float32)
     given["q"] *= 1e4
     out, lse = core.attention_fwd(given["q"], given["k"], given["v"], 0.25, False)
     tout, _ = core.attention_tan(*(given[name] for name in ("tq", "tk", "tv", "q", "k", "v")), out, lse, 0.25, False)
@@ -145,15 +145,15 @@ def test_one_key_has_all_the_weight(core):
 
 
 def test_huge_and_vanishing_logits(core):
-    given = level_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
     for scale in (1e6, -1e6, 0.0):
-        assert all(x.isfinite().all() for x in run_levels(core, **given, scale=scale, causal=False))
+        assert all(x.isfinite().all() for x in run_launchers(core, **given, scale=scale, causal=False))
     check(core, given, 0.0)
     check(core, given, -0.5)
 
 
 def test_nan_stays_in_its_row(core):
-    given = level_inputs(1, 70, 40, 1, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 70, 40, 1, 8, dtype=torch.float32)
     given["q"][0, 3, 0, 5] = float("nan")
     out, lse = core.attention_fwd(given["q"], given["k"], given["v"], 0.3, False)
     assert out[0, 3].isnan().all()
@@ -186,9 +186,9 @@ GPU_SHAPES = [(1, 1, 1, 1, 8), (2, 63, 17, 2, 40), (1, 70, 129, 1, 128), (16, 25
 
 def check_on_gpu(core, given: dict, scale: float, causal: bool = False) -> list[torch.Tensor]:
     on_gpu = {name: None if x is None else x.cuda() for name, x in given.items()}
-    found = run_levels(core, **on_gpu, scale=scale, causal=causal)
+    found = run_launchers(core, **on_gpu, scale=scale, causal=causal)
     assert [x.dtype for x in found] == [torch.float32 if name in ("lse", "tau") else given["q"].dtype for name in NAMES]
-    assert_levels(found, run_levels(twins, **double(given), scale=scale, causal=causal), GPU_LIMITS[given["q"].dtype])
+    assert_results(found, run_launchers(twins, **double(given), scale=scale, causal=causal), GPU_LIMITS[given["q"].dtype])
     return found
 
 
@@ -196,8 +196,8 @@ def check_on_gpu(core, given: dict, scale: float, causal: bool = False) -> list[
 @pytest.mark.parametrize("dtype", list(GPU_LIMITS))
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_levels_on_gpu(core, shape, joint, dtype):
-    given = level_inputs(*shape, dtype=dtype, joint=joint)
+def test_launchers_on_gpu(core, shape, joint, dtype):
+    given = launcher_inputs(*shape, dtype=dtype, joint=joint)
     first = check_on_gpu(core, given, shape[-1] ** -0.5)
     again = check_on_gpu(core, given, shape[-1] ** -0.5)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -206,26 +206,26 @@ def test_levels_on_gpu(core, shape, joint, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(GPU_LIMITS))
 @pytest.mark.parametrize("tokens", [63, 130, 1024])
-def test_causal_levels_on_gpu(core, tokens, dtype):
-    check_on_gpu(core, level_inputs(2, tokens, tokens, 2, 64, dtype=dtype), 0.125, causal=True)
+def test_causal_launchers_on_gpu(core, tokens, dtype):
+    check_on_gpu(core, launcher_inputs(2, tokens, tokens, 2, 64, dtype=dtype), 0.125, causal=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(GPU_LIMITS))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_on_gpu(core, layout, dtype):
-    given = {name: x.cuda() for name, x in level_inputs(2, 33, 75, 2, 24, dtype=dtype).items()}
-    expected = run_levels(core, **given, scale=0.3, causal=False)
+    given = {name: x.cuda() for name, x in launcher_inputs(2, 33, 75, 2, 24, dtype=dtype).items()}
+    expected = run_launchers(core, **given, scale=0.3, causal=False)
     arranged = {name: layout(x) for name, x in given.items()}
-    found = run_levels(core, **arranged, scale=0.3, causal=False)
+    found = run_launchers(core, **arranged, scale=0.3, causal=False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert [x.stride() for x in found] == [x.stride() for x in run_levels(twins, **arranged, scale=0.3, causal=False)]
+    assert [x.stride() for x in found] == [x.stride() for x in run_launchers(twins, **arranged, scale=0.3, causal=False)]
 
 
 @pytest.mark.parametrize("hidden", [-torch.inf, -3e38])
 def test_keys_that_count_for_nothing(core, hidden):
     """A whole block of logits at -infinity, by input or by overflow, comes before those that count."""
-    given = level_inputs(1, 5, 300, 1, 8, dtype=torch.float32)
+    given = launcher_inputs(1, 5, 300, 1, 8, dtype=torch.float32)
     q, k, v = (given[name].clone() for name in "qkv")
     q[..., 0], k[..., 0] = 1e3, 0.0
     k[:, :200, :, 0] = hidden

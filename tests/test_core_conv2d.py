@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import core_levels, normal, relative_error
+from helpers import core_launchers, normal, relative_error
 
 # B, C, O, H, W: one of each; sides that are odd or 1; channels that no register divides, or that fill it; more than one block and piece
 SHAPES = [
@@ -32,7 +32,7 @@ LIMITS = {"y": 1.5e-6, "x_bar": 1.5e-6, "weight_bar": 3e-6, "bias_bar": 1e-6}
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def inputs(batch, channels, outputs, *sides, dtype=torch.float32):

@@ -9,10 +9,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from helpers import core_levels, normal, positive, relative_error
+from helpers import core_launchers, normal, positive, relative_error
 
 twins = import_module("sami_fast.reference.gaussian_log_prob")
-LEVELS = ("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", "gaussian_log_prob_bwd_bwd")
+LAUNCHERS = ("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", "gaussian_log_prob_bwd_bwd")
 NAMES = ("log_q", "grad_z", "grad_mu", "grad_var", "gg", "z_bar", "mu_bar", "var_bar")
 SHAPES = [(1, 1), (2, 3), (63, 5), (200, 10), (4, 63), (5, 128), (3, 512), (1, 1000), (3, 1300)]
 RANGES = [(0.2, 4.0), (1e-9, 1e-7), (1e-9, 1e9), (1e7, 1e9)]
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def inputs(batch, size, low=0.2, high=4.0, dtype=torch.float64) -> list[torch.Tensor]:
@@ -34,8 +34,8 @@ def inputs(batch, size, low=0.2, high=4.0, dtype=torch.float64) -> list[torch.Te
 
 
 def run(module, ggz, ggmu, ggvar, grad, z, mu, var) -> tuple[torch.Tensor, ...]:
-    """All results of the three levels, in the order of NAMES."""
-    fwd, bwd, bwd_bwd = (getattr(module, level) for level in LEVELS)
+    """All results of the three launchers, in the order of NAMES."""
+    fwd, bwd, bwd_bwd = (getattr(module, launcher) for launcher in LAUNCHERS)
     return fwd(z, mu, var), *bwd(grad, z, mu, var), *bwd_bwd(ggz, ggmu, ggvar, grad, z, mu, var)
 
 
@@ -55,7 +55,7 @@ def compare(core, arguments, device="cpu"):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_levels(core, shape, dtype, device):
+def test_launchers(core, shape, dtype, device):
     for low, high in RANGES:
         compare(core, inputs(*shape, low, high, dtype), device)
 
@@ -68,8 +68,8 @@ def test_absent_cotangents(core, given, device):
         compare(core, [*(gg if there else None for gg, there in zip(cotangents, given, strict=True)), grad, z, mu, var], device)
 
 
-def test_gradients_of_all_levels(core):
-    """The levels chained by hand, against autograd through the public reference."""
+def test_gradients_of_all_launchers(core):
+    """The launchers chained by hand, against autograd through the public reference."""
     ggz, ggmu, ggvar, grad, z, mu, var = inputs(6, 9)
     leaves = [a.clone().requires_grad_() for a in (grad, z, mu, var)]
     first = torch.autograd.grad(twins.gaussian_log_prob(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)

@@ -1,12 +1,12 @@
-"""The compiled levels of group norm against their twins in plain torch."""
+"""The compiled launchers of group norm against their twins in plain torch."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import core_levels, normal, relative_error
-from test_group_norm_silu import ALL, EMPTY, LEVELS, NONE, TILED, assert_levels, double, level_inputs, run_levels, twins
+from helpers import core_launchers, normal, relative_error
+from test_group_norm_silu import ALL, EMPTY, LAUNCHED, NONE, TILED, assert_results, double, launcher_inputs, run_launchers, twins
 
 DTYPES = [torch.float64, torch.float32]
 # Largest error over the largest value, against float64. Found: 3e-15 and 6e-7.
@@ -26,79 +26,79 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def core():
-    """What a level leaves out is an empty tensor there, and None in its twin."""
-    levels = core_levels()
+    """What a launcher leaves out is an empty tensor there, and None in its twin."""
+    launchers = core_launchers()
 
     def bwd_bwd(*args):
-        gg_y, *rest = levels.group_norm_silu_bwd_bwd(*args)
+        gg_y, *rest = launchers.group_norm_silu_bwd_bwd(*args)
         return gg_y if args[-1] else None, *rest
 
     names = ("group_norm_silu_fwd", "group_norm_silu_bwd", "group_norm_silu_tan")
-    return SimpleNamespace(**{name: getattr(levels, name) for name in names}, group_norm_silu_bwd_bwd=bwd_bwd)
+    return SimpleNamespace(**{name: getattr(launchers, name) for name in names}, group_norm_silu_bwd_bwd=bwd_bwd)
 
 
 def check(core, given: dict, num_groups: int, silu: bool = True, parts: tuple[str, ...] = ALL, limit: float | None = None) -> dict:
-    found, expected = run_levels(core, given, num_groups, silu, parts), run_levels(twins, double(given), num_groups, silu, parts)
+    found, expected = run_launchers(core, given, num_groups, silu, parts), run_launchers(twins, double(given), num_groups, silu, parts)
     limit = LIMITS[given["x"].dtype] if limit is None else limit
-    assert_levels(found, expected, limit, limit)
+    assert_results(found, expected, limit, limit)
     return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("shape", "num_groups"), LEVELS + ROWS)
-def test_levels(core, shape, num_groups, silu, last, dtype):
-    check(core, level_inputs(shape, dtype, last=last), num_groups, silu)
+@pytest.mark.parametrize(("shape", "num_groups"), LAUNCHED + ROWS)
+def test_launchers(core, shape, num_groups, silu, last, dtype):
+    check(core, launcher_inputs(shape, dtype, last=last), num_groups, silu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "num_groups", "last"), TILED)
-def test_levels_of_many_pieces(core, shape, num_groups, last, dtype):
-    check(core, level_inputs(shape, dtype, last=last), num_groups)
+def test_launchers_of_many_pieces(core, shape, num_groups, last, dtype):
+    check(core, launcher_inputs(shape, dtype, last=last), num_groups)
 
 
 @pytest.mark.parametrize("parts", [NONE, ("weight",), ("bias", "tangent"), ("y_bar",), ("weight", "y_bar", "tangent")])
 @pytest.mark.parametrize("last", [False, True])
 def test_optional_parts(core, last, parts):
-    check(core, level_inputs((2, 6, 7), torch.float64, last=last), 2, parts=parts)
+    check(core, launcher_inputs((2, 6, 7), torch.float64, last=last), 2, parts=parts)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("last", [False, True])
 def test_threads_change_no_bit(core, last, threads):
-    given = level_inputs((5, 24, 37, 11), last=last)
-    alone = run_levels(core, given, 3)
+    given = launcher_inputs((5, 24, 37, 11), last=last)
+    alone = run_launchers(core, given, 3)
     torch.set_num_threads(threads)
-    together = run_levels(core, given, 3)
+    together = run_launchers(core, given, 3)
     assert all(torch.equal(alone[name], value) for name, value in together.items())
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_levels_keep_the_layout_of_x(core, last):
+def test_launchers_keep_the_layout_of_x(core, last):
     """Whatever the layout of the other tensors, which here have the other one."""
-    given, other = level_inputs((2, 6, 4, 5), last=last), level_inputs((2, 6, 4, 5), last=not last)
+    given, other = launcher_inputs((2, 6, 4, 5), last=last), launcher_inputs((2, 6, 4, 5), last=not last)
     found = check(core, {**other, "x": given["x"]}, 2)
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
         assert found[name].stride() == given["x"].stride(), name
 
 
 def test_views(core):
-    given = level_inputs((2, 6, 4, 5))
+    given = launcher_inputs((2, 6, 4, 5))
     views = {name: value.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) for name, value in given.items() if value.dim() == 4}
     views |= {name: torch.stack([value, value], 1)[:, 0] for name, value in given.items() if value.dim() == 1}
     check(core, views, 3)
     # Starting between two registers, inside memory that is no multiple of them
     for last in (False, True):
-        given = level_inputs((2, 6, 4, 5), last=last)
+        given = launcher_inputs((2, 6, 4, 5), last=last)
         check(core, {name: torch.cat([value.new_zeros(1, *value.shape[1:]), value])[1:] for name, value in given.items()}, 3)
     check(core, {**given, "grad_y": torch.full((), 0.7).expand(2, 6, 4, 5)}, 3)
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", EMPTY)
-def test_levels_of_nothing(core, shape, last):
-    out = run_levels(core, level_inputs(shape, last=last), 2)
+def test_launchers_of_nothing(core, shape, last):
+    out = run_launchers(core, launcher_inputs(shape, last=last), 2)
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
         assert out[name].shape == shape
     for name in ("grad_weight", "grad_bias", "weight_bar", "bias_bar"):
@@ -106,34 +106,34 @@ def test_levels_of_nothing(core, shape, last):
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 4, 4), (2, 0), (0, 0, 3)])
-def test_levels_without_channels(core, shape):
-    out = run_levels(core, level_inputs(shape), 2)
+def test_launchers_without_channels(core, shape):
+    out = run_launchers(core, launcher_inputs(shape), 2)
     assert all(out[name].shape == shape for name in ("y", "grad_x", "ty", "gg_y", "x_bar"))
     assert all(out[name].shape == (0,) for name in ("grad_weight", "grad_bias", "weight_bar", "bias_bar"))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 5), (1, 4, 1, 1), (3, 4)])
-def test_levels_of_constant_groups(core, shape):
+def test_launchers_of_constant_groups(core, shape):
     """Variance 0: x_hat is 0, and nothing divides by zero."""
-    given = level_inputs(shape, scale=0.0, offset=7.0)
-    out = run_levels(core, given, 4)
+    given = launcher_inputs(shape, scale=0.0, offset=7.0)
+    out = run_launchers(core, given, 4)
     bias = given["bias"].view(1, 4, *(1,) * (len(shape) - 2)).expand(shape)
     assert relative_error(out["y"], F.silu(bias)) < 1e-6
-    assert_levels(out, run_levels(twins, double(given), 4), 1e-5, 0.05)  # rstd^2 = 1e5 times rounding errors remain
+    assert_results(out, run_launchers(twins, double(given), 4), 1e-5, 0.05)  # rstd^2 = 1e5 times rounding errors remain
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_levels_far_from_zero(core, last):
+def test_launchers_far_from_zero(core, last):
     """float32 holds 1e4 + normals to 5e-4, and the mean no better; E[x^2] - mean^2 would be lost altogether."""
-    given = level_inputs((2, 8, 16, 16), offset=1e4, last=last)
-    found, expected = run_levels(core, given, 2), run_levels(twins, double(given), 2)
-    assert_levels({"rstd": found["rstd"]}, {"rstd": expected["rstd"]}, 2e-6)
-    assert_levels(found, expected, 5e-3)
+    given = launcher_inputs((2, 8, 16, 16), offset=1e4, last=last)
+    found, expected = run_launchers(core, given, 2), run_launchers(twins, double(given), 2)
+    assert_results({"rstd": found["rstd"]}, {"rstd": expected["rstd"]}, 2e-6)
+    assert_results(found, expected, 5e-3)
 
 
-def test_levels_where_silu_is_flat(core):
+def test_launchers_where_silu_is_flat(core):
     """|h| of hundreds: sigmoid is 0 or 1 to the last bit, and exp(-h) overflows."""
-    given = level_inputs((1, 4, 40))
+    given = launcher_inputs((1, 4, 40))
     given["weight"] = 300 * given["weight"]
     found = check(core, given, 2, limit=2e-4)
     assert all(value.isfinite().all() for value in found.values())
@@ -146,7 +146,7 @@ def test_what_float32_cannot_square_is_nan(core):
 
 
 def test_inputs_stay_as_they_were(core):
-    given = level_inputs((2, 4, 6))
+    given = launcher_inputs((2, 4, 6))
     before = {name: value.clone() for name, value in given.items()}
-    run_levels(core, given, 2)
+    run_launchers(core, given, 2)
     assert all(torch.equal(given[name], value) for name, value in before.items())

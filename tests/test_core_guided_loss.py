@@ -6,7 +6,7 @@ and cotangents 1.2e-7; in float64 sums 3.4e-16, and cotangents had the twin's ow
 
 import pytest
 import torch
-from helpers import core_levels, normal, positive, relative_error
+from helpers import core_launchers, normal, positive, relative_error
 
 from sami_fast.reference import random_normal
 from sami_fast.reference.guided_loss import guided_loss_fwd
@@ -23,7 +23,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def inputs(samples, *shape, dtype=torch.float32) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import core_levels, normal
+from helpers import core_launchers, normal
 
 from sami_fast.reference.noise_sample import noise_sample_fwd
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def inputs(batch, levels, *shape, dtype=torch.float32, device="cpu"):

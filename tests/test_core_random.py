@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import core_levels
+from helpers import core_launchers
 
 from sami_fast import reference
 
@@ -14,7 +14,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(scope="module")
 def core():
-    return core_levels()
+    return core_launchers()
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import core_levels
+from helpers import core_launchers
 
 from sami_fast.data import pixels
 from sami_fast.data.pixels import yuv_to_rgb
@@ -47,7 +47,7 @@ def twin(monkeypatch, *arguments) -> torch.Tensor:
     ],
 )
 def test_core_equals_its_twin(monkeypatch, height, width, down, box, size, weights, full_range):
-    core_levels()
+    core_launchers()
     planes = frame(height, width, down)
     found, expected = yuv_to_rgb(*planes, box, size, weights, full_range), twin(monkeypatch, *planes, box, size, weights, full_range)
     assert found.shape == (3, size, size)
@@ -75,13 +75,13 @@ def test_known_colours(monkeypatch, yuv, full_range, rgb, by_core):
     planes = [torch.full((16, 16), value, dtype=torch.uint8) for value in yuv]
     arguments = (*planes, (0, 0, 16), 4, BT601, full_range)
     if by_core:
-        core_levels()
+        core_launchers()
     found = yuv_to_rgb(*arguments) if by_core else twin(monkeypatch, *arguments)
     assert (found - torch.tensor(rgb)[:, None, None]).abs().max() <= 1
 
 
 def test_a_grey_frame_is_resized_as_an_image_is():
-    core_levels()
+    core_launchers()
     y, *_ = frame(120, 160, 1)
     neutral = torch.full((120, 160), 128, dtype=torch.uint8)
     found = yuv_to_rgb(y, neutral, neutral, (0, 20, 120), 32, BT601, True)
@@ -95,6 +95,6 @@ def test_a_grey_frame_is_resized_as_an_image_is():
     [((0, 0, 18), "leaves the frame"), ((-2, 0, 4), "leaves the frame"), ((1, 0, 4), "whole pixels"), ((0, 0, 0), "leaves the frame")],
 )
 def test_a_square_that_does_not_fit(box, message):
-    core_levels()
+    core_launchers()
     with pytest.raises(RuntimeError, match=message):
         yuv_to_rgb(*frame(16, 16, 2), box, 4, BT601, False)

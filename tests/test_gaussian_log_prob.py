@@ -1,6 +1,6 @@
 """Diagonal Gaussians: log density, KL divergence and reparameterised sample, against torch.distributions and closed forms.
 
-The log density's raw levels against autograd, and the Triton ones against those.
+The log density's launchers against autograd, and the Triton ones against those.
 """
 
 from importlib import import_module
@@ -135,13 +135,13 @@ def test_non_contiguous_inputs():
     assert torch.equal(gaussian_reparameterize(mu, var, z), gaussian_reparameterize(dense[1], dense[2], dense[0]))
 
 
-# The raw levels
+# The launchers
 
 RANGES = [(0.2, 4.0), (1e-9, 1e-7), (1e-9, 1e9), (1e7, 1e9)]
 NAMES = ("log_q", "grad_z", "grad_mu", "grad_var", "gg", "z_bar", "mu_bar", "var_bar")
 
 
-def level_inputs(batch: int, size: int, low: float, high: float, dtype=torch.float32, device=DEVICE) -> list[torch.Tensor]:
+def launcher_inputs(batch: int, size: int, low: float, high: float, dtype=torch.float32, device=DEVICE) -> list[torch.Tensor]:
     """z, mu, var, grad and the three cotangents; z lies within a few standard deviations."""
     mu, var = normal(batch, size, seed=1), positive(batch, size, low=low, high=high)
     z = mu + var.sqrt() * normal(batch, size, seed=2)
@@ -149,13 +149,13 @@ def level_inputs(batch: int, size: int, low: float, high: float, dtype=torch.flo
     return [value.to(device, dtype) for value in (z, mu, var, *more)]
 
 
-def run_levels(module, z, mu, var, grad, ggz, ggmu, ggvar) -> tuple[torch.Tensor, ...]:
+def run_launchers(module, z, mu, var, grad, ggz, ggmu, ggvar) -> tuple[torch.Tensor, ...]:
     point = z, mu, var
     first = module.gaussian_log_prob_bwd(grad, *point)
     return module.gaussian_log_prob_fwd(*point), *first, *module.gaussian_log_prob_bwd_bwd(ggz, ggmu, ggvar, grad, *point)
 
 
-def assert_levels(found, expected, rtol: float) -> None:
+def assert_results(found, expected, rtol: float) -> None:
     """Each row within rtol of its largest entry; log_q and gg, sums of terms of both signs, of their largest of all."""
     for name, a, b in zip(NAMES, found, expected, strict=True):
         assert a.shape == b.shape, name
@@ -167,60 +167,60 @@ def assert_levels(found, expected, rtol: float) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 63)])
 @pytest.mark.parametrize("absent", [(), (4,), (5, 6)])
 def test_twins_are_what_autograd_finds(shape, low, high, absent):
-    given = level_inputs(*shape, low, high, torch.float64, "cpu")
+    given = launcher_inputs(*shape, low, high, torch.float64, "cpu")
     leaves = [value.clone().requires_grad_() for value in (given[3], *given[:3])]
     log_q = reference.gaussian_log_prob(*leaves[1:])
     grads = torch.autograd.grad(log_q, leaves[1:], leaves[0], create_graph=True)
     objective = sum((given[4 + i] * g).sum() for i, g in enumerate(grads) if 4 + i not in absent)
     second = torch.autograd.grad(objective, leaves)
-    found = run_levels(twins, *(None if i in absent else value for i, value in enumerate(given)))
-    assert_levels(found, (log_q, *grads, *second), 1e-12)
+    found = run_launchers(twins, *(None if i in absent else value for i, value in enumerate(given)))
+    assert_results(found, (log_q, *grads, *second), 1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 63), (2, 600), (1, 1100)])
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_float32_levels(module, shape, low, high):
-    given = level_inputs(*shape, low, high)
-    expected = run_levels(twins, *(value.double() for value in given))
+def test_float32_launchers(module, shape, low, high):
+    given = launcher_inputs(*shape, low, high)
+    expected = run_launchers(twins, *(value.double() for value in given))
     # measured: 1e-6, where gg is a difference of large terms, else 2e-7
-    assert_levels(run_levels(module, *given), expected, 2e-6)
+    assert_results(run_launchers(module, *given), expected, 2e-6)
 
 
 @pytest.mark.parametrize("absent", [(4,), (5,), (6,), (4, 5), (4, 5, 6)])
 def test_an_absent_cotangent_is_zero(absent):
-    given = level_inputs(3, 7, 0.2, 4.0)
+    given = launcher_inputs(3, 7, 0.2, 4.0)
     zeros = [torch.zeros_like(value) if i in absent else value for i, value in enumerate(given)]
     given = [None if i in absent else value for i, value in enumerate(given)]
     for module in (twins, kernels):
-        for a, b in zip(run_levels(module, *given), run_levels(module, *zeros), strict=True):
+        for a, b in zip(run_launchers(module, *given), run_launchers(module, *zeros), strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_with_views(module):
+def test_launchers_with_views(module):
     """The halves of one head, transposed tensors, and the expanded gradient of a sum."""
-    given = level_inputs(6, 6, 0.2, 4.0)
-    expected = run_levels(
+    given = launcher_inputs(6, 6, 0.2, 4.0)
+    expected = run_launchers(
         twins, *(value.double() for value in given[:3]), torch.ones(6, device=DEVICE).double(), *(v.double() for v in given[4:])
     )
     mu, var = torch.cat(given[1:3], 1).chunk(2, 1)
     z, *cotangents = (value.t().contiguous().t() for value in (given[0], *given[4:]))
-    found = run_levels(module, z, mu, var, torch.ones((), device=DEVICE).expand(6), *cotangents)
-    assert_levels(found, expected, 2e-6)
+    found = run_launchers(module, z, mu, var, torch.ones((), device=DEVICE).expand(6), *cotangents)
+    assert_results(found, expected, 2e-6)
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_of_an_empty_batch(module):
-    shapes = [value.shape for value in run_levels(module, *level_inputs(0, 3, 0.2, 4.0))]
+def test_launchers_of_an_empty_batch(module):
+    shapes = [value.shape for value in run_launchers(module, *launcher_inputs(0, 3, 0.2, 4.0))]
     assert shapes == [(0,), (0, 3), (0, 3), (0, 3), (0,), (0, 3), (0, 3), (0, 3)]
 
 
 def assert_real_size(shape, low, high) -> None:
-    given = level_inputs(*shape, low, high)
-    found = run_levels(kernels, *given)
-    assert all(torch.equal(a, b) for a, b in zip(found, run_levels(kernels, *given), strict=True))
-    assert_levels(found, run_levels(twins, *(value.double() for value in given)), 5e-6)
+    given = launcher_inputs(*shape, low, high)
+    found = run_launchers(kernels, *given)
+    assert all(torch.equal(a, b) for a, b in zip(found, run_launchers(kernels, *given), strict=True))
+    assert_results(found, run_launchers(twins, *(value.double() for value in given)), 5e-6)
 
 
 @pytest.mark.gpu

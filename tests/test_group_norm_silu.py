@@ -1,4 +1,4 @@
-"""Group norm with SiLU, against torch's own and against loops; its raw levels against autograd, and the Triton ones against those."""
+"""Group norm with SiLU, against torch's own and against loops; its launchers against autograd, and the Triton ones against those."""
 
 from functools import partial
 from importlib import import_module
@@ -162,11 +162,11 @@ def test_non_contiguous_inputs():
     assert relative_error(group_norm_silu(x, weight, bias, 2), expected) < 1e-13
 
 
-# The raw levels
+# The launchers
 
 ALL, NONE = ("weight", "bias", "y_bar", "tangent"), ()
 # Shape of x, groups
-LEVELS = [((2, 4, 3, 3), 2), ((3, 6, 63), 3), ((2, 63, 5, 1), 7), ((2, 8), 2), ((1, 4, 5, 5, 5), 4), ((1, 70, 9), 1), ((1, 32, 64), 2)]
+LAUNCHED = [((2, 4, 3, 3), 2), ((3, 6, 63), 3), ((2, 63, 5, 1), 7), ((2, 8), 2), ((1, 4, 5, 5, 5), 4), ((1, 70, 9), 1), ((1, 32, 64), 2)]
 # Several tiles of positions, blocks of channels, and positions split among programs; and whether channels lie together
 TILED = [
     ((1, 3, 1001), 1, False),
@@ -185,7 +185,7 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def level_inputs(shape, dtype=torch.float32, parameter_dtype=None, last=False, scale=1.0, offset=0.3, device=DEVICE) -> dict:
+def launcher_inputs(shape, dtype=torch.float32, parameter_dtype=None, last=False, scale=1.0, offset=0.3, device=DEVICE) -> dict:
     """x, three tensors of its shape, two parameters and their two cotangents."""
     order = channels_last if last else torch.Tensor.contiguous
     tensors = {name: order(normal(*shape, seed=seed)).to(device) for seed, name in enumerate(("x", "grad_y", "ggx", "y_bar"))}
@@ -200,8 +200,8 @@ def double(tensors: dict) -> dict:
     return {name: value.double() for name, value in tensors.items()}
 
 
-def run_levels(module, given: dict, num_groups: int, silu: bool = True, parts: tuple[str, ...] = ALL) -> dict:
-    """Every result of every level by name; `parts` are the optional ones."""
+def run_launchers(module, given: dict, num_groups: int, silu: bool = True, parts: tuple[str, ...] = ALL) -> dict:
+    """Every result of every launcher by name; `parts` are the optional ones."""
     x, parameters = given["x"], (given["weight"], given["bias"])
     out = {}
     out["y"], out["mean"], out["rstd"] = module.group_norm_silu_fwd(x, *parameters, num_groups, 1e-5, silu)
@@ -221,7 +221,7 @@ def run_levels(module, given: dict, num_groups: int, silu: bool = True, parts: t
     return out
 
 
-def assert_levels(found: dict, expected: dict, rtol: float, floor: float = 0.0) -> None:
+def assert_results(found: dict, expected: dict, rtol: float, floor: float = 0.0) -> None:
     assert found.keys() == expected.keys()
     for name, want in expected.items():
         assert found[name].shape == want.shape, name
@@ -230,8 +230,8 @@ def assert_levels(found: dict, expected: dict, rtol: float, floor: float = 0.0) 
             assert error <= rtol * largest + floor, f"{name}: off by {error:.3g} of {largest:.3g}"
 
 
-def autograd_levels(given: dict, num_groups: int, silu: bool, parts: tuple[str, ...]) -> dict:
-    """What the levels claim to be, by differentiating the public op."""
+def autograd_results(given: dict, num_groups: int, silu: bool, parts: tuple[str, ...]) -> dict:
+    """What the launchers claim to be, by differentiating the public op."""
     leaves = {name: given[name].clone().requires_grad_() for name in ("grad_y", "x", "weight", "bias")}
     inputs = [leaves[name] for name in ("x", "weight", "bias")]
     y = reference.group_norm_silu(*inputs, num_groups, silu=silu)
@@ -256,41 +256,41 @@ def autograd_levels(given: dict, num_groups: int, silu: bool, parts: tuple[str, 
 
 
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("shape", "num_groups"), LEVELS)
+@pytest.mark.parametrize(("shape", "num_groups"), LAUNCHED)
 def test_twins_are_what_autograd_finds(shape, num_groups, silu):
-    given = level_inputs(shape, torch.float64, device="cpu")
-    assert_levels(run_levels(twins, given, num_groups, silu), autograd_levels(given, num_groups, silu, ALL), 1e-12, 1e-12)
+    given = launcher_inputs(shape, torch.float64, device="cpu")
+    assert_results(run_launchers(twins, given, num_groups, silu), autograd_results(given, num_groups, silu, ALL), 1e-12, 1e-12)
 
 
 @pytest.mark.parametrize("parts", [NONE, ("weight",), ("bias", "tangent"), ("y_bar",), ("weight", "y_bar", "tangent")])
 @pytest.mark.parametrize("silu", [False, True])
 def test_optional_parts(silu, parts):
-    given = level_inputs((2, 6, 7), torch.float64, device="cpu")
-    expected = autograd_levels(given, 2, silu, parts)
-    assert_levels(run_levels(twins, given, 2, silu, parts), expected, 1e-12, 1e-12)
-    given = level_inputs((2, 6, 7))
-    assert_levels(run_levels(kernels, given, 2, silu, parts), run_levels(twins, double(given), 2, silu, parts), 2e-6, 1e-6)
+    given = launcher_inputs((2, 6, 7), torch.float64, device="cpu")
+    expected = autograd_results(given, 2, silu, parts)
+    assert_results(run_launchers(twins, given, 2, silu, parts), expected, 1e-12, 1e-12)
+    given = launcher_inputs((2, 6, 7))
+    assert_results(run_launchers(kernels, given, 2, silu, parts), run_launchers(twins, double(given), 2, silu, parts), 2e-6, 1e-6)
 
 
 def test_tangent_and_joint_backward_are_one_second_backward():
-    given = level_inputs((2, 4, 9), torch.float64, device="cpu")
-    out = run_levels(twins, given, 2, parts=("tangent",))
+    given = launcher_inputs((2, 4, 9), torch.float64, device="cpu")
+    out = run_launchers(twins, given, 2, parts=("tangent",))
     assert relative_error(out["ty"], out["gg_y"]) < 1e-14
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("shape", "num_groups"), LEVELS)
+@pytest.mark.parametrize(("shape", "num_groups"), LAUNCHED)
 def test_kernels_equal_their_twins(shape, num_groups, silu, last):
-    given = level_inputs(shape, last=last)
+    given = launcher_inputs(shape, last=last)
     # measured: 6e-7
-    assert_levels(run_levels(kernels, given, num_groups, silu), run_levels(twins, double(given), num_groups, silu), 2e-6, 1e-6)
+    assert_results(run_launchers(kernels, given, num_groups, silu), run_launchers(twins, double(given), num_groups, silu), 2e-6, 1e-6)
 
 
 @pytest.mark.parametrize(("shape", "num_groups", "last"), TILED)
 def test_kernels_equal_their_twins_over_many_tiles(shape, num_groups, last):
-    given = level_inputs(shape, last=last)
-    assert_levels(run_levels(kernels, given, num_groups), run_levels(twins, double(given), num_groups), 2e-6, 1e-6)
+    given = launcher_inputs(shape, last=last)
+    assert_results(run_launchers(kernels, given, num_groups), run_launchers(twins, double(given), num_groups), 2e-6, 1e-6)
 
 
 def test_large_groups_are_split_and_small_ones_are_not():
@@ -343,58 +343,58 @@ def test_every_binary_is_compiled_ahead_of_time():
                     parameter = torch.empty(3 * size + start, dtype=dtype, device="meta")[start:]
                     given = dict.fromkeys(("x", "grad_y", "ggx", "y_bar"), x)
                     given |= dict.fromkeys(("weight", "bias", "ggweight", "ggbias"), parameter)
-                    found |= binaries(partial(run_levels, kernels, given, 3))
+                    found |= binaries(partial(run_launchers, kernels, given, 3))
     assert found == compiled
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("parameter_dtype", [None, torch.float32])
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_in_lower_precision(module, dtype, limit, parameter_dtype):
+def test_launchers_in_lower_precision(module, dtype, limit, parameter_dtype):
     """Results differ from the exact ones by their own rounding; float32 parameters keep float32 gradients."""
-    given = level_inputs((2, 8, 10, 10), dtype, parameter_dtype)
-    found, expected = run_levels(module, given, 2), run_levels(twins, double(given), 2)
-    assert_levels(found, expected, limit)
+    given = launcher_inputs((2, 8, 10, 10), dtype, parameter_dtype)
+    found, expected = run_launchers(module, given, 2), run_launchers(twins, double(given), 2)
+    assert_results(found, expected, limit)
     assert found["mean"].dtype == found["rstd"].dtype == torch.float32
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
         assert found[name].dtype == dtype
     for name in ("grad_weight", "grad_bias", "weight_bar", "bias_bar"):
         assert found[name].dtype == (parameter_dtype or dtype)
     exact = ("mean", "rstd", *(("grad_weight", "grad_bias", "weight_bar", "bias_bar") if parameter_dtype else ()))
-    assert_levels({name: found[name] for name in exact}, {name: expected[name] for name in exact}, 2e-6)
+    assert_results({name: found[name] for name in exact}, {name: expected[name] for name in exact}, 2e-6)
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_keep_the_layout_of_x(module, last):
+def test_launchers_keep_the_layout_of_x(module, last):
     """Whatever the layout of the other tensors, which here have the other one."""
-    given, other = level_inputs((2, 6, 4, 5), last=last), level_inputs((2, 6, 4, 5), last=not last)
-    found, expected = run_levels(module, {**other, "x": given["x"]}, 2), run_levels(twins, double(given), 2)
-    assert_levels(found, expected, 2e-6)
+    given, other = launcher_inputs((2, 6, 4, 5), last=last), launcher_inputs((2, 6, 4, 5), last=not last)
+    found, expected = run_launchers(module, {**other, "x": given["x"]}, 2), run_launchers(twins, double(given), 2)
+    assert_results(found, expected, 2e-6)
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
         assert found[name].stride() == given["x"].stride(), name
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_with_views(module):
-    given = level_inputs((2, 6, 4, 5))
+def test_launchers_with_views(module):
+    given = launcher_inputs((2, 6, 4, 5))
     views = {name: value.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) for name, value in given.items() if value.dim() == 4}
     views |= {name: torch.stack([value, value], 1)[:, 0] for name, value in given.items() if value.dim() == 1}
     assert not any(value.is_contiguous() for value in views.values())
-    assert_levels(run_levels(module, views, 3), run_levels(twins, double(given), 3), 2e-6)
+    assert_results(run_launchers(module, views, 3), run_launchers(twins, double(given), 3), 2e-6)
     # Starting between two vectors
     views = {name: torch.cat([value.new_empty(1), value.flatten()])[1:].view(value.shape) for name, value in given.items()}
-    assert_levels(run_levels(module, views, 3), run_levels(twins, double(given), 3), 2e-6)
+    assert_results(run_launchers(module, views, 3), run_launchers(twins, double(given), 3), 2e-6)
     expanded = {**given, "grad_y": torch.full((), 0.7, device=DEVICE).expand(2, 6, 4, 5)}
-    assert_levels(run_levels(module, expanded, 3), run_levels(twins, double(expanded), 3), 2e-6)
+    assert_results(run_launchers(module, expanded, 3), run_launchers(twins, double(expanded), 3), 2e-6)
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_leave_their_inputs_alone(module):
-    given = level_inputs((2, 4, 6))
+def test_launchers_leave_their_inputs_alone(module):
+    given = launcher_inputs((2, 4, 6))
     before = {name: value.clone() for name, value in given.items()}
     for silu in (False, True):
-        out = run_levels(module, given, 2, silu)
+        out = run_launchers(module, given, 2, silu)
         assert all(torch.equal(given[name], value) for name, value in before.items())
         storages = [value.untyped_storage().data_ptr() for value in (*out.values(), *given.values())]
         assert len(set(storages)) == len(storages)
@@ -403,8 +403,8 @@ def test_levels_leave_their_inputs_alone(module):
 @pytest.mark.parametrize("module", [twins, kernels])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", EMPTY)
-def test_levels_of_nothing(module, shape, last):
-    out = run_levels(module, level_inputs(shape, last=last), 2)
+def test_launchers_of_nothing(module, shape, last):
+    out = run_launchers(module, launcher_inputs(shape, last=last), 2)
     for name in ("mean", "rstd"):
         assert torch.equal(out[name].cpu(), torch.zeros(shape[0], 2)), name
     for name in ("y", "grad_x", "ty", "gg_y", "x_bar"):
@@ -415,10 +415,10 @@ def test_levels_of_nothing(module, shape, last):
 
 @pytest.mark.parametrize("module", [twins, kernels])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 5), (1, 4, 1, 1), (3, 4)])
-def test_levels_of_constant_groups(module, shape):
+def test_launchers_of_constant_groups(module, shape):
     """Variance 0: x_hat is 0, rstd 1 / sqrt(norm_eps), and nothing divides by zero."""
-    given = level_inputs(shape, scale=0.0, offset=7.0)
-    out = run_levels(module, given, 4)
+    given = launcher_inputs(shape, scale=0.0, offset=7.0)
+    out = run_launchers(module, given, 4)
     bias = given["bias"].view(1, 4, *(1,) * (len(shape) - 2)).expand(shape)
     # torch's own forward, which the twins use, computes x scale + shift, a difference of large numbers here
     assert relative_error(out["y"], F.silu(bias)) < (1e-6 if module is kernels else 2e-4)
@@ -426,38 +426,38 @@ def test_levels_of_constant_groups(module, shape):
     assert relative_error(out["rstd"], torch.full_like(out["rstd"], 1e5**0.5)) < 1e-6
     assert out["grad_weight"].abs().max() == 0
     # rstd^2 = 1e5 times rounding errors remain where the exact value is 0
-    assert_levels(out, run_levels(twins, double(given), 4), 1e-5, 0.05)
+    assert_results(out, run_launchers(twins, double(given), 4), 1e-5, 0.05)
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
 @pytest.mark.parametrize(("shape", "last"), [((2, 8, 16, 16), False), ((2, 8, 16, 16), True), ((1, 2, 4200), False)])
-def test_levels_far_from_zero(module, shape, last):
+def test_launchers_far_from_zero(module, shape, last):
     """float32 holds 1e4 + normals to 5e-4, and the mean no better; E[x^2] - mean^2 would be lost altogether."""
-    given = level_inputs(shape, offset=1e4, last=last)
-    found, expected = run_levels(module, given, 2), run_levels(twins, double(given), 2)
+    given = launcher_inputs(shape, offset=1e4, last=last)
+    found, expected = run_launchers(module, given, 2), run_launchers(twins, double(given), 2)
     # torch's own statistics, which the twins use, are worse than those of the kernels
-    assert_levels({"rstd": found["rstd"]}, {"rstd": expected["rstd"]}, 2e-6 if module is kernels else 2e-4)
-    assert_levels(found, expected, 5e-3)
+    assert_results({"rstd": found["rstd"]}, {"rstd": expected["rstd"]}, 2e-6 if module is kernels else 2e-4)
+    assert_results(found, expected, 5e-3)
 
 
 @pytest.mark.parametrize("module", [twins, kernels])
-def test_levels_where_silu_is_flat(module):
+def test_launchers_where_silu_is_flat(module):
     """|h| of hundreds: sigmoid is 0 or 1 to the last bit, and exp(-h) overflows."""
-    given = level_inputs((1, 4, 40))
+    given = launcher_inputs((1, 4, 40))
     given["weight"] = 300 * given["weight"]
-    found = run_levels(module, given, 2)
+    found = run_launchers(module, given, 2)
     assert all(value.isfinite().all() for value in found.values())
     # h itself is off by 1e-5, which its sigmoid near 0 and the derivatives show
-    assert_levels(found, run_levels(twins, double(given), 2), 2e-4)
+    assert_results(found, run_launchers(twins, double(given), 2), 2e-4)
 
 
 def assert_real_size(shape, num_groups, dtype, last) -> None:
     """Measured on nothing yet: limits are those of the small sizes, with room for longer sums."""
     limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
-    given = level_inputs(shape, dtype, last=last)
-    found, again = run_levels(kernels, given, num_groups), run_levels(kernels, given, num_groups)
+    given = launcher_inputs(shape, dtype, last=last)
+    found, again = run_launchers(kernels, given, num_groups), run_launchers(kernels, given, num_groups)
     assert all(torch.equal(value, again[name]) for name, value in found.items())
-    assert_levels(found, run_levels(twins, double(given), num_groups), limit)
+    assert_results(found, run_launchers(twins, double(given), num_groups), limit)
 
 
 @pytest.mark.gpu

@@ -98,7 +98,7 @@ def test_imports_point_down(name):
 
 @pytest.mark.parametrize("name", TORCH_ONLY)
 def test_low_layers_need_only_torch(name):
-    allowed = {"sami_fast", "torch"} | ({"triton"} if name in ("kernels", "ops") else set())
+    allowed = {"sami_fast", "torch"} | ({"triton"} if name in ("kernels", "ops") else {"einops"} if name == "models" else set())
     for module in modules_of(name):
         top = {other.partition(".")[0] for other in imported_names(module)}
         assert top - sys.stdlib_module_names <= allowed, module

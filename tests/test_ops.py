@@ -1,5 +1,6 @@
 """What all ops have in common: chained derivatives, torch.func and torch.compile, the choice of a backend, bad arguments."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KERNELS, core_levels, normal, positive, relative_error
+from helpers import KERNELS, core_launchers, normal, positive, relative_error
 from torch import Tensor
 
 import sami_fast
 from sami_fast import ops, reference
 from sami_fast.ops import BackendError, backend, use_backend
 from sami_fast.ops.backend import refusal
+from sami_fast.ops.launchers import Launcher, Launchers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = torch.ops.sami_fast
@@ -127,7 +129,25 @@ def two_derivatives(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -
     return [value, *first, *(torch.zeros_like(x) if g is None else g for g, x in zip(second, inputs, strict=True))]
 
 
-# Derivative formulas, exactly: the chain of operators over the reference's level functions, in float64.
+# Launchers
+
+
+@pytest.mark.parametrize("op", Launchers.__subclasses__(), ids=lambda op: op.op)
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_launchers_have_the_arguments_of_their_twins(op: type[Launchers], name: str):
+    if name not in op.backends:
+        pytest.skip("the op is not on it")
+    core_launchers() if name == "cpp" else pytest.importorskip("triton")
+    launchers = {place: launcher for place, launcher in vars(op).items() if isinstance(launcher, Launcher)}
+    assert launchers
+    for place, launcher in launchers.items():
+        found = getattr(op(name), place)
+        names = [a.name for a in found.default._schema.arguments] if name == "cpp" else list(inspect.signature(found).parameters)
+        assert names == list(inspect.signature(launcher.twin).parameters)
+        assert getattr(op("reference"), place) is launcher.twin
+
+
+# Derivative formulas, exactly: the chain of operators over the launchers' twins in plain torch, in float64.
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -164,7 +184,7 @@ def test_kernels_to_second_order(name: str, backend: str):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_core_in_double_precision(name: str):
     """Its own first and second derivatives, exactly."""
-    core_levels()
+    core_launchers()
     case = CASES[name]
     inputs = [value.requires_grad_() for value in case.inputs(torch.float64)]
 

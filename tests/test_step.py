@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_gradients, core_levels, gradients, normal, relative_error, tiny_denoiser, tiny_encoder
+from helpers import assert_same_gradients, core_launchers, gradients, normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
 
 from sami_fast import ops, score
@@ -570,7 +570,7 @@ def test_compiled_core_takes_the_same_step(method):
 
     On three threads it is the same to the rounding of torch's own part of the step.
     """
-    core_levels()
+    core_launchers()
     encoder = tiny_encoder(image_size=16, channels=[8, 12], attention=[8], groups=4)
     denoiser = tiny_denoiser(image_size=16, channels=[8, 12], groups=4)
     exact_loss, exact = step_gradients(encoder, denoiser, "reference", "reverse", torch.float64)

@@ -38,13 +38,13 @@ class Decoder(nn.Module):
         self.stem = nn.Linear(latent_size, width * side * side)
         self.start = (width, side, side)
         layers: list[nn.Module] = [ResBlock(width, width, groups, style)]
-        for level_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
-            layers.append(Upsample(width, level_width, style))
+        for new_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
+            layers.append(Upsample(width, new_width, style))
             for _ in range(blocks):
-                layers.append(ResBlock(level_width, level_width, groups, style))
+                layers.append(ResBlock(new_width, new_width, groups, style))
                 if side in attention:
-                    layers.append(AttentionBlock(level_width, groups, style))
-            width = level_width
+                    layers.append(AttentionBlock(new_width, groups, style))
+            width = new_width
         self.body = nn.Sequential(*layers, norm_act(width, groups, style), conv(width, image_channels, 3, style))
 
     def forward(self, z: Tensor) -> Tensor:

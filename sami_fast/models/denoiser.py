@@ -34,10 +34,11 @@ def way_down(net: nn.Module, x: Tensor, embedding: Tensor) -> tuple[Tensor, list
     return net.middle(h, embedding=embedding), skips
 
 
-def _run(level: nn.ModuleList, h: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
-    for layer in level:
+def _run(stage: nn.ModuleList, h: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
+    for layer in stage:
         if recompute and torch.is_grad_enabled():
-            # The other kind compares the sizes of weights then and now, and ZeRO-3's are empty in between.
+            # use_reentrant=False would check that every tensor saved has its size of the forward pass again. Under ZeRO-3 weights do not:
+            # they have size 0 whenever they are not in use.
             h = checkpoint(_block, layer, h, embedding, use_reentrant=True, preserve_rng_state=False)
         else:
             h = _block(layer, h, embedding)
@@ -93,7 +94,7 @@ class Denoiser(nn.Module):
         self.stem = conv(image_channels, channels[0], 3, style)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
-        def level(in_width: int, out_width: int, side: int) -> nn.ModuleList:
+        def stage(in_width: int, out_width: int, side: int) -> nn.ModuleList:
             layers: list[nn.Module] = []
             for block in range(blocks):
                 layers.append(ResBlock(out_width if block else in_width, out_width, groups, style, embedding_size))
@@ -102,16 +103,16 @@ class Denoiser(nn.Module):
             return nn.ModuleList(layers)
 
         width = channels[0]
-        for level_width, side in zip(channels, sides, strict=True):
-            self.down.append(level(width, level_width, side))
-            width = level_width
+        for new_width, side in zip(channels, sides, strict=True):
+            self.down.append(stage(width, new_width, side))
+            width = new_width
         self.shrink = nn.ModuleList(conv(w, w, 3, style, stride=2) for w in channels[:-1])
         self.middle = ResBlock(width, width, groups, style, embedding_size)
         self.grow = nn.ModuleList()
-        for level_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
-            self.grow.append(Upsample(width, level_width, style))
-            self.up.append(level(2 * level_width, level_width, side))
-            width = level_width
+        for new_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
+            self.grow.append(Upsample(width, new_width, style))
+            self.up.append(stage(2 * new_width, new_width, side))
+            width = new_width
         self.out_norm = norm_act(width, groups, style)
         self.out = conv(width, image_channels, 3, style)
         nn.init.zeros_(self.out.weight)

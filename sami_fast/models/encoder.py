@@ -39,7 +39,7 @@ def gaussian_heads(features: int, latent_size: int, init_std: float, bias: bool 
     return mu, raw_var, Variance(MIN_VAR)
 
 
-class Encoder(Layer):
+class Encoder(Layer[tuple[Tensor, Tensor]]):
     """Images to a diagonal Gaussian over latents.
 
         var = softplus(raw_var)^2 + min_var
@@ -48,8 +48,8 @@ class Encoder(Layer):
         image_channels: C of the images, values in [-1, 1].
         image_size: H = W of the images, divisible by 2^len(channels).
         latent_size: Z.
-        channels: Width of each level; a level halves the resolution, then refines it.
-        blocks: Residual blocks per level.
+        channels: Width of each stage; a stage halves the resolution, then refines it.
+        blocks: Residual blocks per stage.
         attention: Resolutions (side lengths) that get self-attention.
         groups: Groups of the norms (fewer where the width does not divide).
         style: "group_norm_silu" or "bias_free_relu" (no norms, no biases; the paper's).
@@ -79,18 +79,18 @@ class Encoder(Layer):
         sides = checked_sides("encoder", style, image_size, range(1, len(channels) + 1), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.latent_size = latent_size
-        layers: list[Layer] = []
+        layers: list[Layer[Tensor]] = []
         width = image_channels
-        for level_width, side in zip(channels, sides, strict=True):
-            layers += [conv(width, level_width, 3, style, stride=2), norm_act(level_width, groups, style)]
-            width = level_width
+        for new_width, side in zip(channels, sides, strict=True):
+            layers += [conv(width, new_width, 3, style, stride=2), norm_act(new_width, groups, style)]
+            width = new_width
             for _ in range(blocks):
                 layers.append(ResBlock(width, width, groups, style))
             if side in attention:
                 layers.append(AttentionBlock(width, groups, style))
         # The middle: a plain convolution that ends every path, residual or not, in a norm and an activation.
         layers += [conv(width, width, 3, style), norm_act(width, groups, style)]
-        self.body = Chain(*layers)
+        self.body: Layer[Tensor] = Chain(*layers)
         self.mu, self.raw_var, self.var = gaussian_heads(width * side * side, latent_size, init_std, style != "bias_free_relu")
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -126,5 +126,6 @@ class Encoder(Layer):
     def sweep_joint(self, y_bar: tuple[Tensor, Tensor], tape: Tape, need_input: bool = True) -> Tensor | None:
         features = tape.take(self).features
         mu_bar, var_bar = y_bar
-        flat = self.mu.sweep_joint(mu_bar, tape) + chain_joint((self.raw_var, self.var), var_bar, tape, True)
+        # pyrefly: ignore[unsupported-operation]  # neither is None, for need_input is True
+        flat = self.mu.sweep_joint(mu_bar, tape) + chain_joint((self.raw_var, self.var), var_bar, tape)
         return self.body.sweep_joint(flat.view_as(features).to(features.dtype), tape, need_input)

@@ -11,7 +11,7 @@ from .layers import GroupNormSiLU
 
 
 class DenoiserTrunk(nn.Module):
-    """x [B, C, H, W] -> features [B, C', H', W'] of this package's denoiser at its cleanest level; a copy of its layers."""
+    """x [B, C, H, W] -> features [B, C', H', W'] of this package's denoiser at its cleanest noise level; a copy of its layers."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
@@ -12,7 +13,7 @@ from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
 STYLES = ("group_norm_silu", "bias_free_relu")
 
 
-class GroupNormSiLU(Layer):
+class GroupNormSiLU(Layer[Tensor]):
     """Group norm and SiLU over [B, C, ...]; G = the largest divisor of C up to `groups`. Parameters as in nn.GroupNorm."""
 
     norm_eps = 1e-5
@@ -31,22 +32,22 @@ class GroupNormSiLU(Layer):
         return ops.group_norm_silu_dual(x, tx, self.weight, self.bias, self.num_groups, **settings)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        levels = ops.sweep_levels("group_norm_silu", x)
-        y, mean, rstd = levels.group_norm_silu_fwd(x, self.weight, self.bias, self.num_groups, self.norm_eps, self.silu)
-        tape.note(self, levels=levels, saved=(x, self.weight, self.bias, mean, rstd, self.num_groups, self.silu))
+        launchers = ops.GroupNormSiLULaunchers.in_force(x)
+        y, mean, rstd = launchers.fwd(x, self.weight, self.bias, self.num_groups, self.norm_eps, self.silu)
+        tape.note(self, launchers=launchers, saved=(x, self.weight, self.bias, mean, rstd, self.num_groups, self.silu))
         return y
 
     def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, grad_y=grad_y)
-        return note.levels.group_norm_silu_bwd(grad_y, *note.saved)[0]
+        return note.launchers.bwd(grad_y, *note.saved)[0]
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, tx=tx)
-        return note.levels.group_norm_silu_tan(tx, *note.saved)
+        return note.launchers.tan(tx, *note.saved)
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor:
         note = tape.take(self)
-        _, x_bar, weight_bar, bias_bar = note.levels.group_norm_silu_bwd_bwd(
+        _, x_bar, weight_bar, bias_bar = note.launchers.bwd_bwd(
             note.tx, None, None, note.grad_y, *note.saved, y_bar=y_bar, need_tangent=False
         )
         tape.add(self.weight, weight_bar)
@@ -54,7 +55,7 @@ class GroupNormSiLU(Layer):
         return x_bar
 
 
-def norm_act(channels: int, groups: int, style: str) -> Layer:
+def norm_act(channels: int, groups: int, style: str) -> Layer[Tensor]:
     """What stands between two convolutions: GroupNorm + SiLU, or a ReLU alone (the paper's bias-free networks)."""
     return GroupNormSiLU(channels, groups) if style == "group_norm_silu" else ReLU()
 
@@ -77,7 +78,7 @@ class ResBlock(Residual):
         self.skip = conv(in_channels, out_channels, 1, style) if in_channels != out_channels else Identity()
 
     @property
-    def branch(self) -> tuple[Layer, ...]:
+    def branch(self) -> tuple[Layer[Tensor], ...]:
         return self.norm_1, self.conv_1, self.norm_2, self.conv_2
 
     def forward(self, x: Tensor, tx: Tensor | None = None, *, embedding: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ class ResBlock(Residual):
         return self.skip(x) + self.conv_2(self.norm_2(h))
 
 
-class SelfAttention(Layer):
+class SelfAttention(Layer[Tensor]):
     """[B, 3C, H, W] -> [B, C, H, W]: attention among the H*W positions, without parameters; q, k and v lie in the channels."""
 
     def __init__(self, num_heads: int) -> None:
@@ -97,15 +98,15 @@ class SelfAttention(Layer):
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """[B, 3C, H, W] -> three views of [B, S, N, D]."""
-        return qkv.flatten(2).unflatten(1, (3, self.num_heads, qkv.shape[1] // (3 * self.num_heads))).permute(1, 0, 4, 2, 3).unbind(0)
+        return rearrange(qkv, "B (three N D) H W -> three B (H W) N D", three=3, N=self.num_heads).unbind(0)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> a view of [B, S, N, D]."""
-        return x.flatten(2).unflatten(1, (self.num_heads, x.shape[1] // self.num_heads)).permute(0, 3, 1, 2)
+        return rearrange(x, "B (N D) H W -> B (H W) N D", N=self.num_heads)
 
     def _image(self, tokens: Tensor, like: Tensor) -> Tensor:
         """[B, S, N, D] -> [B, C, H, W]."""
-        return tokens.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, like.shape[2:])
+        return rearrange(tokens, "B (H W) N D -> B (N D) H W", H=like.shape[2], W=like.shape[3])
 
     def _channels(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The inverse of `_split`. [B, 3C, H, W]"""
@@ -119,27 +120,25 @@ class SelfAttention(Layer):
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
         q, k, v = self._split(x)
-        levels, settings = ops.attention_levels(q)
-        out, lse = levels.attention_fwd(q, k, v, *settings)
-        tape.note(self, levels=levels, settings=settings, like=x, saved=(q, k, v, out, lse))
+        launchers, settings = ops.AttentionLaunchers.in_force(q), (q.shape[-1] ** -0.5, False)  # scale, causal
+        out, lse = launchers.fwd(q, k, v, *settings)
+        tape.note(self, launchers=launchers, settings=settings, like=x, saved=(q, k, v, out, lse))
         return self._image(out, x)
 
     def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, grad_out=self._tokens(grad_y))
-        return self._channels(note.levels.attention_bwd(note.grad_out, *note.saved, *note.settings), grad_y)
+        return self._channels(note.launchers.bwd(note.grad_out, *note.saved, *note.settings), grad_y)
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self, tangents=self._split(tx))
-        note.tout, note.tau = note.levels.attention_tan(*note.tangents, *note.saved, *note.settings)
+        note.tout, note.tau = note.launchers.tan(*note.tangents, *note.saved, *note.settings)
         return self._image(note.tout, tx)
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
         note = tape.take(self)
         if not need_input:
             return None
-        bars = note.levels.attention_bwd_bwd(
-            *note.tangents, note.grad_out, *note.saved, note.tout, note.tau, *note.settings, self._tokens(y_bar)
-        )
+        bars = note.launchers.bwd_bwd(*note.tangents, note.grad_out, *note.saved, note.tout, note.tau, *note.settings, self._tokens(y_bar))
         return self._channels(bars, y_bar)
 
 
@@ -156,7 +155,7 @@ class AttentionBlock(Residual):
         self.skip = Identity()
 
     @property
-    def branch(self) -> tuple[Layer, ...]:
+    def branch(self) -> tuple[Layer[Tensor], ...]:
         return self.norm, self.qkv, self.attention, self.out
 
 
@@ -171,17 +170,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def checked_sides(owner: str, style: str, image_size: int, levels: range, attention: list[int]) -> list[int]:
-    """Side length of each level, where level n is the image halved n times.
+def checked_sides(owner: str, style: str, image_size: int, halvings: range, attention: list[int]) -> list[int]:
+    """Side lengths of an image that was halved so many times.
 
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that is not among them.
     """
     if style not in STYLES:
         raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
-    if image_size % 2 ** levels[-1]:
-        raise ValueError(f"image size {image_size} is not divisible by {2 ** levels[-1]}, which the {owner}'s {levels[-1]} halvings need")
-    sides = [image_size >> level for level in levels]
+    most = halvings[-1]
+    if image_size % 2**most:
+        raise ValueError(f"image size {image_size} is not divisible by {2**most}, which the {owner}'s {most} halvings need")
+    sides = [image_size >> times for times in halvings]
     for side in attention:
         if side not in sides:
             raise ValueError(f"attention {side}: the {owner} has no such resolution, its own are {', '.join(map(str, sides))}")

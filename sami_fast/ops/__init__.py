@@ -1,15 +1,15 @@
 """The public ops: what models and the step call, and what can replace a torch function of the same meaning elsewhere.
 
-<op>.py holds an op's contract, its checks, the choice of its backend and its derivative formulas. `sweep_levels` gives the level functions
-below autograd (forward, derivative, tangent, second derivative) to those who order the derivatives themselves.
+<op>.py holds an op's contract, its checks, the choice of its backend and its derivative formulas. Its class of `Launchers` has the
+functions below autograd (forward, derivative, tangent, second derivative), for those who order the derivatives themselves.
 """
 
 from ..reference import EVALUATION_STEP, Stream, random_permutation
-from .attention import attention, attention_dual, attention_levels
-from .backend import BackendError, check_backend, describe, sweep_levels, use_backend
+from .attention import AttentionLaunchers, attention, attention_dual
+from .backend import BackendError, check_backend, describe, use_backend
 from .conv2d import conv2d, conv2d_backward
-from .gaussian_log_prob import gaussian_kl, gaussian_levels, gaussian_log_prob, gaussian_reparameterize
-from .group_norm_silu import group_norm_silu, group_norm_silu_dual
+from .gaussian_log_prob import gaussian_kl, gaussian_launchers, gaussian_log_prob, gaussian_reparameterize
+from .group_norm_silu import GroupNormSiLULaunchers, group_norm_silu, group_norm_silu_dual
 from .guided_loss import guided_loss
 from .noise_sample import Noise, noise_sample
 from .random import random_normal, random_uniform
@@ -17,18 +17,19 @@ from .stratified_uniform import stratified_uniform
 
 __all__ = [
     "EVALUATION_STEP",
+    "AttentionLaunchers",
     "BackendError",
+    "GroupNormSiLULaunchers",
     "Noise",
     "Stream",
     "attention",
     "attention_dual",
-    "attention_levels",
     "check_backend",
     "conv2d",
     "conv2d_backward",
     "describe",
     "gaussian_kl",
-    "gaussian_levels",
+    "gaussian_launchers",
     "gaussian_log_prob",
     "gaussian_reparameterize",
     "group_norm_silu",
@@ -39,6 +40,5 @@ __all__ = [
     "random_permutation",
     "random_uniform",
     "stratified_uniform",
-    "sweep_levels",
     "use_backend",
 ]

@@ -5,18 +5,30 @@ one on the backend that the first was called with. `lse` and `out` are passed al
 `attention_bwd_bwd` contain how they depend on q, k and v.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.attention import check_attention
+from ..reference.attention import attention_bwd, attention_bwd_bwd, attention_fwd, attention_tan, check_attention
 from .arguments import check_together
-from .backend import choose, levels, sweep_levels
 from .define import define, no_third_derivative, saved_arguments
+from .launchers import Launcher, Launchers
 
 HEADS = {"triton": (8, 128), "cuda": (1, 128)}  # smallest and largest head size of the kernels
+
+
+class AttentionLaunchers(Launchers):
+    op = "attention"
+    fwd = Launcher(attention_fwd)
+    bwd = Launcher(attention_bwd)
+    tan = Launcher(attention_tan)
+    bwd_bwd = Launcher(attention_bwd_bwd)
+
+    @staticmethod
+    def limits(like: Tensor) -> dict[str, str]:
+        size = like.shape[-1]
+        outside = {name: between for name, between in HEADS.items() if not between[0] <= size <= between[1]}
+        return {name: f"its head sizes are {low} to {high}, this one is {size}" for name, (low, high) in outside.items()}
 
 
 def attention(
@@ -91,26 +103,10 @@ def attention_dual(
     return _attention_dual(q, k, v, tq, tk, tv, scale, causal, backend)[:2]
 
 
-def attention_levels(q: Tensor) -> tuple[ModuleType, tuple[float, bool]]:
-    """The level functions of the backend in force for self-attention over q [B, S, N, D], and their (scale, causal)."""
-    return sweep_levels("attention", q, **_limits(q)), (q.shape[-1] ** -0.5, False)
-
-
-def _limits(q: Tensor) -> dict[str, str]:
-    head = q.shape[-1]
-    return {
-        name: f"its head sizes are {low} to {high}, this one is {head}" for name, (low, high) in HEADS.items() if not low <= head <= high
-    }
-
-
 def _prepare(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, backend: str | None) -> tuple[str, float]:
     check_attention(q, k, v, causal)
     check_together("attention", q=q, k=k, v=v)
-    return choose("attention", backend, q, **_limits(q)), q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-
-def _fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return levels("attention", backend).attention_fwd(q, k, v, scale, causal)
+    return AttentionLaunchers.choose(backend, q), q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _save_fwd(ctx, inputs, output):
@@ -125,12 +121,6 @@ def _fwd_formula(ctx, grad_out, _):
     if grad_out is None:
         return (None,) * 6
     return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None
-
-
-def _bwd(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return levels("attention", backend).attention_bwd(grad_out, q, k, v, out, lse, scale, causal)
 
 
 def _bwd_formula(ctx, ggq, ggk, ggv):
@@ -155,17 +145,17 @@ def _bwd_bwd(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = levels("attention", backend)
-    tout, tau = module.attention_tan(ggq, ggk, ggv, q, k, v, out, lse, scale, causal)  # tout is also the gradient of grad_out
-    return tout, *module.attention_bwd_bwd(ggq, ggk, ggv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, None)
+    on = AttentionLaunchers(backend)
+    tout, tau = on.tan(ggq, ggk, ggv, q, k, v, out, lse, scale, causal)  # tout is also the gradient of grad_out
+    return tout, *on.bwd_bwd(ggq, ggk, ggv, grad_out, q, k, v, out, lse, tout, tau, scale, causal, None)
 
 
 def _dual(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor, scale: float, causal: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = levels("attention", backend)
-    out, lse = module.attention_fwd(q, k, v, scale, causal)
-    return out, *module.attention_tan(tq, tk, tv, q, k, v, out, lse, scale, causal), lse
+    on = AttentionLaunchers(backend)
+    out, lse = on.fwd(q, k, v, scale, causal)
+    return out, *on.tan(tq, tk, tv, q, k, v, out, lse, scale, causal), lse
 
 
 def _save_dual(ctx, inputs, output):
@@ -203,13 +193,13 @@ def _dual_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # <tout_bar, tout> is linear in the tangents, with the first derivative as its matrix; its derivative in q, k, v is the joint backward.
-    module = levels("attention", backend)
-    joint = module.attention_bwd_bwd(tq, tk, tv, tout_bar, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
-    return *joint, *module.attention_bwd(tout_bar, q, k, v, out, lse, scale, causal)
+    on = AttentionLaunchers(backend)
+    joint = on.bwd_bwd(tq, tk, tv, tout_bar, q, k, v, out, lse, tout, tau, scale, causal, out_bar)
+    return *joint, *on.bwd(tout_bar, q, k, v, out, lse, scale, causal)
 
 
-_attention = define("attention", _fwd, _save_fwd, _fwd_formula)
-_attention_bwd = define("attention_bwd", _bwd, None, _bwd_formula)
+_attention = define("attention", AttentionLaunchers.fwd, _save_fwd, _fwd_formula)
+_attention_bwd = define("attention_bwd", AttentionLaunchers.bwd, None, _bwd_formula)
 _attention_bwd_bwd = define("attention_bwd_bwd", _bwd_bwd, None, no_third_derivative("attention"))
 _attention_dual = define("attention_dual", _dual, _save_dual, _dual_formula)
 _attention_dual_bwd = define("attention_dual_bwd", _dual_bwd, None, no_third_derivative("attention_dual"))

@@ -11,12 +11,11 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +25,15 @@ from ..errors import UserError
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 AUTO = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}  # by device type, best first
-HOMES = {"reference": "sami_fast.reference", "triton": "sami_fast.kernels"}  # packages; the others are operators of the compiled core
 DTYPES = {  # of a backend's floating inputs; any where it is not listed
     "cpp": (torch.float32, torch.float64),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
+HOME_DEVICES = {"cpp": "cpu", "cuda": "cuda"}  # the device type that a backend is compiled for
+OPS: dict[str, tuple[str, ...]] = {}  # every op and the backends that have it, as `launchers.Launchers` finds them
 
-HOME_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
-
-# What is asked for, and by whom: a variable of the thread (or task), so that two of them do not get into each other's way.
+# The backend that was asked for, and by what. Each thread and each asyncio task has its own, so `use_backend` in one changes no other.
 _wanted: ContextVar[tuple[str, str]] = ContextVar("backend", default=(os.environ.get("SAMI_FAST_BACKEND") or "auto", "SAMI_FAST_BACKEND"))
 
 
@@ -74,7 +72,7 @@ def _missing(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all."""
     if backend == "triton":
         try:
-            import_module(HOMES["triton"] + "._common")
+            import_module("sami_fast.kernels._common")
         except ImportError as error:
             return f"Triton cannot be imported ({error})"
     if backend in ("cpp", "cuda"):
@@ -100,7 +98,7 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype | None) -> str | 
     if (reason := _missing(backend)) is not None:
         return reason
     if backend == "triton" and device_type != "cuda":
-        from ..kernels._common import INTERPRETED
+        from ..kernels._common import INTERPRETED  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
 
         if not INTERPRETED:
             return f"it needs tensors on a CUDA device, these are on {device_type}"
@@ -124,7 +122,7 @@ def _warn_once(message: str) -> None:
 def _pick(
     op: str, wanted: str, wanted_by: str, device_type: str, dtype: torch.dtype | None, limits: tuple[tuple[str, str], ...]
 ) -> tuple[str, str | None]:
-    """The backend, or why there is none. Constant for the compiler, which could not pass on an exception as it is."""
+    """The backend, or why there is none: torch.compile runs this once, while it traces, and would wrap an exception in one of its own."""
 
     def refuses(backend: str) -> str | None:
         return refusal(backend, device_type, dtype) or dict(limits).get(backend)
@@ -153,35 +151,23 @@ def _in_force() -> tuple[str, str]:
     return wanted, wanted_by
 
 
-def choose(op: str, backend: str | None, like: Tensor, **limits: str | None) -> str:
+def choose(op: str, backend: str | None, like: Tensor, limits: Mapping[str, str] | None = None) -> str:
     """The backend that an op's call runs on.
 
     Args:
         op: Name of the op, for messages.
         backend: The call's own `backend=`; None for the one in force.
         like: A tensor of the call: its device and dtype decide.
-        limits: Per backend, why it cannot take these arguments; None or absent when it can.
+        limits: By backend, why it cannot take these arguments; absent when it can.
     Raises:
         BackendError: the backend that was asked for does not exist or cannot run this call.
     """
     wanted, wanted_by = _in_force() if backend is None else (backend, "backend")
     dtype = like.dtype if like.dtype.is_floating_point else None
-    stated = tuple((name, reason) for name, reason in limits.items() if reason is not None)
-    chosen, reason = _pick(op, wanted, wanted_by, like.device.type, dtype, stated)
+    chosen, reason = _pick(op, wanted, wanted_by, like.device.type, dtype, tuple((limits or {}).items()))
     if reason is not None:
         raise BackendError(reason)
     return chosen
-
-
-@cache
-def levels(op: str, backend: str) -> Any:
-    """What has an op's level functions (`<op>_fwd`, `<op>_bwd`, ...): a module of launchers or of twins in plain torch, or the core."""
-    return import_module(f"{HOMES[backend]}.{op}") if backend in HOMES else torch.ops.sami_fast_C
-
-
-def sweep_levels(op: str, like: Tensor, **limits: str | None) -> Any:
-    """The level functions of the backend in force, for a caller that schedules the derivatives itself; arguments as in `choose`."""
-    return levels(op, choose(op, None, like, **limits))
 
 
 def check_backend(device_type: str) -> None:
@@ -204,7 +190,7 @@ def describe() -> dict[str, dict[str, str]]:
     if (reason := _unknown(*_wanted.get())) is not None:
         raise BackendError(reason)
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {op: {kind: _explain(op, kind) for kind in kinds} for op in OPS}
+    return {op: {kind: _explain(op, kind) for kind in kinds} for op in sorted(OPS)}
 
 
 def _explain(op: str, device_type: str) -> str:
@@ -215,8 +201,3 @@ def _explain(op: str, device_type: str) -> str:
     chosen = next((name for name in order if name in names and reasons[name] is None), "nothing")
     others = [f"{name}: {reason or 'only when asked for'}" for name, reason in reasons.items() if name not in (chosen, "reference")]
     return chosen + (f" ({'; '.join(others)})" if others else "")
-
-
-OPS = dict.fromkeys(
-    ("noise_sample", "guided_loss", "attention", "group_norm_silu", "gaussian_log_prob", "random_normal", "stratified_uniform"), BACKENDS
-) | {"conv2d": ("reference", "cpp")}  # and what each can run on; elsewhere a convolution is torch's

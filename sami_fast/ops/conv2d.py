@@ -5,6 +5,7 @@ so there is no last order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,21 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from ..reference.conv2d import channels_last
-from .backend import choose, levels
+from ..reference.conv2d import channels_last, conv2d_bwd_input, conv2d_bwd_weight, conv2d_fwd
 from .define import asked_for, define
+from .launchers import Launcher, Launchers
 
 # Below these the transforms cost more than they save: channels of x, pixels along a side, tiles of 2x2 pixels.
 MIN_CHANNELS, MIN_SIDE, MIN_TILES = 4, 4, 16
-Pair = tuple[int, int]
+Pair = tuple[int, ...]  # two numbers; not tuple[int, int], for the settings of nn.Conv2d are not typed so
+
+
+class ConvolutionLaunchers(Launchers):
+    op = "conv2d"
+    backends = ("reference", "cpp")  # on a GPU a convolution is torch's
+    fwd = Launcher(conv2d_fwd)
+    bwd_input = Launcher(conv2d_bwd_input)
+    bwd_weight = Launcher(conv2d_bwd_weight)
 
 
 def conv2d(
@@ -84,11 +93,11 @@ def conv2d_backward(
 def _on_core(x: Tensor, backend: str | None) -> bool:
     if backend is None and (x.device.type != "cpu" or not x.dtype.is_floating_point):
         return False
-    chosen = choose("conv2d", backend, x)
+    chosen = ConvolutionLaunchers.choose(backend, x)
     return chosen == "cpp" and x.dim() == 4 and x.layout == torch.strided and not torch.is_autocast_enabled("cpu")
 
 
-def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
     return (
         x.dtype == weight.dtype == torch.float32
         and groups == 1
@@ -98,18 +107,6 @@ def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilatio
         and min(x.shape[2:]) >= MIN_SIDE
         and x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) >= MIN_TILES
     )
-
-
-def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return levels("conv2d", backend).conv2d_fwd(x, weight, bias)
-
-
-def _bwd_input(grad_y: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return levels("conv2d", backend).conv2d_bwd_input(grad_y, weight)
-
-
-def _bwd_weight(grad_y: Tensor, x: Tensor, with_bias: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return levels("conv2d", backend).conv2d_bwd_weight(grad_y, x, with_bias)
 
 
 def _save(ctx, inputs, output):
@@ -153,24 +150,24 @@ def _bwd_weight_formula(ctx, ggweight, ggbias):
     return v_grad_y, v_x, None, None
 
 
-_conv2d = define("conv2d", _fwd, _save, _fwd_formula)
-_conv2d_bwd_input = define("conv2d_bwd_input", _bwd_input, _save, _bwd_input_formula)
-_conv2d_bwd_weight = define("conv2d_bwd_weight", _bwd_weight, _save, _bwd_weight_formula)
+_conv2d = define("conv2d", ConvolutionLaunchers.fwd, _save, _fwd_formula)
+_conv2d_bwd_input = define("conv2d_bwd_input", ConvolutionLaunchers.bwd_input, _save, _bwd_input_formula)
+_conv2d_bwd_weight = define("conv2d_bwd_weight", ConvolutionLaunchers.bwd_weight, _save, _bwd_weight_formula)
 
 
 # FLOPs as torch counts them: those of the plain convolution, whatever the algorithm saves.
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d)
-def _fwd_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+def _fwd_flops(x_shape, weight_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(x_shape, weight_shape, out_shape)
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d_bwd_input)
-def _bwd_input_flops(grad_y_shape, weight_shape, *_, out_shape=None, **__) -> int:
+def _bwd_input_flops(grad_y_shape, weight_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(out_shape, weight_shape, grad_y_shape)
 
 
 @register_flop_formula(torch.ops.sami_fast.conv2d_bwd_weight)
-def _bwd_weight_flops(grad_y_shape, x_shape, *_, out_shape=None, **__) -> int:
+def _bwd_weight_flops(grad_y_shape, x_shape, *_, out_shape: Any = None, **__) -> int:
     return conv_flop_count(x_shape, out_shape[0], grad_y_shape)

@@ -1,8 +1,9 @@
 """How an operator is made: one schema, one implementation for numbers and for shapes, one derivative formula.
 
-`torch.library.custom_op` would do all of this but for one thing: what it registers cannot be used under torch.func
-(pytorch/pytorch #168393, #170834). So the autograd kernel is written out here; it serves eager autograd to any order that has a formula,
-torch.func.grad, vjp, jacrev and vmap, nested or not, and torch.compile(fullgraph=True) around them; forward mode raises.
+`torch.library.custom_op` does the same, but its operators raise under torch.func (pytorch/pytorch #168393, #170834). So this file registers
+the kernel of the dispatch key Autograd, the function that torch calls first where a gradient may be wanted, by itself. With it an operator
+works in eager autograd, to any order that has a formula; in torch.func.grad, vjp, jacrev and vmap, nested or not; and in
+torch.compile(fullgraph=True) around any of these. In forward mode it raises.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .launchers import Launcher
+
 LIBRARY = torch.library.Library("sami_fast", "DEF")
 
 
 def define(
     name: str,
-    implementation: Callable[..., Any],
+    implementation: Callable[..., Any] | Launcher[..., Any],
     save: Callable[..., None] | None = None,
     formula: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -27,15 +30,18 @@ def define(
 
     Args:
         name: Name of the operator.
-        implementation: Annotated function of tensors and plain values, the last one `backend`; calls level functions (`backend.levels`),
+        implementation: A launcher; or an annotated function of tensors and plain values, the last one `backend`, that calls launchers. It
             keeps none of its inputs and returns none. It also tells shapes: on fake tensors Triton's launchers record and launch nothing,
-            and the compiled core has its twins in plain torch run instead.
-        save: save(ctx, inputs, output), as in torch.autograd.Function; without it all inputs are saved as `ctx.args`.
+            and the twins in plain torch run in place of the compiled core.
+        save: save(ctx, inputs, output), as in torch.autograd.Function; without it all inputs are saved, see `saved_arguments`.
         formula: formula(ctx, *cotangents) -> gradient of every input; cotangents may be None. None: not differentiable.
     Returns:
-        The operator.
+        The operator: called with positional arguments, the last one the backend.
     """
-    schema = torch.library.infer_schema(implementation, mutates_args=())
+    if isinstance(implementation, Launcher):
+        schema, implementation = implementation.schema(), implementation.run
+    else:
+        schema = torch.library.infer_schema(implementation, mutates_args=())
     LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides])
     op = getattr(torch.ops.sami_fast, name).default
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -65,7 +71,7 @@ def define(
 def _kernels_recorded(backend: str) -> Any:
     if backend != "triton":
         return nullcontext()
-    from ..kernels._common import recording
+    from ..kernels._common import recording  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
 
     return recording()
 
@@ -83,10 +89,13 @@ def saved_arguments(ctx) -> list[Any]:
 
 
 def asked_for(ctx) -> tuple[bool, ...]:
-    """`ctx.needs_input_grad`, less what this very pass has no use for: an inner gradient may ask for x alone, not for weights.
+    """For each input of an operator, whether this backward pass has a use for its gradient.
 
-    For operators whose tensors come first among their arguments.
+    `ctx.needs_input_grad` is True for a weight whenever the weight requires a gradient. But in torch.autograd.grad(log_q, x) nobody takes
+    it: autograd would drop what the formula computed. Here such a weight gets False. Holds for operators whose tensors come first among
+    their arguments.
     """
+    # Nodes of the graph that the gradients go to: one per leading tensor, None where no gradient is required.
     nodes = [node for node, _ in ctx.next_functions]
     nodes += [None] * (len(ctx.needs_input_grad) - len(nodes))
     return tuple(needed and _is_executed(node) for needed, node in zip(ctx.needs_input_grad, nodes, strict=True))
@@ -95,19 +104,20 @@ def asked_for(ctx) -> tuple[bool, ...]:
 def _is_executed(node: Any) -> bool:
     try:
         return node is None or torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # it does not say so of a leaf that a gradient is being taken in, which is what was asked
+    except RuntimeError:  # torch refuses to answer for a leaf in whose gradient torch.autograd.grad is interested: that one is wanted
         return True
 
 
 def _autograd_kernel(name: str, op: Callable[..., Any], save: Callable[..., None], formula: Callable[..., Any]) -> Callable[..., Any]:
     def below_autograd(*args):
-        # Both modes of differentiation are on again for the levels of torch.func below this one.
+        # torch turns differentiation off inside a Function. Where transforms of torch.func are nested, the outer ones see this very call
+        # and have still to differentiate it, so both modes go on again; only this transform's own autograd is passed by.
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    function = type(
+    function: Any = type(
         name,
-        (torch.autograd.function._SingleLevelFunction,),  # torch.func already stands at one of its levels here
+        (torch.autograd.function._SingleLevelFunction,),  # not Function, which would go through torch.func's transforms once more
         {"forward": staticmethod(below_autograd), "setup_context": staticmethod(save), "backward": staticmethod(formula)},
     )
 

@@ -4,18 +4,34 @@ The log density is `sami_fast::gaussian_log_prob` -> `gaussian_log_prob_bwd` -> 
 the derivative of the one before. KL and sample are elementwise on [B, Z]: plain torch, which a compiler fuses.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.gaussian_log_prob import check_gaussian, gaussian_kl, gaussian_reparameterize
+from ..reference.gaussian_log_prob import (
+    check_gaussian,
+    gaussian_kl,
+    gaussian_log_prob_bwd,
+    gaussian_log_prob_bwd_bwd,
+    gaussian_log_prob_fwd,
+    gaussian_reparameterize,
+)
 from .arguments import check_together
-from .backend import choose, levels
 from .define import define, no_third_derivative, saved_arguments
+from .launchers import Launcher, Launchers
 
-__all__ = ["gaussian_kl", "gaussian_levels", "gaussian_log_prob", "gaussian_reparameterize"]
+__all__ = ["GaussianLaunchers", "gaussian_kl", "gaussian_launchers", "gaussian_log_prob", "gaussian_reparameterize"]
+
+
+class GaussianLaunchers(Launchers):
+    op = "gaussian_log_prob"
+    fwd = Launcher(gaussian_log_prob_fwd)
+    bwd = Launcher(gaussian_log_prob_bwd)
+    bwd_bwd = Launcher(gaussian_log_prob_bwd_bwd)
+
+    @staticmethod
+    def limits(like: Tensor) -> dict[str, str]:
+        return {} if like.dtype == torch.float32 else dict.fromkeys(("triton", "cuda"), "it takes float32 alone")
 
 
 def gaussian_log_prob(
@@ -50,28 +66,19 @@ def gaussian_log_prob(
     return _gaussian_log_prob(z, mu, var, backend)
 
 
-def gaussian_levels(z: Tensor, mu: Tensor, var: Tensor) -> ModuleType:
-    """The level functions of the backend in force for these arguments of `gaussian_log_prob`, which are checked."""
-    return levels("gaussian_log_prob", _prepare(z, mu, var, None))
+def gaussian_launchers(z: Tensor, mu: Tensor, var: Tensor) -> GaussianLaunchers:
+    """Those of the backend in force, for a caller that orders the derivatives itself; the arguments of `gaussian_log_prob` are checked."""
+    return GaussianLaunchers(_prepare(z, mu, var, None))
 
 
 def _prepare(z: Tensor, mu: Tensor, var: Tensor, backend: str | None) -> str:
     check_gaussian(z=z, mu=mu, var=var)
     check_together("gaussian_log_prob", z=z, mu=mu, var=var)
-    limit = None if z.dtype == torch.float32 else "it takes float32 alone"
-    return choose("gaussian_log_prob", backend, z, triton=limit, cuda=limit)
-
-
-def _fwd(z: Tensor, mu: Tensor, var: Tensor, backend: str) -> Tensor:
-    return levels("gaussian_log_prob", backend).gaussian_log_prob_fwd(z, mu, var)
+    return GaussianLaunchers.choose(backend, z)
 
 
 def _fwd_formula(ctx, grad):
     return (None,) * 4 if grad is None else (*_gaussian_log_prob_bwd(grad, *saved_arguments(ctx)), None)
-
-
-def _bwd(grad: Tensor, z: Tensor, mu: Tensor, var: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return levels("gaussian_log_prob", backend).gaussian_log_prob_bwd(grad, z, mu, var)
 
 
 def _bwd_formula(ctx, *cotangents):
@@ -82,12 +89,6 @@ def _bwd_formula(ctx, *cotangents):
     return *_gaussian_log_prob_bwd_bwd(*cotangents, *saved), None
 
 
-def _bwd_bwd(
-    ggz: Tensor, ggmu: Tensor, ggvar: Tensor, grad: Tensor, z: Tensor, mu: Tensor, var: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return levels("gaussian_log_prob", backend).gaussian_log_prob_bwd_bwd(ggz, ggmu, ggvar, grad, z, mu, var)
-
-
-_gaussian_log_prob = define("gaussian_log_prob", _fwd, None, _fwd_formula)
-_gaussian_log_prob_bwd = define("gaussian_log_prob_bwd", _bwd, None, _bwd_formula)
-_gaussian_log_prob_bwd_bwd = define("gaussian_log_prob_bwd_bwd", _bwd_bwd, None, no_third_derivative("gaussian_log_prob"))
+_gaussian_log_prob = define("gaussian_log_prob", GaussianLaunchers.fwd, None, _fwd_formula)
+_gaussian_log_prob_bwd = define("gaussian_log_prob_bwd", GaussianLaunchers.bwd, None, _bwd_formula)
+_gaussian_log_prob_bwd_bwd = define("gaussian_log_prob_bwd_bwd", GaussianLaunchers.bwd_bwd, None, no_third_derivative("gaussian_log_prob"))

@@ -8,10 +8,24 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.group_norm_silu import check_group_norm_silu
+from ..reference.group_norm_silu import (
+    check_group_norm_silu,
+    group_norm_silu_bwd,
+    group_norm_silu_bwd_bwd,
+    group_norm_silu_fwd,
+    group_norm_silu_tan,
+)
 from .arguments import check_device, check_together
-from .backend import choose, levels
 from .define import define, no_third_derivative, saved_arguments
+from .launchers import Launcher, Launchers
+
+
+class GroupNormSiLULaunchers(Launchers):
+    op = "group_norm_silu"
+    fwd = Launcher(group_norm_silu_fwd)
+    bwd = Launcher(group_norm_silu_bwd)
+    tan = Launcher(group_norm_silu_tan)
+    bwd_bwd = Launcher(group_norm_silu_bwd_bwd)
 
 
 def group_norm_silu(
@@ -88,13 +102,7 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, backend: 
     check_together("group_norm_silu", x=x)
     check_together("group_norm_silu", weight=weight, bias=bias)
     check_device("group_norm_silu", x=x, weight=weight, bias=bias)
-    return choose("group_norm_silu", backend, x)
-
-
-def _fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, norm_eps: float, silu: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return levels("group_norm_silu", backend).group_norm_silu_fwd(x, weight, bias, num_groups, norm_eps, silu)
+    return GroupNormSiLULaunchers.choose(backend, x)
 
 
 def _save_fwd(ctx, inputs, output):
@@ -110,12 +118,6 @@ def _fwd_formula(ctx, grad_y, *_):
     if grad_y is None:
         return (None,) * 7
     return *_group_norm_silu_bwd(grad_y, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-def _bwd(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, silu: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return levels("group_norm_silu", backend).group_norm_silu_bwd(grad_y, x, weight, bias, mean, rstd, num_groups, silu)
 
 
 def _bwd_formula(ctx, ggx, ggweight, ggbias):
@@ -140,18 +142,20 @@ def _bwd_bwd(
     silu: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = levels("group_norm_silu", backend)
-    return module.group_norm_silu_bwd_bwd(
+    on = GroupNormSiLULaunchers(backend)
+    gg_y, x_bar, weight_bar, bias_bar = on.bwd_bwd(
         ggx, ggweight, ggbias, grad_y, x, weight, bias, mean, rstd, num_groups, silu, y_bar=None, need_tangent=True
     )
+    assert gg_y is not None  # need_tangent asks for it
+    return gg_y, x_bar, weight_bar, bias_bar
 
 
 def _dual(
     x: Tensor, tx: Tensor, weight: Tensor, bias: Tensor, num_groups: int, norm_eps: float, silu: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = levels("group_norm_silu", backend)
-    y, mean, rstd = module.group_norm_silu_fwd(x, weight, bias, num_groups, norm_eps, silu)
-    return y, module.group_norm_silu_tan(tx, x, weight, bias, mean, rstd, num_groups, silu), mean, rstd
+    on = GroupNormSiLULaunchers(backend)
+    y, mean, rstd = on.fwd(x, weight, bias, num_groups, norm_eps, silu)
+    return y, on.tan(tx, x, weight, bias, mean, rstd, num_groups, silu), mean, rstd
 
 
 def _save_dual(ctx, inputs, output):
@@ -186,16 +190,16 @@ def _dual_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # <ty_bar, ty> is linear in tx, with the first derivative as its matrix; its derivative in x and the parameters is the joint backward.
-    module = levels("group_norm_silu", backend)
-    _, x_bar, weight_bar, bias_bar = module.group_norm_silu_bwd_bwd(
+    on = GroupNormSiLULaunchers(backend)
+    _, x_bar, weight_bar, bias_bar = on.bwd_bwd(
         tx, None, None, ty_bar, x, weight, bias, mean, rstd, num_groups, silu, y_bar=y_bar, need_tangent=False
     )
-    tx_bar, _, _ = module.group_norm_silu_bwd(ty_bar, x, weight, bias, mean, rstd, num_groups, silu)
+    tx_bar, _, _ = on.bwd(ty_bar, x, weight, bias, mean, rstd, num_groups, silu)
     return x_bar, tx_bar, weight_bar, bias_bar
 
 
-_group_norm_silu = define("group_norm_silu", _fwd, _save_fwd, _fwd_formula)
-_group_norm_silu_bwd = define("group_norm_silu_bwd", _bwd, None, _bwd_formula)
+_group_norm_silu = define("group_norm_silu", GroupNormSiLULaunchers.fwd, _save_fwd, _fwd_formula)
+_group_norm_silu_bwd = define("group_norm_silu_bwd", GroupNormSiLULaunchers.bwd, None, _bwd_formula)
 _group_norm_silu_bwd_bwd = define("group_norm_silu_bwd_bwd", _bwd_bwd, None, no_third_derivative("group_norm_silu"))
 _group_norm_silu_dual = define("group_norm_silu_dual", _dual, _save_dual, _dual_formula)
 _group_norm_silu_dual_bwd = define("group_norm_silu_dual_bwd", _dual_bwd, None, no_third_derivative("group_norm_silu_dual"))

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.guided_loss import check_guided_loss
+from ..reference.guided_loss import check_guided_loss, guided_loss_fwd
 from .arguments import check_device, check_together
-from .backend import choose
-from .backend import levels as level_functions
 from .define import define
+from .launchers import Launcher, Launchers
 from .noise_sample import Noise
 from .random import check_draw, check_index
+
+
+class GuidedLossLaunchers(Launchers):
+    op = "guided_loss"
+    fwd = Launcher(guided_loss_fwd)
 
 
 def guided_loss(
@@ -55,8 +59,7 @@ def guided_loss(
     Runs on: C++, Triton, CUDA, reference.
     Source: SAMI, arXiv:2512.17127, training objective.
     """
-    noise = eps if isinstance(eps, Noise) else None
-    given = None if noise else eps
+    noise, given = (eps, None) if isinstance(eps, Noise) else (None, eps)
     check_guided_loss(given, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
     if noise and noise.index.shape[0] * noise.levels != eps_pred.shape[0]:
         raise ValueError(f"eps: expected noise for {eps_pred.shape[0]} samples, found {noise.index.shape[0]} x {noise.levels}")
@@ -66,9 +69,9 @@ def guided_loss(
     check_together("guided_loss", eps_pred=eps_pred, grad_log_q=grad_log_q, eps=given)
     check_together("guided_loss", sigma_t=sigma_t, weight=weight, unconditional_weight=unconditional_weight)
     check_device("guided_loss", eps_pred=eps_pred, sigma_t=sigma_t, **({"eps": noise.index} if noise else {}))
-    backend = choose("guided_loss", backend, eps_pred)
+    backend = GuidedLossLaunchers.choose(backend, eps_pred)
     if backend == "reference":
-        eps = noise.draw(eps_pred, backend) if noise else eps
+        eps = eps.draw(eps_pred, backend) if isinstance(eps, Noise) else eps
         loss, unguided = reference.guided_loss(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
         if not return_cotangent:
             return loss, unguided
@@ -77,24 +80,6 @@ def guided_loss(
     key = (noise.index, noise.levels, noise.seed, noise.step, noise.stream) if noise else (None, 1, 0, 0, 0)
     loss, unguided, _, cotangent = _guided_loss(given, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight, *key, backend)
     return (loss, unguided, cotangent.detach()) if return_cotangent else (loss, unguided)
-
-
-def _fwd(
-    eps: Tensor | None,
-    eps_pred: Tensor,
-    grad_log_q: Tensor,
-    sigma_t: Tensor,
-    weight: Tensor,
-    unconditional_weight: Tensor,
-    index: Tensor | None,
-    levels: int,
-    seed: int,
-    step: int,
-    stream: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = level_functions("guided_loss", backend)
-    return module.guided_loss_fwd(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight, index, levels, seed, step, stream)
 
 
 def _save(ctx, inputs, output):
@@ -137,4 +122,4 @@ def _formula(ctx, grad, _, a, b):
     return to_eps, to_eps_pred, to_grad_log_q, *to_scalars, *(None,) * 6
 
 
-_guided_loss = define("guided_loss", _fwd, _save, _formula)
+_guided_loss = define("guided_loss", GuidedLossLaunchers.fwd, _save, _formula)

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Stream
-from ..reference.noise_sample import check_noise_sample
+from ..reference.noise_sample import check_noise_sample, noise_sample_fwd
 from .arguments import check_device, check_together
-from .backend import choose, levels
 from .define import define
+from .launchers import Launcher, Launchers
 from .random import check_draw, check_index, random_normal
+
+
+class NoiseSampleLaunchers(Launchers):
+    op = "noise_sample"
+    fwd = Launcher(noise_sample_fwd)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def noise_sample(
     check_device("noise_sample", x_0=x_0, alpha_t=alpha_t, sigma_t=sigma_t, index=index)
     check_index(index)
     check_draw(seed, step, stream)
-    backend = choose("noise_sample", backend, x_0)
+    backend = NoiseSampleLaunchers.choose(backend, x_0)
     if backend == "reference":
         x_t, eps = reference.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=step, stream=stream)
     else:
@@ -95,7 +100,7 @@ def _fwd(
     store_eps: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    x_t, eps = levels("noise_sample", backend).noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, store_eps)
+    x_t, eps = NoiseSampleLaunchers(backend).fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, store_eps)
     return x_t, x_t.new_empty(0) if eps is None else eps
 
 

@@ -5,8 +5,15 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.random import NUM_STREAMS
-from .backend import choose, levels
+from .backend import choose
 from .define import define
+from .launchers import Launcher, Launchers
+
+
+class RandomLaunchers(Launchers):
+    op = "random_normal"  # and random_uniform, of which the same holds
+    normal = Launcher(reference.random_normal)
+    uniform = Launcher(reference.random_uniform)
 
 
 def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *, backend: str | None = None) -> Tensor:
@@ -63,12 +70,7 @@ def check_draw(seed: int, step: int, stream: int = 0) -> None:
         raise ValueError(f"stream: expected 0 to {NUM_STREAMS - 1}, found {stream}")
 
 
-def _normal(seed: int, step: int, stream: int, index: Tensor, size: int, backend: str) -> Tensor:
-    return levels("random", backend).random_normal(seed, step, stream, index, size)
-
-
-def _uniform(seed: int, step: int, stream: int, index: Tensor, size: int, backend: str) -> Tensor:
-    return levels("random", backend).random_uniform(seed, step, stream, index, size)
-
-
-_OPS = {"random_normal": define("random_normal", _normal), "random_uniform": define("random_uniform", _uniform)}
+_OPS = {
+    "random_normal": define("random_normal", RandomLaunchers.normal),
+    "random_uniform": define("random_uniform", RandomLaunchers.uniform),
+}

@@ -3,10 +3,14 @@
 from torch import Tensor
 
 from .. import reference
-from .backend import choose
-from .backend import levels as level_functions
 from .define import define
+from .launchers import Launcher, Launchers
 from .random import check_draw, check_index
+
+
+class StratifiedUniformLaunchers(Launchers):
+    op = "stratified_uniform"
+    draw = Launcher(reference.stratified_uniform, file="random")  # Triton's lies with the other draws
 
 
 def stratified_uniform(
@@ -43,16 +47,14 @@ def stratified_uniform(
     """
     check_index(index)
     check_draw(seed, step)
-    backend = choose("stratified_uniform", backend, index)
+    backend = StratifiedUniformLaunchers.choose(backend, index)
     if backend == "reference":
         return reference.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
     return _stratified_uniform(index, levels, global_batch, seed, step, backend)
 
 
 def _draw(index: Tensor, levels: int, global_batch: int, seed: int, step: int, backend: str) -> Tensor:
-    # Triton's draw lies with the other draws.
-    module = level_functions("random" if backend == "triton" else "stratified_uniform", backend)
-    return module.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
+    return StratifiedUniformLaunchers(backend).draw(index, levels, global_batch, seed=seed, step=step)
 
 
 _stratified_uniform = define("stratified_uniform", _draw)

@@ -1,7 +1,7 @@
-"""Softmax attention in plain torch: the public operator, differentiable to any order, and the levels that its derivatives are made of.
+"""Softmax attention in plain torch: the public operator, differentiable to any order, and the twins of its launchers.
 
-`attention` is the truth: a few lines that autograd can differentiate, O(S_q S_k) memory. The levels below it are explicit formulas
-with the signatures of the launchers in `sami_fast.kernels`; they work in blocks of query rows, so their memory is O(S_q + S_k).
+`attention` is the truth: a few lines that autograd can differentiate, O(S_q S_k) memory. The twins below it are explicit formulas with the
+names and signatures of the launchers in `sami_fast.kernels`; they work in blocks of query rows, so their memory is O(S_q + S_k).
 With s = scale, P = softmax(s Q K^T), E = dO V^T - D, D = rowsum(dO * O), dS = P * E, and a dot for the tangent along (tq, tk, tv):
 
     attention_fwd      O = P V,  lse = (max_j s Q K^T, ln sum_j exp(s Q K^T - max))
@@ -45,20 +45,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:  # [B, S_q, N, D]
-    """out = softmax(scale q k^T) v for every head.
-
-    Args:
-        q: Queries. [B, S_q, N, D] (batch, tokens, heads, head size), any floating dtype.
-        k, v: Keys and values. [B, S_k, N, D], dtype of q.
-        scale: Factor on the logits; 1 / sqrt(D) when None.
-        causal: Query i sees keys j <= i only. Needs S_q == S_k.
-    Returns:
-        [B, S_q, N, D], dtype of q.
-    Raises:
-        ValueError: shapes do not fit, or causal with S_q != S_k.
-    Differentiable: twice, in q, k and v.
-    Source: Vaswani et al., arXiv:1706.03762, eq. 1.
-    """
+    """out = softmax(scale q k^T) v for every head, as `sami_fast.ops.attention` describes it, differentiable to any order."""
     check_attention(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * torch.einsum("bqnd,bknd->bnqk", q, k)

@@ -1,10 +1,10 @@
-"""Diagonal Gaussians: log density with its raw levels, KL divergence from the prior, reparameterised sample.
+"""Diagonal Gaussians: log density with the twins of its launchers, KL divergence from the prior, reparameterised sample.
 
 With d = z - mu and r = d / var, a term of the log density is -1/2 (d r + ln var + ln 2 pi); its derivatives are
 
     in z  -r       in mu  r       in var  1/2 (d r - 1) / var
 
-The levels know nothing of autograd; `sami_fast.kernels.gaussian_log_prob` has the same ones.
+The twins know nothing of autograd; the launchers in `sami_fast.kernels.gaussian_log_prob` have the same names and signatures.
 """
 
 import math
@@ -32,16 +32,7 @@ def gaussian_log_prob(
 
         log_q = -1/2 sum_Z [ (z - mu)^2 / var + ln var + ln 2 pi ]
 
-    Args:
-        z: Point. [B, Z], float32 or float64.
-        mu: Mean, same shape and dtype as z.
-        var: Variance, > 0, same shape and dtype as z.
-    Returns:
-        [B], dtype of z.
-    Raises:
-        ValueError: shapes differ.
-    Differentiable: twice, in z, mu and var.
-    Source: SAMI, arXiv:2512.17127, encoder density.
+    Arguments and errors as `sami_fast.ops.gaussian_log_prob` describes them. Differentiable: twice and further, in z, mu and var.
     """
     check_gaussian(z=z, mu=mu, var=var)
     return -0.5 * ((z - mu).square() / var + var.log() + math.log(2 * math.pi)).sum(-1)

@@ -1,4 +1,4 @@
-"""Group normalisation with the SiLU that usually follows it: the op, and its raw levels in explicit formulas.
+"""Group normalisation with the SiLU that usually follows it: the op, and the twins of its launchers as explicit formulas.
 
 x_hat = (x - mean) rstd,  h = weight x_hat + bias,  s = sigmoid(h),  y = h s.
 Without SiLU y = h, f1 = 1 and f2 = 0; with it
@@ -6,7 +6,8 @@ Without SiLU y = h, f1 = 1 and f2 = 0; with it
     f1 = dy/dh   = s (1 + h (1 - s))
     f2 = d2y/dh2 = s (1 - s) (2 + h (1 - 2 s))
 
-M[.] is the mean over a group. The levels know nothing of autograd; `sami_fast.kernels.group_norm_silu` has the same ones.
+M[.] is the mean over a group. The twins know nothing of autograd; the launchers in `sami_fast.kernels.group_norm_silu` have the same
+names and signatures.
 """
 
 import torch
@@ -37,18 +38,7 @@ def group_norm_silu(
 ) -> Tensor:  # [B, C, ...]
     """h = weight x_hat + bias with x_hat normalised over each group; returns h sigmoid(h), or h without SiLU.
 
-    Args:
-        x: Features. [B, C, ...], float32, float64 or bfloat16 (computed in float32).
-        weight, bias: Scale and shift per channel. [C].
-        num_groups: G, divides C.
-        norm_eps: Added to the variance.
-        silu: Apply SiLU after the norm.
-    Returns:
-        Same shape and dtype as x.
-    Raises:
-        ValueError: C is not divisible by G, or weight or bias is not [C].
-    Differentiable: twice, in x, weight and bias.
-    Source: Wu & He, arXiv:1803.08494.
+    Arguments and errors as `sami_fast.ops.group_norm_silu` describes them. Differentiable: twice and further, in x, weight and bias.
     """
     check_group_norm_silu(x, weight, bias, num_groups)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -96,7 +86,7 @@ def group_norm_silu_dual(
     return h, th
 
 
-# The raw levels
+# The twins of the launchers
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
@@ -157,7 +147,7 @@ def group_norm_silu_fwd(
     norm_eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, ...], [B, G], [B, G]
-    """y, and what the other levels need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64).
+    """y, and what the derivatives need of each group: mean, rstd = 1 / sqrt(variance + norm_eps), float32 (float64 for float64).
 
     Where a group has no elements both are 0.
     """

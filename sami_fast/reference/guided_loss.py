@@ -19,20 +19,8 @@ def guided_loss(
         eps_hat = eps_pred - sigma_t grad_log_q
         loss    = weight sum (eps - eps_hat)^2 + unconditional_weight sum (eps - eps_pred)^2
 
-    Args:
-        eps: Noise that was added. [S, C, H, W], float32, float64, float16 or bfloat16; sums run in float32 (float64 for float64).
-        eps_pred: The denoiser's estimate of it, same shape and dtype.
-        grad_log_q: Gradient of log q(z|x_t) in x_t, in nats per unit of x, same shape and dtype.
-        sigma_t: Noise amplitude per sample. [S].
-        weight: Weight of the guided error per sample. [S].
-        unconditional_weight: Weight of the unguided error per sample. [S].
-    Returns:
-        loss: [S], weighted.
-        unguided: [S], sum of (eps - eps_pred)^2, unweighted and without gradient: a measurement.
-    Raises:
-        ValueError: shapes differ.
-    Differentiable: twice, in eps_pred, grad_log_q, eps, sigma_t and both weights.
-    Source: SAMI, arXiv:2512.17127, training objective.
+    Arguments, results and errors as `sami_fast.ops.guided_loss` describes them; eps is a tensor here. Differentiable: twice and further, in
+    eps_pred, grad_log_q, eps, sigma_t and both weights.
     """
     check_guided_loss(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
     loss, unguided, _, _ = _residuals(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)
@@ -89,6 +77,7 @@ def guided_loss_fwd(
     eps_pred. The cotangents have the dtypes of their tensors, the sums float32 (float64 for float64).
     """
     if eps is None:
+        assert index is not None
         sample = (index[:, None] * levels + torch.arange(levels, device=index.device)).flatten()
         eps = random_normal(seed, step, stream, sample, eps_pred.shape[1:].numel()).to(eps_pred.dtype).view(eps_pred.shape)
     loss, unguided, r, d = _residuals(eps, eps_pred, grad_log_q, sigma_t, weight, unconditional_weight)

@@ -18,24 +18,13 @@ def noise_sample(
 ) -> tuple[Tensor, Tensor]:  # [B*K, C, H, W] twice
     """Draw x_t = alpha_t x_0 + sigma_t eps with eps ~ N(0, I).
 
-    Level k of the image with global index b is sample b * K + k of the stream, so the same image gets the same noise whatever
-    the batch split or the number of ranks.
-
-    Args:
-        x_0: Clean images. [B, C, H, W], float32, float64, float16 or bfloat16; arithmetic runs in float32 (float64 for float64).
-        alpha_t, sigma_t: Signal and noise amplitudes of K levels per image. [B, K].
-        index: Global index of each image in the step's whole batch. [B] int64.
-        seed, step, stream: See `random.py`.
-    Returns:
-        x_t and eps, both [B*K, C, H, W] in the dtype of x_0, image-major (the K levels of an image lie together). In half precision
-        x_t is made of the rounded eps.
-    Raises:
-        ValueError: shapes do not fit; the message names the argument, what was expected and what came.
-    Differentiable: twice, in x_0, alpha_t and sigma_t.
-    Source: SAMI, arXiv:2512.17127, forward process.
+    Arguments, results and errors as `sami_fast.ops.noise_sample` describes them. Differentiable: twice and further, in x_0, alpha_t and
+    sigma_t.
     """
     check_noise_sample(x_0, alpha_t, sigma_t, index)
-    return noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, True)
+    x_t, eps = noise_sample_fwd(x_0, alpha_t, sigma_t, index, seed, step, stream, True)
+    assert eps is not None  # it is stored
+    return x_t, eps
 
 
 def check_noise_sample(x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Tensor) -> None:

@@ -18,17 +18,7 @@ def stratified_uniform(
 
         u = (k + (rank(b) + v_bk) / global_batch) / K
 
-    with rank a random order of the global batch and v uniform. A level picked at random among the K of an image is uniform on [0, 1];
-    level k alone is confined to its stratum.
-
-    Args:
-        index: Place of each local image in the global batch. [B] int64, 0 <= index < global_batch.
-        levels: K, noise levels per image.
-        global_batch: Images of one step over all ranks and micro-batches.
-        seed, step: See `random.py`.
-    Returns:
-        [B, K] float32 in [0, 1].
-    Differentiable: no; there is nothing to differentiate.
+    with rank a random order of the global batch and v uniform, as `sami_fast.ops.stratified_uniform` describes it.
     """
     rank = random_permutation(seed, step, Stream.RANK, global_batch, index.device)[index]
     v = random_uniform(seed, step, Stream.LOGSNR, index, levels)
