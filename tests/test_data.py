@@ -9,7 +9,7 @@ import torch
 from helpers import relative_error
 
 from sami_fast.config import DataConfig, DisksConfig
-from sami_fast.data import ArrayImages, Disks, Feed, open_dataset
+from sami_fast.data import ArrayImages, Dataset, Disks, Feed, open_dataset
 from sami_fast.errors import UserError
 from sami_fast.ops import Stream, random_uniform
 
@@ -256,10 +256,10 @@ def test_open_dataset(tmp_path):
 # The feed
 
 
-class Numbers:
+class Numbers(Dataset):
     """A dataset whose image n is the number n."""
 
-    image_shape, factor_names = (1, 1, 1), ()
+    image_shape = (1, 1, 1)
 
     def __init__(self, size: int | None) -> None:
         self.size = size

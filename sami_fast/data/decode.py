@@ -67,7 +67,7 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         raise BadFile("zero bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind, mode, moving = image.format, image.mode, getattr(image, "is_animated", False)
+            kind, mode, moving = image.format or "", image.mode, getattr(image, "is_animated", False)
             width, height = image.size
             tagged = kind != "PNG" or any(tag in data for tag in PNG_TAGS)  # Pillow decodes a PNG to look for tags behind its pixels
             orientation = image.getexif().get(0x0112, 1) if tagged else 1

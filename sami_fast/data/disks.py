@@ -1,12 +1,16 @@
 """Procedural disks: one bright antialiased disk on a uniform background, with the factors that made it."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import DataConfig
+from .dataset import Dataset
 
 
-class Disks:
+class Disks(Dataset):
     """Endless images of one disk; image n is a function of (seed, split, n).
 
         mask  = sigmoid(edge_slope (radius - distance to the centre)), in pixels
@@ -32,7 +36,13 @@ class Disks:
         self.edge_slope, self.seed, self.split = edge_slope, seed, split
         narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
         self.factor_names = tuple(name for name, constant in zip(self.ranges, narrow.tolist(), strict=True) if not constant)
-        self.size: int | None = None  # endless
+        self.size = None  # endless
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        drawn = config.disks
+        ranges = {name: (low, high) for name in cls.factor_order for low, high in [getattr(drawn, name)]}
+        return cls(config.image_size or 16, config.channels or 1, ranges, drawn.edge_slope, seed, split)
 
     def _draw(self, index: Tensor) -> Tensor:
         # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.

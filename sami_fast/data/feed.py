@@ -4,41 +4,16 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .pixels import EightBit, to_unit
+from .dataset import Dataset, EightBit
+from .pixels import to_unit
 
 AHEAD = 4  # micro-batches per worker that are prepared before they are needed
 Prepared = tuple[Tensor, Tensor, Future[Tensor]]  # indices and epochs of a micro-batch, and its images
-
-
-class Dataset(Protocol):
-    """Images by index. Those of files may also be `EightBit` and have
-
-    - `workers`: threads that prepare batches; without it they are made when they are asked for, on the device;
-    - `order(epoch, seed, batch_size)`: indices in the order an epoch shows them, `epoch_size` of them, and `ahead`, the images that
-      should be asked for before they are needed;
-    - `fingerprint`: what a resumed run must find unchanged.
-
-    Any may have
-
-    - `periods`: {factor: period} of factors that come round again, in the unit of `factors`;
-    - `clips(index)`: [n] int64 -> [n, T, C, H, W], ordered frames, T being `clip_length`; `num_clips` where they are limited.
-    """
-
-    image_shape: tuple[int, int, int]  # C, H, W
-    size: int | None  # number of images; None is endless
-    factor_names: tuple[str, ...]  # empty when the factors are unknown
-
-    def images(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
-
-    def factors(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, F] float32."""
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
@@ -55,8 +30,8 @@ def _workers(count: int) -> ThreadPoolExecutor:
 class Feed:
     """Local micro-batches of a dataset.
 
-    Position p = step * batch_size + place counts all images ever shown. An endless dataset shows image p; a finite one shows
-    p modulo its size through a new permutation each epoch, so that each epoch shows every image once, over all ranks.
+    Position p = step * batch_size + place counts all images ever shown. An endless dataset shows image p at position p. Of a finite one,
+    epoch p // epoch_size shows every image once, over all ranks, in the order that `Dataset.order` gives.
 
     Args:
         dataset: Where images come from.
@@ -82,22 +57,17 @@ class Feed:
         self.dataset, self.batch_size, self.seed, self.device, self.flip = dataset, batch_size, seed, device, flip
         self.micro_batches, self.rank, self.world_size = micro_batches, rank, world_size
         self.micro_size = batch_size // (micro_batches * world_size)
-        self.epoch_size: int | None = getattr(dataset, "epoch_size", dataset.size)
+        self.epoch_size = dataset.epoch_size
         self.waited = 0.0  # seconds in which a batch was asked for and not there
         self._orders: OrderedDict[int, Tensor] = OrderedDict()
-        workers = getattr(dataset, "workers", 0)
-        self._pool = _workers(workers) if workers else None
-        self._ahead = max(AHEAD * workers, -(-getattr(dataset, "ahead", 0) // batch_size) * micro_batches)
+        self._pool = _workers(dataset.workers) if dataset.workers else None
+        self._ahead = max(AHEAD * dataset.workers, -(-dataset.ahead // batch_size) * micro_batches)
         self._prepared: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
 
     def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
         if order is None:
-            if hasattr(self.dataset, "order"):
-                order = self.dataset.order(epoch, self.seed, self.batch_size)
-            else:
-                order = ops.random_permutation(self.seed, epoch, ops.Stream.SHUFFLE, self.epoch_size)
-            self._orders[epoch] = order
+            order = self._orders[epoch] = self.dataset.order(epoch, self.seed, self.batch_size)
             while len(self._orders) > 2:  # the epoch shown and the one prepared
                 self._orders.popitem(last=False)
         return order
@@ -121,7 +91,7 @@ class Feed:
         pixels = self.dataset.pixels(index) if isinstance(self.dataset, EightBit) else self.dataset.images(index)
         return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
 
-    def _prepare(self, step: int, micro: int) -> Prepared:
+    def _prepare(self, pool: ThreadPoolExecutor, step: int, micro: int) -> Prepared:
         """This micro-batch, under way or done; those after it are under way."""
         if (step, micro) not in self._prepared:  # the first one, or a jump
             self._cancel()
@@ -129,7 +99,7 @@ class Feed:
         for _ in range(self._ahead + 1):
             if upcoming not in self._prepared:
                 index, epoch = self.indices(*upcoming)
-                self._prepared[upcoming] = index, epoch, self._pool.submit(self._read, index)
+                self._prepared[upcoming] = index, epoch, pool.submit(self._read, index)
             upcoming = (upcoming[0], upcoming[1] + 1) if upcoming[1] + 1 < self.micro_batches else (upcoming[0] + 1, 0)
         return self._prepared.pop((step, micro))
 
@@ -145,7 +115,7 @@ class Feed:
             UserError: too many images cannot be read.
         """
         if self._pool:
-            index, epoch, future = self._prepare(step, micro)
+            index, epoch, future = self._prepare(self._pool, step, micro)
             asked = time.perf_counter()
             try:
                 images = future.result()

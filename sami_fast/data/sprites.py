@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import DataConfig
+from .dataset import Dataset
 
 RADIUS = 0.2  # of the circle around a sprite of scale 1, in image sides
 EDGE_SLOPE = 4.0  # of the soft edge, per pixel: 10% to 90% within 1.1 pixels
@@ -46,7 +48,7 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
 OUTLINES = {"square": _square, "ellipse": _ellipse, "heart": _heart}
 
 
-class Sprites:
+class Sprites(Dataset):
     """Endless images and clips of one sprite; image n and clip n are functions of (seed, split, n), and of different random numbers.
 
         mask  = sigmoid(-4 signed distance to the outline), in pixels
@@ -94,7 +96,13 @@ class Sprites:
         narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
         constant = [len(self.shapes) == 1, *narrow.tolist()]
         self.factor_names = tuple(name for name, same in zip(self.factor_order, constant, strict=True) if not same)
-        self.size: int | None = None  # endless
+        self.size = None  # endless
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        drawn = config.sprites
+        ranges = {name: (low, high) for name in cls.factor_order[1:] for low, high in [getattr(drawn, name)]}
+        return cls(config.image_size or 64, config.channels or 1, drawn.shapes, ranges, seed, split, config.video.clip_length)
 
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1], on the device of `index`."""

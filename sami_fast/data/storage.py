@@ -9,11 +9,11 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -94,7 +94,7 @@ def load_array(path: str | Path, key: str, cache_dir: str, *, what: str = "array
 
 
 @contextmanager
-def readable(path: Path, form: str = "") -> Iterator[None]:
+def readable(path: Path, form: str = "") -> Generator[None]:
     """Any error but a `UserError` means here that the file is damaged or not of its form, and becomes a `UserError`."""
     form = form or ("HDF5 file" if path.suffix in (".h5", ".hdf5") else ".npy or .npz") + " of plain numbers"
     try:
@@ -251,7 +251,7 @@ def _pieces(packed: Packed, source: Path) -> Iterator[bytes]:
 # Formats
 
 
-def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, first axis fastest, dtype); the stream is left where the numbers begin."""
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):

@@ -81,7 +81,7 @@ def _source(run: Run) -> str:
 def _summary(run: Run, scores: Scores, names: Sequence[str]) -> str:
     """What was done and what came out, in plain sentences."""
     latents, live, kl, method = run.model.latent_size, scores["active_dims"], scores["kl_nats"], run.config.method
-    held_out = getattr(run.evaluation, "held_out", True)
+    held_out = run.evaluation.held_out
     text = paragraph(METHODS[method].format(price=PRICES[kl is not None])) + paragraph(
         f"This run trained on {_source(run)}, for {scores['steps']} steps: {_duration(scores['wall_seconds'])}, "
         f"{scores['images_per_second']:.0f} images per second. The scores are measured on {scores['num_images']} images "
