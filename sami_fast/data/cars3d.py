@@ -35,7 +35,7 @@ class Cars3D(FactorImages):
 
     def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
         cars = IDENTITIES
-        self.rows: np.ndarray | None = None  # of the array, by place, where they differ
+        self.rows: np.ndarray | None = None  # row of the array that holds each image, where the array has another order
         file = find_file(path, ("list.txt", "cars/list.txt", "*.npz"), "cars3d")
         if file.name == "list.txt":
             cars = self._open_folder(file, image_size, cache_dir)

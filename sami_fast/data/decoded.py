@@ -93,7 +93,7 @@ class Decoded(EightBit):
         return {name: getattr(config, name) for name in names}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
-        """Decode images by place: [C, H, W] uint8 each, None where that failed and `lose` was told."""
+        """Decode images by place: [C, H, W] uint8 each, None where that failed, after a call of `lose`."""
         raise NotImplementedError
 
     def decoder_of(self, number: int) -> tuple[str, str]:

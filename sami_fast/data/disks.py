@@ -34,7 +34,7 @@ class Disks(Dataset):
         self.image_shape = (channels, image_size, image_size)
         self.ranges = {name: tuple(ranges[name]) for name in self.factor_order}
         self.edge_slope, self.seed, self.split = edge_slope, seed, split
-        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
+        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # compared in float32, in which factors are drawn
         self.factor_names = tuple(name for name, constant in zip(self.ranges, narrow.tolist(), strict=True) if not constant)
         self.size = None  # endless
 

@@ -23,7 +23,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(started.wait)
     started.wait()
-    torch.set_num_threads(ours)  # what threads to come begin with
+    torch.set_num_threads(ours)  # new threads start with what was set last, which a worker did
     return pool
 
 
@@ -68,7 +68,7 @@ class Feed:
         order = self._orders.get(epoch)
         if order is None:
             order = self._orders[epoch] = self.dataset.order(epoch, self.seed, self.batch_size)
-            while len(self._orders) > 2:  # the epoch shown and the one prepared
+            while len(self._orders) > 2:  # the epoch being shown and the next one, which is being prepared
                 self._orders.popitem(last=False)
         return order
 
@@ -92,8 +92,8 @@ class Feed:
         return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
 
     def _prepare(self, pool: ThreadPoolExecutor, step: int, micro: int) -> Prepared:
-        """This micro-batch, under way or done; those after it are under way."""
-        if (step, micro) not in self._prepared:  # the first one, or a jump
+        """Take this micro-batch out of those being prepared, and have the next ones prepared as well."""
+        if (step, micro) not in self._prepared:  # the first step, or one that does not follow the last
             self._cancel()
         upcoming = (step, micro)
         for _ in range(self._ahead + 1):
@@ -120,7 +120,7 @@ class Feed:
             try:
                 images = future.result()
             except BaseException:
-                self._cancel()  # the program ends, and need not read on before it does
+                self._cancel()  # the error ends the program: what is still queued would only delay that
                 raise
         else:
             index, epoch = self.indices(step, micro)

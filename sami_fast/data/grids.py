@@ -53,7 +53,7 @@ class FactorImages(EightBit):
         self.factor_names = tuple(self.names[column] for column in varying)
         self.classes = classes[:, varying].astype(np.int32)
         self.places = held_out_places(len(classes), holdout, split)
-        self.size = len(self.places)
+        self.size, self.held_out = len(self.places), holdout > 0 and len(classes) > 1
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
@@ -79,7 +79,7 @@ class FactorImages(EightBit):
         read = torch.from_numpy(self._read(self.places[index.cpu().numpy()]))
         images = rearrange(read, "n h w -> n 1 h w" if read.dim() == 3 else "n h w c -> n c h w")
         channels, side, _ = self.image_shape
-        if not len(images):  # resizing refuses to have nothing to do
+        if not len(images):  # torch cannot resize an empty batch
             return torch.zeros(0, channels, side, side, dtype=torch.uint8)
         return with_channels(resize(images, side), channels).contiguous()
 

@@ -60,7 +60,8 @@ class ImageFolder(Decoded):
         index = build_index(Path(path), _facts, IMAGE_SUFFIXES, what="images", max_bad=max_bad, configured_cache=cache_dir, names=names)
         size = image_size or 64
         self.crop = crop
-        self._not_dali: set[int] = set()  # DALI failed where Pillow did not
+        self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
+        self.held_out = names is not None or (holdout > 0 and len(index.names) > 1)
         super().__init__(
             index,
             len(index.names),
@@ -119,7 +120,7 @@ class ImageFolder(Decoded):
             if found[place] is None:
                 try:
                     found[place] = self.fit(torch.from_numpy(decode_image(data.tobytes()))[None], self.crop)[0]
-                    if place in for_dali:  # from now on it spoils no batch
+                    if place in for_dali:  # one image that fails makes DALI fail the whole batch: it is not tried there again
                         self._not_dali.add(place)
                 except BadFile as error:
                     self.lose(self.index.names[place], str(error))

@@ -10,12 +10,12 @@ from torch.nn.functional import interpolate
 from ..ops.backend import levels, refusal
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-Box = tuple[int, int, int]  # top, left and side of the square that is used of an image, in pixels
+Box = tuple[int, int, int]  # top, left and side of the square that is cut out of an image, in pixels
 
 
 def to_unit(pixels: Tensor) -> Tensor:
     """[...] uint8 -> [...] float32 in [-1, 1]."""
-    if pixels.device.type == "cpu":  # numpy starts no team of threads, which would stay awake and take the decoders' cores
+    if pixels.device.type == "cpu":  # by numpy: torch's threads would keep spinning on cores that decode
         unit = np.divide(pixels.numpy(), np.float32(127.5), dtype=np.float32)
         return torch.from_numpy(np.subtract(unit, np.float32(1.0), out=unit))
     return pixels.float().div_(127.5).sub_(1.0)

@@ -93,7 +93,7 @@ class Sprites(Dataset):
         self.shapes = tuple(shapes)
         self.ranges = {name: tuple(ranges[name]) for name in self.factor_order[1:]}
         self.seed, self.split, self.clip_length = seed, split, clip_length
-        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
+        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # compared in float32, in which factors are drawn
         constant = [len(self.shapes) == 1, *narrow.tolist()]
         self.factor_names = tuple(name for name, same in zip(self.factor_order, constant, strict=True) if not same)
         self.size = None  # endless
@@ -145,7 +145,7 @@ class Sprites(Dataset):
         return torch.lerp(start[:, None], end[:, None], times[:, None])
 
     def _draw(self, index: Tensor) -> Tensor:
-        # Always all of them: which random numbers an index gets depends on how many it asks for.
+        # Always as many, also where fewer are used: which random numbers an index gets depends on how many are asked for.
         # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.
         return ops.random_uniform(self.seed, self.split, ops.Stream.FACTORS, index, DRAWS, backend="auto")
 

@@ -99,6 +99,7 @@ class VideoFolder(Decoded):
             what="videos",
             workers=workers,
         )
+        self.held_out = holdout > 0 and len(every) > 1
         self.videos, self.offsets, self.chosen = every, offsets, chosen
         self.stride, self.stills, self.positions, self.pool, self.clip_length = stride, stills, positions, pool, clip_length
         self._index_of = np.full(int(offsets[-1]), -1)
@@ -140,7 +141,7 @@ class VideoFolder(Decoded):
             for v, draw in zip(self.chosen, draws, strict=True):
                 used = self._used(v)
                 parts = min(self.stills, used)
-                edges = np.arange(parts + 1) * used // parts  # whole frames, so that no frame lies in two parts
+                edges = np.arange(parts + 1) * used // parts  # rounded to whole frames, so that none lies in two parts
                 inside = draw[:parts] if self.positions == "random" else 0.5
                 frames = np.minimum(edges[:-1] + (inside * np.diff(edges)).astype(np.int64), edges[1:] - 1)
                 picked.append(self.offsets[v] + frames * self.stride)
@@ -190,7 +191,7 @@ class VideoFolder(Decoded):
         for piece, number in zip(pieces, numbers, strict=True):
             wanted.setdefault(piece, set()).add(number)
         found: dict[int, Frames] = {}
-        for wait in (False, True):  # what no other thread is decoding comes first
+        for wait in (False, True):  # first what no other thread is decoding, then what others may have finished by now
             for piece in wanted.keys() - found.keys():
                 frames = self._segment(piece, sorted(wanted[piece]), wait)
                 if frames is not None:
@@ -256,13 +257,13 @@ class VideoFolder(Decoded):
         if path.stat().st_size != self.index.facts[v][-1]:
             raise BadFile("changed since it was looked at")
         if self.dali is not None and self.decoder_of(v)[0] == "DALI":
-            whole = len(self._segments[v]) == 1  # DALI looks through all that it is given
+            whole = len(self._segments[v]) == 1  # else only a part is handed over, since DALI reads through all that it is given
             try:
                 encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
                 return dict(zip(frames, self.fit(decoded, resized=self.dali.resize_inside), strict=True))
             except (RuntimeError, BadFile):
-                pass  # PyAV may be more lenient, and says what is wrong
+                pass  # PyAV is tried below: it may be more lenient, and else says what is wrong
         return dict(zip(frames, decode_frames(path, video, key, frames, self._small), strict=True))
 
     def _small(self, frame: DecodedFrame) -> Tensor:
