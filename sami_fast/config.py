@@ -499,18 +499,6 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     return _build(Config, settings)
 
 
-def config_from_dict(values: Mapping[str, Any], origin: str = "config") -> Config:
-    """A config out of plain nested values, such as a YAML file or `dataclasses.asdict` gives; what is not there has its default.
-
-    Args:
-        values: {section: {setting: value}}; ints pass for floats, and text for what YAML would read in it.
-        origin: Where they come from, for messages.
-    Raises:
-        UserError: unknown key, wrong type, value out of range, impossible combination.
-    """
-    return _build(Config, _checked(values, origin))
-
-
 def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for item in fields(cls):
@@ -603,15 +591,14 @@ def _meaning(text: Any) -> Any:
 def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
     """A value in the type of its setting: bool, int, float, str or a list of one of them."""
     if inner := get_args(kind):
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list):
             raise UserError(f"{key}: expected a list, found {_meaning(value)!r} ({origin})")
         return [_typed(inner[0], one, f"{key}[{place}]", origin) for place, one in enumerate(value)]
     if kind is not str:
         value = _meaning(value)
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if type(value) is kind or (kind is str and numeric) or (kind is bool and value in (0, 1)):
+    if type(value) is kind or (kind is bool and value in (0, 1)):
         return kind(value)
-    if kind is float and (numeric or isinstance(value, str)):  # YAML 1.1 takes 1e-3 for text
+    if kind is float and type(value) in (int, str):  # YAML 1.1 takes 1e-3 for text
         with suppress(ValueError, OverflowError):
             return float(value)
     names = {bool: "bool, true or false", int: "Integer, a whole number", float: "Float, a number", str: "text"}

@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sami_fast.config import Config, builtin_configs, config_from_dict, deepspeed_dicts, load_config, setting_keys, settings_table, to_yaml
+from sami_fast.config import Config, builtin_configs, deepspeed_dicts, load_config, setting_keys, settings_table, to_yaml
 from sami_fast.errors import UserError
 from sami_fast.train import main
 
@@ -69,12 +68,6 @@ def test_an_override_of_a_section_leaves_the_rest_of_it(tmp_path):
     (tmp_path / "run.yaml").write_text("optimizer: {lr: 0.5}\n")
     config = load_config(str(tmp_path / "run.yaml"), ["optimizer={eps: 1e-3, warmup_steps: 7}"])
     assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.warmup_steps) == (0.5, 1e-3, 7)
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in builtin_configs().glob("*.yaml")))
-def test_a_config_from_plain_values_is_the_same(name):
-    config = load_config(name, ["data.path=somewhere", "encoder.channels=[32,64]"])
-    assert config_from_dict(asdict(config)) == config
 
 
 def test_every_builtin_config_loads():

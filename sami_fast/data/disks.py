@@ -1,5 +1,6 @@
 """Procedural disks: one bright antialiased disk on a uniform background, with the factors that made it."""
 
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -29,7 +30,7 @@ class Disks(Dataset):
     factor_order = ("x", "y", "background", "radius", "brightness")
 
     def __init__(
-        self, image_size: int, channels: int, ranges: dict[str, tuple[float, float]], edge_slope: float, seed: int, split: int = 0
+        self, image_size: int, channels: int, ranges: Mapping[str, Sequence[float]], edge_slope: float, seed: int, split: int = 0
     ) -> None:
         self.image_shape = (channels, image_size, image_size)
         self.ranges = {name: tuple(ranges[name]) for name in self.factor_order}
@@ -40,9 +41,8 @@ class Disks(Dataset):
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
-        drawn = config.disks
-        ranges = {name: (low, high) for name in cls.factor_order for low, high in [getattr(drawn, name)]}
-        return cls(config.image_size or 16, config.channels or 1, ranges, drawn.edge_slope, seed, split)
+        ranges = vars(config.disks)  # settings have the names of the factors
+        return cls(config.image_size or 16, config.channels or 1, ranges, config.disks.edge_slope, seed, split)
 
     def _draw(self, index: Tensor) -> Tensor:
         # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.

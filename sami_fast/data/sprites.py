@@ -1,7 +1,7 @@
 """Procedural sprites: one white shape on black, still or moving, with the factors that made it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -80,7 +80,7 @@ class Sprites(Dataset):
         image_size: int,
         channels: int,
         shapes: Sequence[str],
-        ranges: dict[str, tuple[float, float]],
+        ranges: Mapping[str, Sequence[float]],
         seed: int,
         split: int = 0,
         clip_length: int = 16,
@@ -100,9 +100,8 @@ class Sprites(Dataset):
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
-        drawn = config.sprites
-        ranges = {name: (low, high) for name in cls.factor_order[1:] for low, high in [getattr(drawn, name)]}
-        return cls(config.image_size or 64, config.channels or 1, drawn.shapes, ranges, seed, split, config.video.clip_length)
+        size, ranges = config.image_size or 64, vars(config.sprites)  # settings have the names of the factors
+        return cls(size, config.channels or 1, config.sprites.shapes, ranges, seed, split, config.video.clip_length)
 
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1], on the device of `index`."""
