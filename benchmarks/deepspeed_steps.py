@@ -117,9 +117,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=90.0, help="a stage may take (default: %(default)g)")
     parser.add_argument("--tiny", action="store_true", help="small networks in float32: a rehearsal")
     arguments = parser.parse_args()
-    missing = [name for name in ("deepspeed", "omegaconf") if find_spec(name) is None]
-    if missing:
-        print(f"not installed: {', '.join(missing)}")
+    if find_spec("deepspeed") is None:
+        print("not installed: deepspeed")
         return 0
     cuda = torch.cuda.is_available()
     address = {

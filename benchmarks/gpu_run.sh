@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, for a machine that is there for minutes and has no network: nvcc, a C++ compiler, python with torch, triton,
-# numpy, scipy, matplotlib, PyYAML, setuptools, pytest and its plugins benchmark, xdist and timeout.
+# numpy, scipy, matplotlib, PyYAML, einops, setuptools, pytest and its plugins benchmark, xdist and timeout.
 #
 #   benchmarks/gpu_run.sh [options] OUTPUT_DIR [stage ...]          # all stages, in this order, where none is named
 #
@@ -57,7 +57,7 @@ python=${PYTHON:-python3}
 command -v "$python" >/dev/null || usage "no interpreter $python"
 lacking=$("$python" -c "
 from importlib.util import find_spec
-needed = 'torch triton numpy scipy matplotlib yaml setuptools pytest pytest_benchmark xdist pytest_timeout'.split()
+needed = 'torch triton numpy scipy matplotlib yaml einops setuptools pytest pytest_benchmark xdist pytest_timeout'.split()
 print(*(name for name in needed if find_spec(name) is None))")
 [[ -z $lacking ]] || usage "$python lacks $lacking"
 

@@ -5,12 +5,16 @@ A run is a YAML file that holds only what differs from here, plus `key=value` ov
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from contextlib import suppress
+from dataclasses import Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeGuard, get_args
+
+import yaml
 
 from .errors import UserError
 from .models.layers import STYLES
@@ -62,13 +66,14 @@ def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") ->
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
 class Section:
     """Checks every field on construction; a failure names the dotted key, what was expected and what came."""
 
     section: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for item in fields(self):  # type: ignore[arg-type]
+        for item in fields(self):
             if "check" not in item.metadata:
                 continue
             value = getattr(self, item.name)
@@ -435,6 +440,7 @@ class Config(Section):
 
 
 RENAMED = {"train.denoiser_from": "denoiser.pretrained"}  # in files that earlier versions wrote
+PATHS = {"runs_dir", "data.path", "data.cache_dir", "denoiser.pretrained"}  # `~` at the beginning is the home folder
 
 
 def builtin_configs() -> Path:
@@ -455,15 +461,114 @@ def _find(path: str) -> Path:
     raise UserError(f"--config: no file {path}; configs that come with sami-fast: {names}")
 
 
-def setting_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+def setting_keys(cls: type[Section] = Config, prefix: str = "") -> dict[str, Field[Any]]:
     """Every dotted key with its dataclass field, in order."""
-    keys: dict[str, Any] = {}
-    for item in fields(cls):  # type: ignore[arg-type]
-        if is_dataclass(item.type):
-            keys |= setting_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    keys: dict[str, Field[Any]] = {}
+    for item in fields(cls):
+        if _is_section(item.type):
+            keys |= setting_keys(item.type, f"{prefix}{item.name}.")
         else:
             keys[prefix + item.name] = item
     return keys
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides.
+
+    Text settings are taken as they are written, in the file and after "="; other values are read as YAML reads them. A leading `~` in a
+    path is the home folder.
+
+    Args:
+        path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
+        overrides: Strings like "train.steps=50".
+    Raises:
+        UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
+    """
+    settings = {} if path is None else _read(_find(path))
+    for override in overrides:
+        settings |= _override(override)
+    for key in PATHS & settings.keys():
+        settings[key] = os.path.expanduser(settings[key])
+    for key in ("data.path", "denoiser.pretrained"):  # a saved config must mean the same from any folder
+        if settings.get(key) and Path(settings[key]).exists():
+            settings[key] = str(Path(settings[key]).resolve())
+    return _build(Config, settings)
+
+
+def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") -> Any:
+    values = {}
+    for item in fields(cls):
+        key = prefix + item.name
+        if _is_section(item.type):
+            values[item.name] = _build(item.type, settings, f"{key}.")
+        elif key in settings:
+            values[item.name] = settings[key]
+    return cls(**values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Every scalar stays the text it is in the file; what it means depends on the setting. A key that stands twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        for place, (key, _) in enumerate(node.value):
+            if key.value in [earlier.value for earlier, _ in node.value[:place]]:
+                raise yaml.MarkedYAMLError(None, None, f"found duplicate key {key.value}", key.start_mark)
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # of all that YAML reads in text, the merge key <<
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            values = yaml.load(stream, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: cannot read {file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        found = "a list" if isinstance(values, list) else repr(values)
+        raise UserError(f"--config: {file} should hold `key: value` lines, found {found}")
+    return _checked(values or {}, str(file))
+
+
+def _override(override: str) -> dict[str, Any]:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override}: expected key=value, for example train.steps=50")
+    item = setting_keys().get(key)
+    values: Any = value  # text
+    if item is None or item.type is not str:
+        try:
+            values = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
+    for name in reversed(key.split(".")):
+        values = {name: values}
+    return _checked(values, "command line")
+
+
+def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
+    """Nested values as {dotted key: value in the type of its setting}."""
+    keys = setting_keys()
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}")
+        if key in keys:
+            found[key] = _typed(keys[key].type, value, key, origin)
+        elif not any(known.startswith(f"{key}.") for known in keys):
+            raise _unknown(key, origin)
+        elif isinstance(value, Mapping):
+            found |= _checked(value, origin, f"{key}.")
+        else:
+            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {_meaning(value)!r} ({origin})")
+    return found
 
 
 def _unknown(key: str, origin: str) -> UserError:
@@ -475,178 +580,34 @@ def _unknown(key: str, origin: str) -> UserError:
     return UserError(f"{key}: no such setting ({origin}){hint}")
 
 
-def _no_section(key: str, value: Any, origin: str) -> UserError:
-    return UserError(f"{key}: expected settings below it, like {key}.<setting>, found {value!r} ({origin})")
-
-
-def _merge(base: Any, layer: Any, origin: str) -> Any:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-    sections = {item.name for item in fields(Config) if is_dataclass(item.type)}
-    for key, value in OmegaConf.to_container(layer, resolve=False).items():
-        if key in sections and not isinstance(value, dict):
-            raise _no_section(key, value, origin)
+def _meaning(text: Any) -> Any:
+    """What YAML reads in the text of a scalar: a number, a truth value, None, or the text itself. Other values are left as they are."""
     try:
-        return OmegaConf.merge(base, layer)
-    except ConfigKeyError as error:
-        raise _unknown(error.full_key or str(error.key), origin) from None
-    except OmegaConfBaseException as error:
-        reason = (error.msg or str(error)).splitlines()[0]
-        raise UserError(f"{error.full_key or origin}: {reason} ({origin})") from None
-    except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"{origin}: {str(error).splitlines()[0]}") from None
-
-
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` overrides.
-
-    Where OmegaConf is not installed, as on a machine that only measures, PyYAML reads both and `config_from_dict` checks them.
-
-    Args:
-        path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
-        overrides: Strings like "train.steps=50".
-    Raises:
-        UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
-    """
-    file = None if path is None else _find(path)
-    with_omegaconf = find_spec("omegaconf") is not None
-    config = _by_omegaconf(file, overrides) if with_omegaconf else config_from_dict(_by_pyyaml(file, overrides))
-    # A saved config must mean the same from any folder.
-    return replace(
-        config,
-        data=replace(config.data, path=_absolute(config.data.path)),
-        denoiser=replace(config.denoiser, pretrained=_absolute(config.denoiser.pretrained)),
-    )
-
-
-def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
-    try:
-        return reader(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: cannot read {file}: {error}") from None
-    except Exception as error:  # the YAML parser's own errors share no public base with OmegaConf's
-        raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _no_mapping(file: Path) -> UserError:
-    return UserError(f"--config: {file} should hold `key: value` lines, found a list")
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"{override}: expected key=value, for example train.steps=50")
-    return key, value
-
-
-def _by_omegaconf(file: Path | None, overrides: Sequence[str]) -> Config:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    merged = OmegaConf.structured(Config)
-    if file is not None:
-        layer = _read(file, OmegaConf.load)
-        if not OmegaConf.is_dict(layer):
-            raise _no_mapping(file)
-        for before, after in RENAMED.items():
-            value = OmegaConf.select(layer, before)
-            if value is not None:
-                section, _, key = before.rpartition(".")
-                del OmegaConf.select(layer, section)[key]
-                OmegaConf.update(layer, after, value)
-        merged = _merge(merged, layer, str(file))
-    for override in overrides:
-        _split(override)
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except Exception as error:
-            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-        merged = _merge(merged, layer, "command line")
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {(error.msg or str(error)).splitlines()[0]}") from None
-
-
-def _by_pyyaml(file: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """File and overrides as one nested dict. Keys that earlier versions wrote are not known here."""
-    import yaml
-
-    merged: dict[str, Any] = {}
-    if file is not None:
-        merged = _read(file, lambda file: yaml.safe_load(file.read_text())) or {}
-        if not isinstance(merged, dict):
-            raise _no_mapping(file)
-    for override in overrides:
-        key, text = _split(override)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-        *sections, name = key.split(".")
-        place = merged
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise _no_section(section, place, "command line")
-        place[name] = value
-    return merged
-
-
-def config_from_dict(values: Mapping[str, Any], origin: str = "config") -> Config:
-    """A config out of plain nested values, such as a YAML file or `dataclasses.asdict` gives; what is not there has its default.
-
-    Args:
-        values: {section: {setting: value}}; ints pass for floats.
-        origin: Where they come from, for messages.
-    Raises:
-        UserError: unknown key, wrong type, value out of range, impossible combination.
-    """
-    return _section(Config, values, "", origin)
-
-
-def _section(cls: type, values: Any, prefix: str, origin: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise _no_section(prefix.removesuffix("."), values, origin)
-    items = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
-    found = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in items:
-            raise _unknown(key, origin)
-        kind = items[name].type
-        found[name] = _section(kind, value, f"{key}.", origin) if is_dataclass(kind) else _typed(kind, value, key, origin)
-    return cls(**found)
+        return yaml.safe_load(text) if isinstance(text, str) else text
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
     """A value in the type of its setting: bool, int, float, str or a list of one of them."""
     if inner := get_args(kind):
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{key}: expected a list, found {value!r} ({origin})")
-        return [_typed(inner[0], one, key, origin) for one in value]
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        if kind is float and (numeric or isinstance(value, str)):  # YAML 1.1 takes 1e-3 for a string
-            return float(value)
-    except ValueError:
-        pass
-    if (kind is str and numeric) or type(value) is kind:
+        if not isinstance(value, list):
+            raise UserError(f"{key}: expected a list, found {_meaning(value)!r} ({origin})")
+        return [_typed(inner[0], one, f"{key}[{place}]", origin) for place, one in enumerate(value)]
+    if kind is not str:
+        value = _meaning(value)
+    if type(value) is kind or (kind is bool and value in (0, 1)):
         return kind(value)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise UserError(f"{key}: expected {names[kind]}, found {value!r} ({origin})")
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    if kind is float and type(value) in (int, str):  # YAML 1.1 takes 1e-3 for text
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    names = {bool: "bool, true or false", int: "Integer, a whole number", float: "Float, a number", str: "text"}
+    raise UserError(f"{key}: Value {str(value)!r} cannot be read as {names[kind]} ({origin})")
 
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `load_config` reads back."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def settings_table() -> str:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "omegaconf", "safetensors", "tensorboard", "pillow")
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "pyyaml", "safetensors", "tensorboard", "pillow")
 FEED_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "h5py")  # of the extra "feed"
 
 

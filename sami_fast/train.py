@@ -136,7 +136,7 @@ def _lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[s
     settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
-    settings["data"]["files"] = getattr(dataset, "fingerprint", "")
+    settings["data"]["files"] = dataset.fingerprint
     settings["denoiser"]["pretrained"] = denoiser
     return settings
 

@@ -32,6 +32,44 @@ def test_yaml_round_trip(tmp_path):
     assert load_config(str(tmp_path / "config.yaml")) == config
 
 
+TEXTS = ["1e3", "yes", "007", "null", "~", "a #b", "a: b", "[a", "${HOME}", "2024-01-01", "'quoted'"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is_written(text, tmp_path):
+    """Also where YAML would read a number, a truth value, a comment or nothing at all in it."""
+    config = load_config(None, [f"data.array_key={text}"])
+    assert config.data.array_key == text
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_plain_text_in_a_file_stays_what_it_is(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: 1e3\ndata: {path: 007}\nlog: {csv: on}\noptimizer: {lr: 1e-3}\nseed: 0x10\n")
+    config = load_config(str(tmp_path / "run.yaml"))
+    assert (config.name, config.data.path, config.log.csv, config.optimizer.lr, config.seed) == ("1e3", "007", True, 1e-3, 16)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(None, ["runs_dir=~/runs", "data.path=~/photos", "data.cache_dir=~"])
+    assert (config.runs_dir, config.data.path, config.data.cache_dir) == (f"{tmp_path}/runs", f"{tmp_path}/photos", str(tmp_path))
+
+
+def test_yaml_anchors_and_merge_keys(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("encoder: &net {channels: &widths [8, 8], groups: 2}\ndenoiser: {<<: *net, groups: 4}\n")
+    config = load_config(str(file))
+    assert config.encoder.channels == config.denoiser.channels == [8, 8]
+    assert (config.encoder.groups, config.denoiser.groups) == (2, 4)
+
+
+def test_an_override_of_a_section_leaves_the_rest_of_it(tmp_path):
+    (tmp_path / "run.yaml").write_text("optimizer: {lr: 0.5}\n")
+    config = load_config(str(tmp_path / "run.yaml"), ["optimizer={eps: 1e-3, warmup_steps: 7}"])
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.warmup_steps) == (0.5, 1e-3, 7)
+
+
 def test_every_builtin_config_loads():
     files = list(builtin_configs().glob("*.yaml"))
     assert files
@@ -86,6 +124,9 @@ SETTING_ERRORS = [
     (["train.steps"], "train.steps: expected key=value", "train.steps=50"),
     (["=5"], "=5: expected key=value", ""),
     (["train.steps=[1"], "train.steps=[1: not a value YAML can read", ""),
+    (["train.stesp=5"], "train.stesp: no such setting", "did you mean train.steps?"),
+    (["data.flip=3.5"], "data.flip: Value '3.5'", "bool"),
+    (["encoder.channels=64"], "encoder.channels: expected a list", "found 64"),
     (["train=???"], "train: expected settings below it", "'???'"),
     (["seed=" + "9" * 400], "seed: expected at least 0", ""),
     (["optimizer.eps=0"], "optimizer.eps: expected above 0", "found 0.0"),
@@ -148,6 +189,8 @@ def test_bad_setting_gets_one_sentence(arguments, start, fragment, capsys):
         (b"\xff\xfe\x00broken", "--config:"),
         (b"train: 5\n", "train: expected settings below it"),
         (b"train: {stepz: 5}\n", "train.stepz: no such setting"),
+        (b"seed: 1\nseed: 2\n", "found duplicate key seed"),
+        (b"train: {steps: 5}\ntrain: {batch_size: 4}\n", "found duplicate key train"),
     ],
 )
 def test_bad_config_file_gets_one_sentence(content, fragment, tmp_path, capsys):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import relative_error
 
-from sami_fast.config import DataConfig, DisksConfig
-from sami_fast.data import ArrayImages, Disks, Feed, open_dataset
+from sami_fast.config import KINDS, DataConfig, DisksConfig
+from sami_fast.data import SOURCES, ArrayImages, Dataset, Disks, Feed, open_dataset
 from sami_fast.errors import UserError
 from sami_fast.ops import Stream, random_uniform
 
@@ -251,15 +251,16 @@ def test_open_dataset(tmp_path):
     path = save(tmp_path, counting(20))
     training, evaluation = (open_dataset(DataConfig(kind="array", path=path, holdout=0.25), 0, split) for split in (0, 1))
     assert (training.size, evaluation.size) == (15, 5)
+    assert (*SOURCES,) == KINDS
 
 
 # The feed
 
 
-class Numbers:
+class Numbers(Dataset):
     """A dataset whose image n is the number n."""
 
-    image_shape, factor_names = (1, 1, 1), ()
+    image_shape = (1, 1, 1)
 
     def __init__(self, size: int | None) -> None:
         self.size = size

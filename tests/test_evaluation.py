@@ -10,6 +10,7 @@ import torch
 
 from sami_fast.cli import main
 from sami_fast.config import load_config
+from sami_fast.data import Dataset
 from sami_fast.evaluation import evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.factors import DCI_LEAST, attribute_scores, factor_classes, learned_scores, recovery_scores
 from sami_fast.evaluation.run import places
@@ -158,7 +159,7 @@ def test_fewer_images_when_asked(runs):
 
 
 def test_images_of_a_sorted_set_are_chosen_at_random():
-    class Sorted:
+    class Sorted(Dataset):
         size = 1000
 
     chosen = places(Sorted(), 100)
@@ -166,7 +167,7 @@ def test_images_of_a_sorted_set_are_chosen_at_random():
     assert chosen[:50].float().mean() == pytest.approx(500, abs=150)  # a prefix shows the whole set, and so does either half
     assert chosen[50:].float().mean() == pytest.approx(500, abs=150)
     assert torch.equal(chosen, places(Sorted(), 1000)[:100])
-    Sorted.clips = None  # frames of videos come in their order, from all of them
+    Sorted.clip_length = 16  # frames of videos come in their order, from all of them
     assert places(Sorted(), 4).tolist() == [0, 333, 666, 999]
     Sorted.size = None
     assert places(Sorted(), 3).tolist() == [0, 1, 2]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sami_fast.data import Feed
+from sami_fast.data.dataset import EightBit
 from sami_fast.data.order import pooled_order
-from sami_fast.data.pixels import EightBit
 from sami_fast.errors import UserError
 
 # nothing here may hang

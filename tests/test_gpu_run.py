@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from sami_fast.kernels import tiles
-
-from sami_fast.config import UserError, builtin_configs, config_from_dict, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
-ABSENT = ("omegaconf", "deepspeed", "nvidia.dali", "av", "diffusers")  # on a machine that only measures
+ABSENT = ("deepspeed", "nvidia.dali", "av", "diffusers")  # on a machine that only measures
 
 
 def gpu_run(*arguments: str, python: str = sys.executable, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -104,40 +101,3 @@ def test_what_runs_there_needs_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "test_gpu.py" in done.stdout
-
-
-# Configs without OmegaConf
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in builtin_configs().glob("*.yaml")))
-def test_configs_are_the_same_without_omegaconf(name, monkeypatch):
-    overrides = ["data.path=somewhere", "optimizer.lr=1e-4", "encoder.channels=[32,64]", "name=a_run"]
-    expected = load_config(name, overrides)
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
-    assert load_config(name, overrides) == expected
-    values = yaml.safe_load((builtin_configs() / f"{name}.yaml").read_text())
-    values.setdefault("data", {})["path"] = "somewhere"
-    assert config_from_dict(values).encoder.channels == values.get("encoder", {}).get("channels", [64, 64, 64])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (["trian.steps=5"], r"trian.*: no such setting \(.*\); did you mean train"),
-        (["train.stesp=5"], r"train.stesp: no such setting \(.*\); did you mean train.steps\?"),
-        (["train=5"], r"train: expected settings below it, like train.<setting>, found 5"),
-        (["train.steps=many"], "train.steps"),
-        (["train.steps=1.5"], "train.steps"),
-        (["train.steps=0"], "train.steps: expected at least 1, found 0"),
-        (["data.flip=3.5"], "data.flip"),
-        (["encoder.channels=64"], "encoder.channels"),
-        (["train.steps"], "train.steps: expected key=value"),
-        (["train.steps=[1"], "not a value YAML can read"),
-    ],
-)
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_same_settings_are_wrong_without_omegaconf(overrides, reason, installed, monkeypatch):
-    if not installed:
-        monkeypatch.setitem(sys.modules, "omegaconf", None)
-    with pytest.raises(UserError, match=reason):
-        load_config(None, overrides)

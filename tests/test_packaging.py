@@ -1,7 +1,9 @@
 """`kernels/` and `configs/` lie at the top of the tree and install inside the package, editable and as a wheel."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +169,23 @@ def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     assert "name: disks" in printed
     assert '"train_batch_size": 64' in printed
     assert not any(elsewhere.iterdir())
+
+
+# Imports whose package has another name, and apex: NVIDIA's is built from source, what PyPI has of that name is something else.
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "nvidia": "nvidia-dali-cuda130", "apex": None}
+
+
+def test_every_import_is_declared() -> None:
+    """In the dependencies or an extra: a package that comes only with another one may stop to come."""
+    required = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required} | {None, "sami_fast"}
+    for file in [*(ROOT / "sami_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+                assert PACKAGES.get(top, top) in declared, f"{file} imports {top}, which pyproject.toml does not name"
 
 
 def test_console_script_is_declared() -> None:

@@ -77,8 +77,7 @@ def run_encode(arguments: argparse.Namespace) -> None:
         arrays |= {"axes": axes.coordinates(arrays["mu"].numpy()), "axis_names": list(axes.names)}
     if dataset.factor_names:
         arrays |= {"factors": dataset.factors(index), "factor_names": list(dataset.factor_names)}
-    if hasattr(dataset, "sources"):
-        arrays |= dataset.sources(index)
+    arrays |= dataset.sources(index)
     write_arrays(output, **arrays)
     print(f"{output}: {', '.join(arrays)} of {len(index)} images, {arrays['mu'].shape[1]} latent dimensions")
 

@@ -1,16 +1,20 @@
 """One's own images from an .npy, .npz or HDF5 file."""
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ..config import DataConfig
 from ..errors import UserError
+from .dataset import Dataset
 from .storage import load_array
 
 
-class ArrayImages:
+class ArrayImages(Dataset):
     """Images of an array (N, H, W), (N, H, W, C) or (N, C, H, W): uint8 scaled to [-1, 1], or floats in [-1, 1] as they are.
 
     The channel axis of a 4-D array is the second if it has 1 to 4 entries and the last two make a square, else the last one.
@@ -26,8 +30,6 @@ class ArrayImages:
         UserError: unreadable file, wrong rank, dtype or range, no images, images that are not square.
     """
 
-    factor_names: tuple[str, ...] = ()
-
     def __init__(self, path: str, key: str = "", holdout: float = 0.1, split: int = 0, cache_dir: str = "") -> None:
         self.path = path
         array = load_array(Path(path), key, cache_dir)
@@ -36,7 +38,7 @@ class ArrayImages:
         if array.ndim != 4:
             raise UserError(f"data.path: expected images (N, H, W), (N, H, W, C) or (N, C, H, W) in {path}, found shape {array.shape}")
         if array.shape[1] <= 4 and array.shape[2] == array.shape[3] and array.shape[1] != array.shape[2]:
-            array = array.transpose(0, 2, 3, 1)
+            array = rearrange(array, "n c h w -> n h w c")
         if array.shape[3] > 4:
             raise UserError(f"data.path: expected 1 to 4 channels in {path}, found shape {array.shape}")
         if array.size == 0:
@@ -60,12 +62,12 @@ class ArrayImages:
         self.array, self.places, self.size = array, places, len(places)
         self.image_shape = (array.shape[3], array.shape[1], array.shape[2])
 
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        return cls(config.path, config.array_key, config.holdout, split, config.cache_dir)
+
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
         chosen = self.array[self.places[index.cpu().numpy()]]
-        images = torch.from_numpy(np.ascontiguousarray(chosen, dtype=np.float32)).permute(0, 3, 1, 2)
+        images = rearrange(torch.from_numpy(np.ascontiguousarray(chosen, dtype=np.float32)), "n h w c -> n c h w")
         return images / 127.5 - 1.0 if chosen.dtype == np.uint8 else images
-
-    def factors(self, index: Tensor) -> Tensor:
-        """No factors are known: [n, 0]."""
-        return torch.zeros(len(index), 0)

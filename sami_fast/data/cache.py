@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-SEED = 0x5A31  # of the checksums: a hole in the file, all zeros, must not look like a record
+SEED = 0x5A31  # checksums start here, so that zeros, where nothing was written yet, do not pass for an image
 
 
 def cache_dir(configured: str, source: Path) -> Path:
@@ -46,7 +46,7 @@ class PixelCache:
         self.full = False
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(self.file).st_size != count * self.record:
-            os.ftruncate(self.file, count * self.record)  # sparse: takes room as it fills
+            os.ftruncate(self.file, count * self.record)  # sparse: it takes up disk space only as images are written
 
     @classmethod
     def open(cls, folder: Path, name: str, state: str, count: int, shape: tuple[int, int, int]) -> "PixelCache":

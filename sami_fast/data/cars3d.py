@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from ..errors import UserError
 from .grids import FactorImages, colour_images, every_combination
@@ -23,31 +24,27 @@ class Cars3D(FactorImages):
 
     Args:
         path: The .npz, the folder that holds it, the folder of list.txt, or its parent.
-        image_size: Side to resize to, in pixels; 0 is 64.
-        cache_dir: `DataConfig.cache_dir`.
-        channels, holdout, split: As in `FactorImages`.
+        others: As in `FactorImages`; 0 of image_size is 64.
     Raises:
         UserError: missing, damaged or foreign file; a shape or dtype that is not Cars3D's; a car twice in the list.
     """
 
     names = ("elevation", "azimuth", "identity")
+    default_size = 64
     periods: ClassVar[dict[str, float]] = {"azimuth": 24.0}
 
-    def __init__(
-        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
-    ) -> None:
-        side, cars = image_size or 64, IDENTITIES
-        self.rows: np.ndarray | None = None  # of the array, by place, where they differ
-        file = find_file(Path(path), ("list.txt", "cars/list.txt", "*.npz"), "cars3d")
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        cars = IDENTITIES
+        self.rows: np.ndarray | None = None  # row of the array that holds each image, where the array has another order
+        file = find_file(path, ("list.txt", "cars/list.txt", "*.npz"), "cars3d")
         if file.name == "list.txt":
-            cars = self._open_folder(file, side, cache_dir)
+            cars = self._open_folder(file, image_size, cache_dir)
         else:
             self.array = colour_images(file, cache_dir, "cars3d")
             expected = ELEVATIONS * AZIMUTHS * IDENTITIES
             if len(self.array) != expected:
                 raise UserError(f"data.path: expected {expected} images in {file}, found {len(self.array)}")
-        classes = every_combination((ELEVATIONS, AZIMUTHS, cars))
-        super().__init__(file, (3, self.array.shape[1]), self.names, classes, side, channels, holdout, split)
+        return file, (3, self.array.shape[1]), every_combination((ELEVATIONS, AZIMUTHS, cars))
 
     def _open_folder(self, listing: Path, side: int, cache_dir: str) -> int:
         """Decode every car of the list, in its order. Returns how many there are."""
@@ -63,13 +60,15 @@ class Cars3D(FactorImages):
 
         def decoded() -> Iterator[bytes]:  # one car at a time, each 96 images
             for file in files:
-                yield resize(torch.from_numpy(_views(file)).permute(0, 3, 1, 2), side).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+                views = resize(rearrange(torch.from_numpy(_views(file)), "n h w c -> n c h w"), side)
+                yield rearrange(views, "n c h w -> n h w c").contiguous().numpy().tobytes()
 
         shape = (len(files), ELEVATIONS, AZIMUTHS, side, side, 3)
         packed = Packed(np.dtype(np.uint8), shape, decoded)
         cached = unpack(packed, listing.parent, f"cars-{side}", cache_dir, stamp(listing, *files), memory=0)
-        self.array = cached.reshape(-1, side, side, 3)
-        self.rows = np.arange(len(self.array)).reshape(len(files), -1).T.reshape(-1)  # the car is the slowest there, the fastest here
+        self.array = rearrange(cached, "car elevation azimuth h w c -> (car elevation azimuth) h w c")
+        # The cache holds one car after the other; the classes, as the .npz, count cars fastest.
+        self.rows = rearrange(np.arange(len(self.array)), "(car view) -> (view car)", car=len(files))
         return len(files)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
@@ -89,4 +88,4 @@ def _views(file: Path) -> np.ndarray:
     if images.dtype != np.uint8 or not images.size or len(shape) != 5 or shape[0] != shape[1] or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
         form = f"uint8 [H, H, 3, {AZIMUTHS}, {ELEVATIONS}]"
         raise UserError(f"data.path: expected 'im' in {file} to be {form}, found {images.dtype} {list(shape)}")
-    return np.ascontiguousarray(images.transpose(4, 3, 0, 1, 2)).reshape(-1, shape[0], shape[0], 3)
+    return np.ascontiguousarray(rearrange(images, "h w c azimuth elevation -> (elevation azimuth) h w c"))

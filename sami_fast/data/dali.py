@@ -9,6 +9,7 @@ decoders. On a GPU decoding (nvJPEG, NVDEC), cropping and resizing run in the pi
 import threading
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -64,7 +65,7 @@ class DaliDecoder:
         """Decode frames, by ascending number, of a video file given as bytes. [F, H, W, 3] uint8; else as `images`."""
         return self._run("video", {"encoded": [encoded], "frames": [np.asarray(wanted, np.int32)]}, [box])[0]
 
-    def _run(self, kind: str, inputs: dict[str, Sequence[np.ndarray]], boxes: Sequence[Box]) -> list[Tensor]:
+    def _run(self, kind: str, inputs: dict[str, Any], boxes: Sequence[Box]) -> list[Tensor]:
         pipeline = getattr(self._pipelines, kind, None)
         if pipeline is None:
             pipeline = self._build(kind)
@@ -79,11 +80,13 @@ class DaliDecoder:
         return [torch.from_dlpack(output[place]) for place in range(len(output))]
 
     def _build(self, kind: str) -> Any:
-        from nvidia.dali import fn, pipeline_def, types
-
+        dali: Any = import_module("nvidia.dali")  # Any: its stubs lack half of what is used here
+        fn, types = dali.fn, dali.types
         device = "cpu" if self.device_id is None else "mixed"
 
-        @pipeline_def(batch_size=MAX_BATCH, num_threads=self.threads, device_id=self.device_id, prefetch_queue_depth=1, exec_dynamic=True)
+        @dali.pipeline_def(
+            batch_size=MAX_BATCH, num_threads=self.threads, device_id=self.device_id, prefetch_queue_depth=1, exec_dynamic=True
+        )
         def decode() -> Any:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             if kind == "image":

@@ -23,10 +23,12 @@ IMAGE_SUFFIXES = frozenset(
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".ogv", ".wmv", ".flv", ".3gp", ".y4m"}
 )
-DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}  # it reads BMP and PPM too, but not every kind as it should
-PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # what may hold an orientation
+# What DALI decodes as Pillow does. Of BMP and PPM, which it reads too, some kinds come out wrong.
+DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}
+PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # begin the parts of a PNG that may hold an orientation
 PLANAR = frozenset({"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"})
-LUMA_WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}  # by ISO 23091-2
+BT709, BT601, BT2020 = (0.2126, 0.0722), (0.299, 0.114), (0.2627, 0.0593)  # shares of red and blue in the luma
+LUMA_WEIGHTS = {1: BT709, 5: BT601, 6: BT601, 9: BT2020, 10: BT2020}  # by the number that ISO 23091-2 gives them
 DALI_CODECS = frozenset({"vp8", "vp9", "mjpeg"})  # on the CPU; a GPU decodes the others too
 DALI_GPU_CODECS = DALI_CODECS | {"h264", "hevc", "av1", "mpeg4"}
 
@@ -67,9 +69,9 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         raise BadFile("zero bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind, mode, moving = image.format, image.mode, getattr(image, "is_animated", False)
+            kind, mode, moving = image.format or "", image.mode, getattr(image, "is_animated", False)
             width, height = image.size
-            tagged = kind != "PNG" or any(tag in data for tag in PNG_TAGS)  # Pillow decodes a PNG to look for tags behind its pixels
+            tagged = kind != "PNG" or any(tag in data for tag in PNG_TAGS)  # getexif decodes all of a PNG to find tags behind the pixels
             orientation = image.getexif().get(0x0112, 1) if tagged else 1
             if orientation in (5, 6, 7, 8):  # rotated by a quarter turn
                 width, height = height, width
@@ -85,8 +87,8 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         height, width = decode_image(data).shape[:2]
     odd = {  # where DALI fails or gives other pixels
         "JPEG": orientation != 1 and b"tiff:Orientation" in data,  # it reads EXIF, not XMP
-        "PNG": orientation != 1 or data[24:25] > b"\x08",  # the same, and it rounds 16 bits otherwise
-        "WEBP": data[12:16] == b"VP8X",  # metadata around the image
+        "PNG": orientation != 1 or data[24:25] > b"\x08",  # the same, and it rounds 16 bits in another way
+        "WEBP": data[12:16] == b"VP8X",  # may hold metadata, transparency or an animation
     }
     suits = mode in DALI_MODES.get(kind, ()) and not (moving or transparent or odd[kind])
     return width, height, f"{kind} {mode}", suits
@@ -182,7 +184,7 @@ def video_facts(path: Path) -> Video:
     av = pyav()
     if path.stat().st_size == 0:
         raise BadFile("zero bytes")
-    open(path, "rb").close()  # the system's own error for a file that may not be read
+    open(path, "rb").close()  # raises the system's error for a file that may not be read; PyAV's says less
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = _stream(container)
@@ -217,7 +219,7 @@ def video_facts(path: Path) -> Video:
         raise BadFile("no frame that can be decoded")
     if rotation % 180:
         width, height = height, width
-    if untimed or None in times or len(set(times)) < len(times):  # frames are counted from the start instead
+    if untimed or None in times or len(set(times)) < len(times):  # times do not tell frames apart: these are counted from the start
         return Video(codec, width, height, np.zeros(0, np.int64), (0,), len(times), fps, rotation)
     pts = np.sort(np.array(times, np.int64))
     numbers = sorted(set(np.searchsorted(pts, keys).tolist()))
@@ -244,7 +246,7 @@ def _is_shown(packet: Any) -> bool:
 
 
 class DecodedFrame:
-    """A frame as PyAV's decoder left it; gone with the next one."""
+    """A frame in the memory of PyAV's decoder, valid until it decodes the next one."""
 
     def __init__(self, frame: Any, reformatter: Any, rotation: int) -> None:
         self._frame, self._reformatter, self._rotation = frame, reformatter, rotation
@@ -263,7 +265,7 @@ class DecodedFrame:
         if self._rotation or min(frame.width, frame.height) < 2 or frame.format.name not in PLANAR:
             return None
         planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width] for plane in frame.planes]
-        return planes, LUMA_WEIGHTS.get(int(frame.colorspace), LUMA_WEIGHTS[5]), "j" in frame.format.name or int(frame.color_range) == 2
+        return planes, LUMA_WEIGHTS.get(int(frame.colorspace), BT601), "j" in frame.format.name or int(frame.color_range) == 2
 
 
 def decode_frames(
@@ -284,10 +286,10 @@ def decode_frames(
         OSError: the file is gone.
     """
     av = pyav()
-    open(path, "rb").close()  # the system's own error for a file that vanished
+    open(path, "rb").close()  # raises the system's error for a file that is gone; PyAV's says less
     found: dict[int, Frame] = {}
     reason = ""
-    # Decoders may need more than the key frame that the container names: with gradual refresh the picture is whole only some frames later.
+    # Where a picture is refreshed part by part, frames just after the key frame that the container names need the key frame before it too.
     for start in dict.fromkeys((key, video.key_before(max(key - 1, 0)))):
         found.clear()
         try:
@@ -309,7 +311,7 @@ def _decode(
     timed = len(video.pts) > 0
     number = {int(t): n for n, t in enumerate(video.pts[key : wanted[-1] + 1], start=key)} if timed else {}
     needed, end = set(wanted), int(video.pts[wanted[-1]]) if timed else 0
-    convert = av.video.reformatter.VideoReformatter()  # one for all frames: making one costs more than using it
+    convert = av.video.reformatter.VideoReformatter()  # one for all frames, as making one costs more than using it
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = _stream(container)
         stream.codec_context.thread_count = 1  # batches are decoded side by side instead

@@ -2,20 +2,26 @@
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ..config import DataConfig
 from ..errors import UserError
 from .cache import PixelCache
 from .dali import DaliDecoder
 from .dali import available as dali_available
-from .index import Index, fingerprint, log, plain, report_bad
-from .pixels import EightBit, resize, square, with_channels
+from .dataset import EightBit
+from .index import Index, fingerprint, log, plain, report_bad, shown
+from .pixels import resize, square, with_channels
 
 GIB = 1 << 30
+SHOWN_BAD = 10  # names of unreadable files among the facts
 
 
 def dali_decoder(choice: str, size: int) -> DaliDecoder | None:
@@ -23,6 +29,13 @@ def dali_decoder(choice: str, size: int) -> DaliDecoder | None:
     if choice == "torch" or (choice == "auto" and not dali_available()):
         return None
     return DaliDecoder(torch.cuda.current_device() if torch.cuda.is_available() else None, size)
+
+
+def sizes(found: Sequence[tuple[int, int]]) -> str:
+    """Widths and heights in words: all the same, or smallest, middle and largest by area."""
+    ordered = sorted(found, key=lambda size: size[0] * size[1])
+    picked = dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1]))
+    return " to ".join(f"{width}x{height}" for width, height in picked) + (f", {len(set(found))} different" if len(set(found)) > 1 else "")
 
 
 class Decoded(EightBit):
@@ -58,7 +71,7 @@ class Decoded(EightBit):
         what: str,
         workers: int,
     ) -> None:
-        self.index, self.image_shape, self.places, self.size = index, image_shape, places, len(places)
+        self.index, self.image_shape, self.places, self.count, self.size = index, image_shape, places, count, len(places)
         self.max_bad, self.what = max_bad, what
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.lost: dict[str, str] = {}  # files that turned out to be unreadable while they were read
@@ -73,16 +86,51 @@ class Decoded(EightBit):
             except OSError as error:
                 log.warning("%s: decoded pixels are not kept: %s", index.cache, error.strerror)
 
+    @staticmethod
+    def options(config: DataConfig) -> dict[str, Any]:
+        """The arguments that all of these share."""
+        names = ("image_size", "channels", "decoder", "max_bad", "cache_dir", "cache_gib", "workers")
+        return {name: getattr(config, name) for name in names}
+
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
-        """Decode images by place: [C, H, W] uint8 each, None where that failed and `lose` was told."""
+        """Decode images by place: [C, H, W] uint8 each, None where that failed, after a call of `lose`."""
         raise NotImplementedError
+
+    def decoder_of(self, number: int) -> tuple[str, str]:
+        """Who decodes a file, by its number in the index, and why."""
+        raise NotImplementedError
+
+    def formats(self) -> list[str]:
+        """The format or codec of each file of the index."""
+        raise NotImplementedError
+
+    def contents(self) -> dict[str, Any]:
+        """What the files hold, for `facts`: sizes and, of videos, frames."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        index = self.index
+        decoders = Counter((form, *self.decoder_of(n)) for n, form in enumerate(self.formats()))
+        kept = "not kept (data.cache_gib)"
+        if self.cache is not None:
+            room = self.count * self.cache.record / GIB
+            kept = f"kept in {index.cache}, {room:.2f} GiB when complete; later epochs and runs read them there"
+        return {
+            "folder": str(index.folder),
+            "files": len(index.names),
+            **self.contents(),
+            "decoders": [f"{count} x {form}: {decoder}, {why}" for (form, decoder, why), count in decoders.most_common()],
+            "ignored": f"{index.others} file(s) with other endings",
+            "unreadable": f"{len(index.bad)}" + (f": {shown(index.bad, SHOWN_BAD)}" if index.bad else ""),
+            "decoded pixels": kept,
+        }
 
     def fit(self, frames: Tensor, crop: str = "center", *, resized: bool = False) -> Tensor:
         """[F, H, W, 3] uint8, unless a pipeline has cropped and resized them -> [F, C, S, S] uint8, in memory of its own."""
         channels, size, _ = self.image_shape
-        frames = frames.permute(0, 3, 1, 2)
+        frames = rearrange(frames, "f h w c -> f c h w")
         if not resized:
-            frames = resize(frames, size, square(*frames.shape[2:], crop))
+            frames = resize(frames, size, square(frames.shape[2], frames.shape[3], crop))
         return with_channels(frames, channels).clone(memory_format=torch.contiguous_format)
 
     def places_of(self, index: Tensor) -> np.ndarray:
@@ -107,19 +155,20 @@ class Decoded(EightBit):
 
     def pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8."""
-        wanted = index.cpu().numpy() % self.size
+        size = len(self.places)
+        wanted = index.cpu().numpy() % size
         found: list[Tensor | None] = [self._kept(int(self.places[n])) for n in wanted]
-        for _ in range(self.size + 1):
+        for _ in range(size + 1):
             missing = [slot for slot, pixels in enumerate(found) if pixels is None]
             if not missing:
-                return torch.stack([pixels.to(self.device) for pixels in found])
+                return torch.stack([pixels.to(self.device) for pixels in found if pixels is not None])
             decoded = self.decode([int(self.places[wanted[slot]]) for slot in missing])
             for slot, pixels in zip(missing, decoded, strict=True):
                 if pixels is not None:
                     found[slot] = pixels
                     self._keep(int(self.places[wanted[slot]]), pixels)
                 else:
-                    wanted[slot] = (wanted[slot] + 1) % self.size
+                    wanted[slot] = (wanted[slot] + 1) % size
                     found[slot] = self._kept(int(self.places[wanted[slot]]))
         raise UserError(f"data.path: nothing in {self.index.folder} can be read any more")
 

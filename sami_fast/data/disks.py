@@ -1,12 +1,17 @@
 """Procedural disks: one bright antialiased disk on a uniform background, with the factors that made it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import DataConfig
+from .dataset import Dataset
 
 
-class Disks:
+class Disks(Dataset):
     """Endless images of one disk; image n is a function of (seed, split, n).
 
         mask  = sigmoid(edge_slope (radius - distance to the centre)), in pixels
@@ -25,14 +30,19 @@ class Disks:
     factor_order = ("x", "y", "background", "radius", "brightness")
 
     def __init__(
-        self, image_size: int, channels: int, ranges: dict[str, tuple[float, float]], edge_slope: float, seed: int, split: int = 0
+        self, image_size: int, channels: int, ranges: Mapping[str, Sequence[float]], edge_slope: float, seed: int, split: int = 0
     ) -> None:
         self.image_shape = (channels, image_size, image_size)
         self.ranges = {name: tuple(ranges[name]) for name in self.factor_order}
         self.edge_slope, self.seed, self.split = edge_slope, seed, split
-        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
+        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # compared in float32, in which factors are drawn
         self.factor_names = tuple(name for name, constant in zip(self.ranges, narrow.tolist(), strict=True) if not constant)
-        self.size: int | None = None  # endless
+        self.size = None  # endless
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        ranges = vars(config.disks)  # settings have the names of the factors
+        return cls(config.image_size or 16, config.channels or 1, ranges, config.disks.edge_slope, seed, split)
 
     def _draw(self, index: Tensor) -> Tensor:
         # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.

@@ -4,41 +4,16 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .pixels import EightBit, to_unit
+from .dataset import Dataset, EightBit
+from .pixels import to_unit
 
 AHEAD = 4  # micro-batches per worker that are prepared before they are needed
 Prepared = tuple[Tensor, Tensor, Future[Tensor]]  # indices and epochs of a micro-batch, and its images
-
-
-class Dataset(Protocol):
-    """Images by index. Those of files may also be `EightBit` and have
-
-    - `workers`: threads that prepare batches; without it they are made when they are asked for, on the device;
-    - `order(epoch, seed, batch_size)`: indices in the order an epoch shows them, `epoch_size` of them, and `ahead`, the images that
-      should be asked for before they are needed;
-    - `fingerprint`: what a resumed run must find unchanged.
-
-    Any may have
-
-    - `periods`: {factor: period} of factors that come round again, in the unit of `factors`;
-    - `clips(index)`: [n] int64 -> [n, T, C, H, W], ordered frames, T being `clip_length`; `num_clips` where they are limited.
-    """
-
-    image_shape: tuple[int, int, int]  # C, H, W
-    size: int | None  # number of images; None is endless
-    factor_names: tuple[str, ...]  # empty when the factors are unknown
-
-    def images(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
-
-    def factors(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, F] float32."""
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
@@ -48,15 +23,15 @@ def _workers(count: int) -> ThreadPoolExecutor:
     for _ in range(count):
         pool.submit(started.wait)
     started.wait()
-    torch.set_num_threads(ours)  # what threads to come begin with
+    torch.set_num_threads(ours)  # new threads start with what was set last, which a worker did
     return pool
 
 
 class Feed:
     """Local micro-batches of a dataset.
 
-    Position p = step * batch_size + place counts all images ever shown. An endless dataset shows image p; a finite one shows
-    p modulo its size through a new permutation each epoch, so that each epoch shows every image once, over all ranks.
+    Position p = step * batch_size + place counts all images ever shown. An endless dataset shows image p at position p. Of a finite one,
+    epoch p // epoch_size shows every image once, over all ranks, in the order that `Dataset.order` gives.
 
     Args:
         dataset: Where images come from.
@@ -82,23 +57,18 @@ class Feed:
         self.dataset, self.batch_size, self.seed, self.device, self.flip = dataset, batch_size, seed, device, flip
         self.micro_batches, self.rank, self.world_size = micro_batches, rank, world_size
         self.micro_size = batch_size // (micro_batches * world_size)
-        self.epoch_size: int | None = getattr(dataset, "epoch_size", dataset.size)
+        self.epoch_size = dataset.epoch_size
         self.waited = 0.0  # seconds in which a batch was asked for and not there
         self._orders: OrderedDict[int, Tensor] = OrderedDict()
-        workers = getattr(dataset, "workers", 0)
-        self._pool = _workers(workers) if workers else None
-        self._ahead = max(AHEAD * workers, -(-getattr(dataset, "ahead", 0) // batch_size) * micro_batches)
+        self._pool = _workers(dataset.workers) if dataset.workers else None
+        self._ahead = max(AHEAD * dataset.workers, -(-dataset.ahead // batch_size) * micro_batches)
         self._prepared: OrderedDict[tuple[int, int], Prepared] = OrderedDict()
 
     def _order(self, epoch: int) -> Tensor:
         order = self._orders.get(epoch)
         if order is None:
-            if hasattr(self.dataset, "order"):
-                order = self.dataset.order(epoch, self.seed, self.batch_size)
-            else:
-                order = ops.random_permutation(self.seed, epoch, ops.Stream.SHUFFLE, self.epoch_size)
-            self._orders[epoch] = order
-            while len(self._orders) > 2:  # the epoch shown and the one prepared
+            order = self._orders[epoch] = self.dataset.order(epoch, self.seed, self.batch_size)
+            while len(self._orders) > 2:  # the epoch being shown and the next one, which is being prepared
                 self._orders.popitem(last=False)
         return order
 
@@ -121,15 +91,15 @@ class Feed:
         pixels = self.dataset.pixels(index) if isinstance(self.dataset, EightBit) else self.dataset.images(index)
         return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
 
-    def _prepare(self, step: int, micro: int) -> Prepared:
-        """This micro-batch, under way or done; those after it are under way."""
-        if (step, micro) not in self._prepared:  # the first one, or a jump
+    def _prepare(self, pool: ThreadPoolExecutor, step: int, micro: int) -> Prepared:
+        """Take this micro-batch out of those being prepared, and have the next ones prepared as well."""
+        if (step, micro) not in self._prepared:  # the first step, or one that does not follow the last
             self._cancel()
         upcoming = (step, micro)
         for _ in range(self._ahead + 1):
             if upcoming not in self._prepared:
                 index, epoch = self.indices(*upcoming)
-                self._prepared[upcoming] = index, epoch, self._pool.submit(self._read, index)
+                self._prepared[upcoming] = index, epoch, pool.submit(self._read, index)
             upcoming = (upcoming[0], upcoming[1] + 1) if upcoming[1] + 1 < self.micro_batches else (upcoming[0] + 1, 0)
         return self._prepared.pop((step, micro))
 
@@ -145,12 +115,12 @@ class Feed:
             UserError: too many images cannot be read.
         """
         if self._pool:
-            index, epoch, future = self._prepare(step, micro)
+            index, epoch, future = self._prepare(self._pool, step, micro)
             asked = time.perf_counter()
             try:
                 images = future.result()
             except BaseException:
-                self._cancel()  # the program ends, and need not read on before it does
+                self._cancel()  # the error ends the program: what is still queued would only delay that
                 raise
         else:
             index, epoch = self.indices(step, micro)

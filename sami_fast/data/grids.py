@@ -5,61 +5,70 @@ Sources: Matthey et al., "dSprites", 2017; Burgess & Kim, "3D Shapes", 2018; Gon
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ..config import DataConfig
 from ..errors import UserError
-from .pixels import EightBit, resize, with_channels
+from .dataset import EightBit
+from .pixels import resize, with_channels
 from .storage import expect, find_file, held_out_places, load_array, readable
 
 
 class FactorImages(EightBit):
-    """What all sets with known factors share; each has its own `_read`. A factor with one class is a constant and is not reported.
+    """What all sets with known factors share; each has its own `_open`. A factor with one class is a constant and not reported.
 
     Args:
-        path: The file or folder, for the messages.
-        found: (C, side) of the images that `_read` returns, squares.
-        names: Of the factors.
-        classes: The class of each factor in each image. [N, F] integers from 0.
-        image_size: Side to resize to, in pixels; 0 as it is.
+        path: The file or folder of the set.
+        image_size: Side to resize to, in pixels; 0 is `default_size`.
         channels: 1 or 3 to convert to; 0 as it is.
         holdout: Share of the images, a fixed random one, that only evaluation sees; 0: both splits see all.
         split: 0 for training, 1 for evaluation.
+        cache_dir: `DataConfig.cache_dir`.
     Raises:
-        UserError: no images, or no such conversion of channels.
+        UserError: missing, damaged or foreign file; no images, or no such conversion of channels.
     """
 
+    names: tuple[str, ...]  # of the factors
+    array: np.ndarray  # all images, for the `_read` of this class
+    default_size = 0  # image_size where the user gives none; 0: as the images are
+
     def __init__(
-        self,
-        path: Path,
-        found: tuple[int, int],
-        names: tuple[str, ...],
-        classes: np.ndarray,
-        image_size: int,
-        channels: int,
-        holdout: float,
-        split: int,
+        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
     ) -> None:
-        if len(classes) == 0 or found[1] == 0:
-            raise UserError(f"data.path: no images in {path}")
-        self.path, side = path, image_size or found[1]
-        self.image_shape = (channels or found[0], side, side)
+        image_size = image_size or self.default_size
+        self.path, (found, side), classes = self._open(Path(path), image_size, cache_dir)
+        if len(classes) == 0 or side == 0:
+            raise UserError(f"data.path: no images in {self.path}")
+        self.image_shape = (channels or found, image_size or side, image_size or side)
         try:
-            with_channels(torch.zeros(1, found[0], 1, 1, dtype=torch.uint8), self.image_shape[0])
+            with_channels(torch.zeros(1, found, 1, 1, dtype=torch.uint8), self.image_shape[0])
         except ValueError:
-            raise UserError(f"data.channels: expected {found[0]} or 1 for {path}, found {channels}") from None
+            raise UserError(f"data.channels: expected {found} or 1 for {self.path}, found {channels}") from None
         varying = np.flatnonzero(classes.max(0) > 0)
-        self.factor_names = tuple(names[column] for column in varying)
+        self.factor_names = tuple(self.names[column] for column in varying)
         self.classes = classes[:, varying].astype(np.int32)
         self.places = held_out_places(len(classes), holdout, split)
-        self.size: int | None = len(self.places)
+        self.size, self.held_out = len(self.places), holdout > 0 and len(classes) > 1
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        options = {name: getattr(config, name) for name in ("image_size", "channels", "holdout", "cache_dir")}
+        return cls(config.path, split=split, **options)
+
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        """The file, for messages; (C, side) of the images that `_read` returns, squares; the class of each factor in each image, [N, F]
+        integers from 0. `image_size` is what the images will be resized to, for a set that keeps resized ones.
+        """
+        raise NotImplementedError
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         """Images by their place in the whole set. [n] int64 -> [n, H, W] or [n, H, W, C] uint8."""
-        raise NotImplementedError
+        return self.array[places]
 
     def pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8, contiguous.
@@ -68,9 +77,9 @@ class FactorImages(EightBit):
             UserError: an image on the disk is not what the set's format allows.
         """
         read = torch.from_numpy(self._read(self.places[index.cpu().numpy()]))
-        images = read[:, None] if read.dim() == 3 else read.permute(0, 3, 1, 2)
+        images = rearrange(read, "n h w -> n 1 h w" if read.dim() == 3 else "n h w c -> n c h w")
         channels, side, _ = self.image_shape
-        if not len(images):  # resizing refuses to have nothing to do
+        if not len(images):  # torch cannot resize an empty batch
             return torch.zeros(0, channels, side, side, dtype=torch.uint8)
         return with_channels(resize(images, side), channels).contiguous()
 
@@ -109,8 +118,8 @@ class DSprites(FactorImages):
 
     Args:
         path: The file, or the folder that holds it.
-        cache_dir: `DataConfig.cache_dir`: the published .npz is compressed, and unpacked there once (3 GB).
-        image_size, channels, holdout, split: As in `FactorImages`.
+        cache_dir: `DataConfig.cache_dir`; the published .npz is compressed, and unpacked there once (3 GB).
+        others: As in `FactorImages`.
     Raises:
         UserError: missing, damaged or foreign file; shapes or dtypes that are not dSprites'; labels that are not a full grid; pixels other
             than 0 and 1 (among the first images when opened, among the others when read).
@@ -121,10 +130,8 @@ class DSprites(FactorImages):
     stem = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64"
     files = (f"{stem}.npz", f"{stem}.hdf5", f"{stem}.h5")
 
-    def __init__(
-        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
-    ) -> None:
-        file = find_file(Path(path), self.files, "dsprites")
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        file = find_file(path, self.files, "dsprites")
         with readable(file), open(file, "rb") as stream:
             labels = "latents_classes" if stream.read(2) == b"PK" else "latents/classes"
         self.array = load_array(file, "imgs", cache_dir, what="dsprites")
@@ -135,8 +142,9 @@ class DSprites(FactorImages):
         good = classes.dtype.kind in "iu" and classes.shape == (len(self.array), len(self.names))
         expect(good, classes, repr(labels), file, f"integers [{len(self.array)}, {len(self.names)}]")
         _check_grid(classes.astype(np.int64), file, labels)
-        super().__init__(file, (1, shape[1]), self.names, classes, image_size, channels, holdout, split)
+        self.path = file
         self._read(np.arange(min(len(self.array), 1024)))
+        return file, (1, shape[1]), classes
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         masks = self.array[places]
@@ -150,8 +158,8 @@ class Shapes3D(FactorImages):
 
     Args:
         path: The file, or the folder that holds it.
-        cache_dir: `DataConfig.cache_dir`: the published file is compressed, and unpacked there once (6 GB).
-        image_size, channels, holdout, split: As in `FactorImages`.
+        cache_dir: `DataConfig.cache_dir`; the published file is compressed, and unpacked there once (6 GB).
+        others: As in `FactorImages`.
     Raises:
         UserError: h5py is missing; missing, damaged or foreign file; shapes or dtypes that are not 3D Shapes'; labels that are not a full
             grid.
@@ -161,20 +169,15 @@ class Shapes3D(FactorImages):
     periods: ClassVar[dict[str, float]] = {"floor_hue": 10.0, "wall_hue": 10.0, "object_hue": 10.0}
     files = ("3dshapes.h5",)
 
-    def __init__(
-        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
-    ) -> None:
-        file = find_file(Path(path), self.files, "shapes3d")
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        file = find_file(path, self.files, "shapes3d")
         self.array = colour_images(file, cache_dir, "shapes3d")
         labels = np.asarray(load_array(file, "labels", cache_dir, what="shapes3d"))
         good = labels.dtype.kind in "fiu" and labels.shape == (len(self.array), len(self.names)) and bool(np.isfinite(labels).all())
         expect(good, labels, "'labels'", file, f"finite numbers [{len(self.array)}, {len(self.names)}]")
         classes = np.stack([np.unique(column, return_inverse=True)[1].reshape(-1) for column in labels.T], axis=1)
         _check_grid(classes, file, "labels")
-        super().__init__(file, (3, self.array.shape[1]), self.names, classes, image_size, channels, holdout, split)
-
-    def _read(self, places: np.ndarray) -> np.ndarray:
-        return self.array[places]
+        return file, (3, self.array.shape[1]), classes
 
 
 class MPI3D(FactorImages):
@@ -184,8 +187,7 @@ class MPI3D(FactorImages):
 
     Args:
         path: The file, or a folder with no other .npz.
-        cache_dir: `DataConfig.cache_dir`.
-        image_size, channels, holdout, split: As in `FactorImages`.
+        others: As in `FactorImages`.
     Raises:
         UserError: missing, damaged or foreign file; a shape or dtype that is not MPI3D's.
     """
@@ -193,19 +195,14 @@ class MPI3D(FactorImages):
     names = ("colour", "shape", "size", "camera_height", "background", "horizontal", "vertical")
     grids = ((6, 6, 2, 3, 3, 40, 40), (4, 4, 2, 3, 3, 40, 40))  # toy, realistic and real; real_complex
 
-    def __init__(
-        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
-    ) -> None:
-        file = find_file(Path(path), ("*.npz",), "mpi3d")
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        file = find_file(path, ("*.npz",), "mpi3d")
         self.array = colour_images(file, cache_dir, "mpi3d")
         sizes = {math.prod(grid): grid for grid in self.grids}
         if len(self.array) not in sizes:
             raise UserError(f"data.path: expected {' or '.join(map(str, sizes))} images in {file}, found {len(self.array)}")
         classes = every_combination(sizes[len(self.array)])
-        super().__init__(file, (3, self.array.shape[1]), self.names, classes, image_size, channels, holdout, split)
-
-    def _read(self, places: np.ndarray) -> np.ndarray:
-        return self.array[places]
+        return file, (3, self.array.shape[1]), classes
 
 
 def colour_images(file: Path, cache_dir: str, kind: str) -> np.ndarray:

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import DataConfig
 from .celeba import celeba_listing
 from .dali import MAX_BATCH
 from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
-from .decoded import Decoded, dali_decoder
+from .decoded import Decoded, dali_decoder, sizes
 from .index import build_index
 from .pixels import square
 from .storage import held_out_places
@@ -59,7 +60,8 @@ class ImageFolder(Decoded):
         index = build_index(Path(path), _facts, IMAGE_SUFFIXES, what="images", max_bad=max_bad, configured_cache=cache_dir, names=names)
         size = image_size or 64
         self.crop = crop
-        self._not_dali: set[int] = set()  # DALI failed where Pillow did not
+        self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
+        self.held_out = names is not None or (holdout > 0 and len(index.names) > 1)
         super().__init__(
             index,
             len(index.names),
@@ -73,9 +75,18 @@ class ImageFolder(Decoded):
             workers=workers,
         )
 
-    def decoder_of(self, place: int) -> tuple[str, str]:
-        """Who decodes an image, and why."""
-        kind, suits = self.index.facts[place][2:]
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        return cls(config.path, split=split, holdout=config.holdout, **cls.options(config))
+
+    def formats(self) -> list[str]:
+        return [form for _, _, form, _ in self.index.facts]
+
+    def contents(self) -> dict[str, Any]:
+        return {"pixels": sizes([(width, height) for width, height, _, _ in self.index.facts])}
+
+    def decoder_of(self, number: int) -> tuple[str, str]:
+        kind, suits = self.index.facts[number][2:]
         if self.dali is None:
             return "Pillow", "without DALI"
         return ("DALI", f"{kind} is one of its formats") if suits else ("Pillow", f"{kind} needs more than DALI's decoder does")
@@ -109,7 +120,7 @@ class ImageFolder(Decoded):
             if found[place] is None:
                 try:
                     found[place] = self.fit(torch.from_numpy(decode_image(data.tobytes()))[None], self.crop)[0]
-                    if place in for_dali:  # from now on it spoils no batch
+                    if place in for_dali:  # one image that fails makes DALI fail the whole batch: it is not tried there again
                         self._not_dali.add(place)
                 except BadFile as error:
                     self.lose(self.index.names[place], str(error))
@@ -117,7 +128,7 @@ class ImageFolder(Decoded):
 
     def _by_dali(self, encoded: dict[int, np.ndarray]) -> dict[int, Tensor]:
         """By DALI in one batch; where one of them is broken, each on its own, and those that fail are left out."""
-        if not encoded:
+        if not encoded or self.dali is None:
             return {}
         boxes = [square(self.index.facts[place][1], self.index.facts[place][0], self.crop) for place in encoded]
         try:
@@ -141,11 +152,15 @@ class CelebA(ImageFolder):
     Source: Liu et al., ICCV 2015.
     """
 
-    def __init__(self, path: str, *, split: int = 0, crop: str = "center", evaluation: str = "valid", **others: object) -> None:
+    def __init__(self, path: str, *, split: int = 0, crop: str = "center", evaluation: str = "valid", **others: Any) -> None:
         folder, names, attributes, self.factor_names = celeba_listing(Path(path), split, evaluation)
         by_name = dict(zip(names, attributes, strict=True))
-        super().__init__(str(folder), split=split, crop=crop, names=names, part=evaluation if split else "train", **others)  # type: ignore[arg-type]
+        super().__init__(str(folder), split=split, crop=crop, names=names, part=evaluation if split else "train", **others)
         self._attributes = torch.from_numpy(np.stack([by_name[name] for name in self.index.names]).astype(np.float32))
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        return cls(config.path, split=split, crop=config.celeba.crop, evaluation=config.celeba.evaluation, **cls.options(config))
 
     def factors(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, 40] float32, 0 or 1."""

@@ -17,11 +17,11 @@ from .cache import cache_dir
 from .decode import BadFile
 
 VERSION = 2
-LOOKERS = 4  # threads that look into files: the disk is what takes the time
+INSPECTORS = 4  # threads that look into files, more than there may be cores: they mostly wait for the disk
 SHOWN = 20  # names of bad files that the log shows; all of them stand in a file beside the index
 
 log = logging.getLogger("sami_fast.data")
-_told: set[tuple[Any, ...]] = set()
+_told: set[tuple[Any, ...]] = set()  # folders and bad files that this process has warned of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], int]:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two ways to a folder always the same one
+        # In order, so that of two links to a folder always the same one is followed.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = os.path.relpath(place, folder)
         for name in files:
             if name.startswith("."):
@@ -131,18 +132,18 @@ def build_index(
     def look(name: str) -> list[Any]:
         path = folder / name
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may never end
+            if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe or a device may never end
                 raise BadFile("not a regular file")
             return [*stats[name], "", inspect(path)]
         except BadFile as error:
             return [*stats[name], str(error), None]
-        except (OSError, ValueError) as error:  # the file may be as it was when this has passed: it is looked at again next time
+        except (OSError, ValueError) as error:  # may pass, as a lost network does: -1 fits no file, so it is looked at again
             return [-1, -1, getattr(error, "strerror", None) or str(error), None]
 
     if stale:
         if len(stale) > 10_000:
             log.warning("%s: looking at %d new or changed %s", folder, len(stale), what)
-        with ThreadPoolExecutor(LOOKERS) as pool:
+        with ThreadPoolExecutor(INSPECTORS) as pool:
             found.update(zip(stale, pool.map(look, stale, chunksize=64), strict=True))
         entries = found if names is not None else {name: found[name] for name in listed}
         _write(file, json.dumps({"version": VERSION, "files": entries}))
@@ -161,7 +162,7 @@ def _read(file: Path) -> dict[str, list[Any]]:
         files = content["files"] if content["version"] == VERSION else {}
         return {name: entry for name, entry in files.items() if len(entry) == 4}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}  # not there, cut off, or of another version: made anew
+        return {}  # missing, cut off, or of another version: it is made anew
 
 
 def _write(file: Path, text: str) -> None:
@@ -198,7 +199,7 @@ def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, wh
             f"data.path: {len(bad)} of {total} {what} in {folder} cannot be read, data.max_bad={max_bad:g} allows "
             f"{int(max_bad * total)}: {shown(bad, 3)}; all of them: {everything}"
         )
-    if os.environ.get("RANK", "0") == "0" and (folder, *bad) not in _told:  # once, however often a folder is opened
+    if os.environ.get("RANK", "0") == "0" and (folder, *bad) not in _told:  # one warning, however often the folder is opened
         _told.add((folder, *bad))
         log.warning("%s: skipped %d of %d %s: %s", folder, len(bad), total, what, shown(bad, SHOWN))
 

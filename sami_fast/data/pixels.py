@@ -10,12 +10,12 @@ from torch.nn.functional import interpolate
 from ..ops.backend import refusal
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-Box = tuple[int, int, int]  # top, left and side of the square that is used of an image, in pixels
+Box = tuple[int, int, int]  # top, left and side of the square that is cut out of an image, in pixels
 
 
 def to_unit(pixels: Tensor) -> Tensor:
     """[...] uint8 -> [...] float32 in [-1, 1]."""
-    if pixels.device.type == "cpu":  # numpy starts no team of threads, which would stay awake and take the decoders' cores
+    if pixels.device.type == "cpu":  # by numpy: torch's threads would keep spinning on cores that decode
         unit = np.divide(pixels.numpy(), np.float32(127.5), dtype=np.float32)
         return torch.from_numpy(np.subtract(unit, np.float32(1.0), out=unit))
     return pixels.float().div_(127.5).sub_(1.0)
@@ -45,7 +45,7 @@ def resize(pixels: Tensor, size: int, box: Box | None = None) -> Tensor:
     Returns:
         [n, C, size, size] uint8.
     """
-    top, left, side = box or square(*pixels.shape[-2:])
+    top, left, side = box or square(pixels.shape[2], pixels.shape[3])
     part = pixels[:, :, top : top + side, left : left + side]
     return part if side == size else interpolate(part, size=(size, size), mode="bilinear", antialias=True)
 
@@ -65,8 +65,9 @@ def yuv_to_rgb(y: Tensor, u: Tensor, v: Tensor, box: Box, size: int, weights: tu
     Returns:
         [3, size, size] uint8.
     """
-    if core() is not None:
-        return core().yuv_to_rgb(y, u, v, *box, size, *weights, full_range)
+    compiled = core()
+    if compiled is not None:
+        return compiled.yuv_to_rgb(y, u, v, *box, size, *weights, full_range)
     down = -(-y.shape[0] // u.shape[0])
     planes = []
     for plane, step in ((y, 1), (u, down), (v, down)):
@@ -101,23 +102,3 @@ def with_channels(pixels: Tensor, channels: int) -> Tensor:
         weights = torch.tensor(LUMA, device=pixels.device).view(1, 3, 1, 1)
         return (pixels.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
     raise ValueError(f"channels: cannot make {channels} from {found}")
-
-
-class EightBit:
-    """A dataset that holds 8-bit images: `pixels` is its own, `images` follows."""
-
-    image_shape: tuple[int, int, int]  # C, H, W
-    size: int | None
-    factor_names: tuple[str, ...] = ()
-
-    def pixels(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, C, H, W] uint8."""
-        raise NotImplementedError
-
-    def images(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
-        return to_unit(self.pixels(index))
-
-    def factors(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, F] float32; no factors unless the data has them."""
-        return torch.zeros(len(index), len(self.factor_names))

@@ -2,8 +2,9 @@
 
 import gzip
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,32 +23,28 @@ class SmallNORB(FactorImages):
 
     Args:
         path: The folder of the published files, `*-{training,testing}-{dat,cat,info}.mat`, gzipped or not.
-        image_size: Side to resize to, in pixels; 0 is 64.
-        cache_dir: `DataConfig.cache_dir`.
-        channels, holdout, split: As in `FactorImages`.
+        others: As in `FactorImages`; 0 of image_size is 64.
     Raises:
         UserError: missing, damaged or foreign file; shapes, dtypes or labels that are not SmallNORB's.
     """
 
     names = ("category", "elevation", "azimuth", "lighting")
+    default_size = 64
     periods: ClassVar[dict[str, float]] = {"azimuth": 18.0}
 
-    def __init__(
-        self, path: str, *, image_size: int = 0, channels: int = 0, holdout: float = 0.1, split: int = 0, cache_dir: str = ""
-    ) -> None:
-        folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(f"data.path: no folder {folder}")
-        found = [part for part in PARTS if any(folder.glob(f"{part}-*.mat*"))]
+    def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
+        if not path.is_dir():
+            raise UserError(f"data.path: no folder {path}")
+        found = [part for part in PARTS if any(path.glob(f"{part}-*.mat*"))]
         if not found:
-            raise UserError(f"data.path: no file of data.kind smallnorb in {folder}, expected {' or '.join(f'{p}-dat.mat' for p in PARTS)}")
-        opened = [_open_part(folder, part, cache_dir) for part in found]
+            raise UserError(f"data.path: no file of data.kind smallnorb in {path}, expected {' or '.join(f'{p}-dat.mat' for p in PARTS)}")
+        opened = [_open_part(path, part, cache_dir) for part in found]
         self.left = [dat[:, 0] for dat, _ in opened]
         if len({images.shape[1] for images in self.left}) > 1:
             sides = " and ".join(str(images.shape[1]) for images in self.left)
-            raise UserError(f"data.path: expected images of one size in {folder}, found sides of {sides} pixels")
+            raise UserError(f"data.path: expected images of one size in {path}, found sides of {sides} pixels")
         classes = np.concatenate([classes for _, classes in opened])
-        super().__init__(folder, (1, self.left[0].shape[1]), self.names, classes, image_size or 64, channels, holdout, split)
+        return path, (1, self.left[0].shape[1]), classes
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         images, first = np.empty((len(places), *self.left[0].shape[1:]), np.uint8), 0
@@ -103,7 +100,7 @@ def _open(folder: Path, name: str, cache_dir: str) -> tuple[Path, np.ndarray]:
         return file, unpack(packed, file, "array", cache_dir)
 
 
-def _header(stream: BinaryIO) -> tuple[np.dtype, tuple[int, ...]]:
+def _header(stream: BufferedIOBase) -> tuple[np.dtype, tuple[int, ...]]:
     """Magic number, number of axes, and at least three lengths of axes; all little-endian int32."""
 
     def numbers(count: int) -> list[int]:

@@ -1,13 +1,15 @@
 """Procedural sprites: one white shape on black, still or moving, with the factors that made it."""
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import DataConfig
+from .dataset import Dataset
 
 RADIUS = 0.2  # of the circle around a sprite of scale 1, in image sides
 EDGE_SLOPE = 4.0  # of the soft edge, per pixel: 10% to 90% within 1.1 pixels
@@ -46,7 +48,7 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
 OUTLINES = {"square": _square, "ellipse": _ellipse, "heart": _heart}
 
 
-class Sprites:
+class Sprites(Dataset):
     """Endless images and clips of one sprite; image n and clip n are functions of (seed, split, n), and of different random numbers.
 
         mask  = sigmoid(-4 signed distance to the outline), in pixels
@@ -78,7 +80,7 @@ class Sprites:
         image_size: int,
         channels: int,
         shapes: Sequence[str],
-        ranges: dict[str, tuple[float, float]],
+        ranges: Mapping[str, Sequence[float]],
         seed: int,
         split: int = 0,
         clip_length: int = 16,
@@ -91,10 +93,15 @@ class Sprites:
         self.shapes = tuple(shapes)
         self.ranges = {name: tuple(ranges[name]) for name in self.factor_order[1:]}
         self.seed, self.split, self.clip_length = seed, split, clip_length
-        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # in float32, as the factors are drawn
+        narrow = torch.tensor(list(self.ranges.values())).diff(dim=1)[:, 0] == 0  # compared in float32, in which factors are drawn
         constant = [len(self.shapes) == 1, *narrow.tolist()]
         self.factor_names = tuple(name for name, same in zip(self.factor_order, constant, strict=True) if not same)
-        self.size: int | None = None  # endless
+        self.size = None  # endless
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        size, ranges = config.image_size or 64, vars(config.sprites)  # settings have the names of the factors
+        return cls(size, config.channels or 1, config.sprites.shapes, ranges, seed, split, config.video.clip_length)
 
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1], on the device of `index`."""
@@ -137,7 +144,7 @@ class Sprites:
         return torch.lerp(start[:, None], end[:, None], times[:, None])
 
     def _draw(self, index: Tensor) -> Tensor:
-        # Always all of them: which random numbers an index gets depends on how many it asks for.
+        # Always as many, also where fewer are used: which random numbers an index gets depends on how many are asked for.
         # "auto": the images are drawn on the feed's device, whatever backend the step has been told to use.
         return ops.random_uniform(self.seed, self.split, ops.Stream.FACTORS, index, DRAWS, backend="auto")
 

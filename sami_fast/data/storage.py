@@ -9,11 +9,11 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -25,7 +25,7 @@ from . import cache
 
 MEMORY = 256 * 2**20  # bytes; what cannot be mapped and is no larger is read into memory
 PIECE = 2**24  # bytes that are unpacked at a time
-FORGOTTEN = 3600  # seconds without a write after which a half-written file belongs to nobody
+FORGOTTEN = 3600  # seconds without a write after which a half-written file is taken for what a killed process left
 
 NPY, HDF5 = b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty archive
@@ -94,7 +94,7 @@ def load_array(path: str | Path, key: str, cache_dir: str, *, what: str = "array
 
 
 @contextmanager
-def readable(path: Path, form: str = "") -> Iterator[None]:
+def readable(path: Path, form: str = "") -> Generator[None]:
     """Any error but a `UserError` means here that the file is damaged or not of its form, and becomes a `UserError`."""
     form = form or ("HDF5 file" if path.suffix in (".h5", ".hdf5") else ".npy or .npz") + " of plain numbers"
     try:
@@ -251,14 +251,14 @@ def _pieces(packed: Packed, source: Path) -> Iterator[bytes]:
 # Formats
 
 
-def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, first axis fastest, dtype); the stream is left where the numbers begin."""
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it has version {version} of the npy format")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "saved by Python 2", as dSprites was: the user cannot help it
+        warnings.simplefilter("ignore", UserWarning)  # "saved by Python 2", as dSprites was: nothing a user could change
         return read(stream)
 
 
@@ -303,7 +303,7 @@ def _in_npz(path: Path, key: str, what: str) -> tuple[str, Packed]:
     def pieces() -> Iterator[bytes]:
         with zipfile.ZipFile(path) as archive, archive.open(entry) as stream:
             stream.read(start)
-            while piece := stream.read(PIECE):  # to the end, where zipfile compares the checksum
+            while piece := stream.read(PIECE):  # up to the end, since only there zipfile compares the checksum
                 yield piece
 
     packed = Packed(dtype, shape, pieces, offset, fortran)

@@ -4,17 +4,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import DataConfig
 from .dali import DaliDecoder
 from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
-from .decoded import Decoded, dali_decoder
+from .decoded import Decoded, dali_decoder, sizes
 from .index import build_index
 from .order import pooled_order
 from .pixels import core, square, to_unit, with_channels, yuv_to_rgb
@@ -96,6 +99,7 @@ class VideoFolder(Decoded):
             what="videos",
             workers=workers,
         )
+        self.held_out = holdout > 0 and len(every) > 1
         self.videos, self.offsets, self.chosen = every, offsets, chosen
         self.stride, self.stills, self.positions, self.pool, self.clip_length = stride, stills, positions, pool, clip_length
         self._index_of = np.full(int(offsets[-1]), -1)
@@ -104,7 +108,8 @@ class VideoFolder(Decoded):
         starts = [offsets[v] + start for v, segments in enumerate(self._segments) for _, start, _ in segments]
         self._starts = np.array(starts)  # place of the first frame of each segment of all videos
         self._pieces = [(v, *segment) for v, segments in enumerate(self._segments) for segment in segments]
-        self.epoch_size = len(self.places) if not stills else int(sum(min(stills, self._used(v)) for v in chosen))
+        self._epoch_size = len(self.places) if not stills else int(sum(min(stills, self._used(v)) for v in chosen))
+        self.ahead = min(pool, self._epoch_size)
         self._waiting: dict[tuple[int, tuple[int, ...]], Future[Frames]] = {}
         self._recent: OrderedDict[int, Frames] = OrderedDict()  # frames of segments that were decoded lately
         self._broken: set[tuple[int, int]] = set()  # video and number of frames that were lost; they are not tried again
@@ -120,10 +125,13 @@ class VideoFolder(Decoded):
         """Frames of a video that the stride leaves."""
         return -(-self.videos[video].frames // self.stride)
 
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        return cls(config.path, split=split, holdout=config.holdout, **cls.options(config), **asdict(config.video))
+
     @property
-    def ahead(self) -> int:
-        """Frames that the feed should have asked for before they are needed."""
-        return min(self.pool, self.epoch_size)
+    def epoch_size(self) -> int:
+        return self._epoch_size
 
     def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
         """Indices of the frames that an epoch shows, in order. [epoch_size] int64."""
@@ -133,7 +141,7 @@ class VideoFolder(Decoded):
             for v, draw in zip(self.chosen, draws, strict=True):
                 used = self._used(v)
                 parts = min(self.stills, used)
-                edges = np.arange(parts + 1) * used // parts  # whole frames, so that no frame lies in two parts
+                edges = np.arange(parts + 1) * used // parts  # rounded to whole frames, so that none lies in two parts
                 inside = draw[:parts] if self.positions == "random" else 0.5
                 frames = np.minimum(edges[:-1] + (inside * np.diff(edges)).astype(np.int64), edges[1:] - 1)
                 picked.append(self.offsets[v] + frames * self.stride)
@@ -146,9 +154,19 @@ class VideoFolder(Decoded):
 
     # Decoding
 
-    def decoder_of(self, video: int) -> tuple[str, str]:
-        """Who decodes a video, and why."""
-        facts = self.videos[video]
+    def formats(self) -> list[str]:
+        return [video.codec for video in self.videos]
+
+    def contents(self) -> dict[str, Any]:
+        frames, rates = [video.frames for video in self.videos], [video.fps for video in self.videos if video.fps]
+        return {
+            "pixels": sizes([(video.width, video.height) for video in self.videos]),
+            "frames": f"{sum(frames)}, {min(frames)} to {max(frames)} in a video",
+            "frames per second": f"{median(rates):.4g} (median), {min(rates):.4g} to {max(rates):.4g}" if rates else "unknown",
+        }
+
+    def decoder_of(self, number: int) -> tuple[str, str]:
+        facts = self.videos[number]
         if self.dali is None:
             return "PyAV", "the compiled core converts its frames faster than DALI on a CPU" if core() else "without DALI"
         on_gpu = self.dali.device_id is not None
@@ -173,7 +191,7 @@ class VideoFolder(Decoded):
         for piece, number in zip(pieces, numbers, strict=True):
             wanted.setdefault(piece, set()).add(number)
         found: dict[int, Frames] = {}
-        for wait in (False, True):  # what no other thread is decoding comes first
+        for wait in (False, True):  # first what no other thread is decoding, then what others may have finished by now
             for piece in wanted.keys() - found.keys():
                 frames = self._segment(piece, sorted(wanted[piece]), wait)
                 if frames is not None:
@@ -238,14 +256,14 @@ class VideoFolder(Decoded):
         path, video = self.index.folder / self.index.names[v], self.videos[v]
         if path.stat().st_size != self.index.facts[v][-1]:
             raise BadFile("changed since it was looked at")
-        if self.decoder_of(v)[0] == "DALI":
-            whole = len(self._segments[v]) == 1  # DALI looks through all that it is given
+        if self.dali is not None and self.decoder_of(v)[0] == "DALI":
+            whole = len(self._segments[v]) == 1  # else only a part is handed over, since DALI reads through all that it is given
             try:
                 encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))
                 return dict(zip(frames, self.fit(decoded, resized=self.dali.resize_inside), strict=True))
             except (RuntimeError, BadFile):
-                pass  # PyAV may be more lenient, and says what is wrong
+                pass  # PyAV is tried below: it may be more lenient, and else says what is wrong
         return dict(zip(frames, decode_frames(path, video, key, frames, self._small), strict=True))
 
     def _small(self, frame: DecodedFrame) -> Tensor:
@@ -256,8 +274,9 @@ class VideoFolder(Decoded):
         planes, weights, full_range = found
         channels, size, _ = self.image_shape
         step = -(-planes[0].shape[0] // planes[1].shape[0])
-        box = tuple(n // step * step for n in square(*planes[0].shape))  # on whole pixels of the chroma
-        pixels = yuv_to_rgb(*map(torch.from_numpy, planes), box, size, weights, full_range)
+        top, left, side = (n // step * step for n in square(*planes[0].shape))  # on whole pixels of the chroma
+        y, u, v = (torch.from_numpy(plane) for plane in planes)
+        pixels = yuv_to_rgb(y, u, v, (top, left, side), size, weights, full_range)
         return with_channels(pixels[None], channels)[0]
 
     # Clips

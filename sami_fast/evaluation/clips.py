@@ -19,9 +19,8 @@ Represent = Callable[[Tensor], np.ndarray]  # [n, C, H, W] on the model's device
 
 def num_clips(run: Run) -> int:
     """Clips that straightness is taken from; 0 where the data have none that are long enough."""
-    if not hasattr(run.evaluation, "clips") or run.evaluation.clip_length < 3:
-        return 0
-    return min(MAX_CLIPS, getattr(run.evaluation, "num_clips", MAX_CLIPS))
+    known = run.evaluation.num_clips
+    return 0 if run.evaluation.clip_length < 3 else MAX_CLIPS if known is None else min(MAX_CLIPS, known)
 
 
 @torch.no_grad()

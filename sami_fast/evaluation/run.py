@@ -75,7 +75,7 @@ def places(dataset: Dataset, count: int) -> Tensor:
     if dataset.size is None:
         return torch.arange(count)
     count = min(count, dataset.size)
-    if hasattr(dataset, "clips"):  # in their order, since videos are decoded from one keyframe to the next
+    if dataset.clip_length:  # in their order, since videos are decoded from one keyframe to the next
         return torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()
     return torch.randperm(dataset.size, generator=torch.Generator().manual_seed(0))[:count]
 

@@ -22,7 +22,7 @@ def known_factors(run: Run) -> tuple[np.ndarray, tuple[str, ...], dict[str, floa
     values = run.factors().double().numpy()
     halves = values[: run.count // 2], values[run.count // 2 :]  # what is fitted on one is scored on the other
     varying = [column for column in range(len(names)) if all(len(half) and np.ptp(half[:, column]) > 0 for half in halves)]
-    return values[:, varying], tuple(names[column] for column in varying), getattr(run.evaluation, "periods", {})
+    return values[:, varying], tuple(names[column] for column in varying), run.evaluation.periods
 
 
 def rate_scores(latents: Latents) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def render(run: Run, scores: Scores, names: Sequence[str], pictures: dict[str, b
         found=[name for name in names if recovered.get(name, 0) >= FOUND],
         rated=scores["kl_nats"] is not None,
         pictures={name: embedded(png) for name, png in pictures.items()},
-        held_out=getattr(run.evaluation, "held_out", True),
+        held_out=run.evaluation.held_out,
         folder=shlex.quote(str(run.folder)),
         command=command_line(run.environment),
         configuration=to_yaml(run.config),

@@ -1,0 +1,97 @@
+"""What a source of images must have and may have. To add one, derive from `Dataset`, or from `EightBit` where pixels are bytes.
+
+    class Noise(Dataset):
+        image_shape, size = (3, 32, 32), None
+
+        def images(self, index: Tensor) -> Tensor:
+            return torch.rand(len(index), *self.image_shape) * 2 - 1
+
+For a config to name it, it also needs `from_config`, a line of `SOURCES` in `data/__init__.py` and one of `KINDS` in `config.py`.
+"""
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import DataConfig
+from .pixels import to_unit
+
+
+class Dataset:
+    """Images by index. A subclass must give `image_shape`, `size` and `images`; everything else has a default, which is stated with it.
+
+    An image must depend on its index alone: a restart, another number of ranks or of threads then shows the same ones.
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    size: int | None  # number of images; None: endless
+
+    factor_names: tuple[str, ...] = ()  # what is known of each image; (): nothing
+    periods: ClassVar[dict[str, float]] = {}  # of factors that come round again, such as angles, in the unit of `factors`; {}: none do
+    held_out: bool = True  # whether split 1 shows images that split 0 does not
+    workers: int = 0  # threads in which the feed prepares batches; 0: each is made when it is asked for, on the device
+    ahead: int = 0  # images that the feed asks for before they are needed, beside what keeps its workers busy
+    clip_length: int = 0  # T, frames of a clip; 0: there are no clips
+
+    def images(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+        raise NotImplementedError
+
+    def factors(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, F] float32, columns in the order of `factor_names`; by default zeros."""
+        return torch.zeros(len(index), len(self.factor_names))
+
+    def clips(self, index: Tensor) -> Tensor:
+        """Ordered frames: [n] int64, below `num_clips` -> [n, T, C, H, W] float32 in [-1, 1]. Asked for where `clip_length` is not 0."""
+        raise NotImplementedError
+
+    @property
+    def num_clips(self) -> int | None:
+        """Number of clips; None, the default: endless."""
+        return None
+
+    @property
+    def epoch_size(self) -> int | None:
+        """Images that an epoch shows; by default all of them."""
+        return self.size
+
+    def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
+        """Indices in the order in which an epoch shows them, [epoch_size] int64; by default a new permutation each time.
+
+        Only asked for where `epoch_size` is not None: an endless source shows image n as its n-th.
+        """
+        if self.epoch_size is None:
+            raise ValueError("order: an endless dataset has no epochs")
+        return ops.random_permutation(seed, epoch, ops.Stream.SHUFFLE, self.epoch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the images, so that a run is not resumed on others; by default "", which any images have."""
+        return ""
+
+    def sources(self, index: Tensor) -> dict[str, list[Any]]:
+        """Where images come from, as lists of n entries that `sami-fast encode` writes beside the latents; by default none."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What `sami-fast data` shows beside sizes and factors, by name; by default nothing."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
+        """The dataset that a config describes; split 0 is for training, 1 for evaluation."""
+        raise NotImplementedError
+
+
+class EightBit(Dataset):
+    """A dataset whose images are bytes. It gives `pixels` in place of `images`, and the feed moves a quarter of the memory."""
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] uint8."""
+        raise NotImplementedError
+
+    def images(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+        return to_unit(self.pixels(index))
