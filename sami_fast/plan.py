@@ -166,7 +166,7 @@ def count(
     """
     parameters = list(network.parameters())
 
-    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool]) -> tuple[_Meter, _Meter, int]:
+    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool], again: bool = False) -> tuple[_Meter, _Meter, int]:
         """FLOPs of forward and of backward, bytes alive between them."""
         for parameter in parameters:
             parameter.requires_grad_(of_weights)
@@ -175,7 +175,7 @@ def count(
         ]
         forward, backward = _Meter(), _Meter()
         with forward:
-            out = network(*given)
+            out = network(*given, **({"recompute": True} if again else {}))
             kept = forward.held
             total = sum(part.sum() for part in tree_leaves(out))
             if total.requires_grad:
@@ -189,9 +189,7 @@ def count(
     with torch.no_grad():
         plain, _, _ = run(1, False, [False] * len(every))
     learning, both, to_inputs = (run(1, *asked)[1] for asked in ((True, differentiable), (True, every), (False, every)))
-    if recompute:
-        network.recompute = True
-    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable) for batch in (1, 2))
+    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable, recompute) for batch in (1, 2))
     sizes = tuple(p.numel() for p in parameters) if learns else ()
     return Network(
         parameters=sum(p.numel() for p in parameters),

@@ -1,8 +1,9 @@
 """What SAMI is compared with: a beta-VAE and a diffusion autoencoder, of the same networks, noise, data and budget.
 
-Their losses are in nats per image, as the step's (step.py), and take the same arguments.
+Their losses are in nats per image, as the step's (step.py); guidance, free bits and u have no meaning here.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from ..models import Decoder, Denoiser
-from ..step import Draw, Objective, noised, per_image
-from .latent_model import LatentModel, Prose, Term
+from ..score import Encoder
+from ..step import Draw, noised, per_image
+from .latent_model import LatentModel, Parts, Prose, Term
 
 COLLAPSED = (
     "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all), so there is nothing to "
@@ -26,6 +28,8 @@ class BetaVAE(LatentModel):
 
     With the constant d ln(s sqrt(2 pi)) added and beta = 1 this is the negative ELBO of a decoder of standard deviation s.
 
+    Args:
+        decoder_std: s, in the units of x_0.
     Source: Higgins et al., "beta-VAE", ICLR 2017; Kingma & Welling, arXiv:1312.6114.
     """
 
@@ -45,10 +49,28 @@ class BetaVAE(LatentModel):
     )
     partner: ClassVar[str] = "decoder"
     partner_type = Decoder
-    decodes = True
+    decodes: ClassVar[bool] = True
+    decoder: Callable[..., Tensor]
+
+    def __init__(self, *arguments: Any, decoder_std: float = 1.0, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.decoder_std = decoder_std
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"decoder_std": self.decoder_std}
+
+    def training_loss(
+        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The loss above; its measured term is the loss without the KL."""
+        z, kl = _latents(self, x_0, draw, parts.encoder)
+        residual = (x_0 - parts.denoiser(z).to(x_0.dtype)).flatten(1)
+        reconstruction = residual.square().sum(1) / (2 * self.decoder_std**2)
+        loss = reconstruction.mean() + kl_weight * kl.mean(0).sum()
+        return loss, (reconstruction.detach(),), kl.detach()
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean image of latents. [B, Z] -> [B, C, H, W]."""
         return self.decoder(z)
 
 
@@ -78,6 +100,7 @@ class DiffAE(LatentModel):
     )
     partner: ClassVar[str] = "denoiser"
     partner_type = Denoiser
+    denoiser: Callable[..., Tensor]
 
     def __init__(self, *arguments: Any, stochastic: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
@@ -86,6 +109,19 @@ class DiffAE(LatentModel):
     @property
     def settings(self) -> dict[str, Any]:
         return {"stochastic": not self.deterministic}
+
+    def training_loss(
+        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The loss above; its measured term is the denoising term."""
+        levels = parts.objective.noise_levels
+        z, kl = _latents(self, x_0, draw, parts.encoder)
+        x_t, eps, t, sigma_t, weight = noised(self.schedule, x_0, draw, parts.objective, parts.store_eps)
+        eps_pred = parts.denoiser(x_t, t, z.repeat_interleave(levels, 0)).to(x_t.dtype)
+        per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
+        diffusion = per_image(per_sample, levels)
+        loss = diffusion.mean() + kl_weight * kl.mean(0).sum()
+        return loss, (diffusion.detach(),), kl.detach()
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """eps_theta(x_t, t, z). There is no guidance to scale and nothing to clip; both are there for `Sami.predict_eps`.
@@ -98,54 +134,10 @@ class DiffAE(LatentModel):
         return self.denoiser(x_t, t, z)
 
 
-def _latents(model: LatentModel, x_0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+def _latents(model: LatentModel, x_0: Tensor, draw: Draw, encoder: Encoder) -> tuple[Tensor, Tensor]:
     """z and the KL of each dimension, both [B, Z]; of a deterministic encoder its mean and 0."""
-    mu, var = model.encoder(x_0)
+    mu, var = encoder(x_0)
     if model.deterministic:
         return mu, 0.0 * var  # an unused head still needs a gradient
     eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
     return ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
-
-
-def beta_vae_step(model: BetaVAE, x_0: Tensor, draw: Draw, kl_weight: float, decoder_std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one batch.
-
-    Args:
-        model: The networks.
-        x_0: Images in [-1, 1]. [B, C, H, W].
-        draw: Which random numbers to use.
-        kl_weight: beta.
-        decoder_std: s, in the units of x_0.
-    Returns:
-        loss: scalar, nats per image but for the constant of the decoder's density.
-        reconstruction: the same without the KL, without gradient. [B].
-        kl: without gradient. [B, Z].
-    """
-    z, kl = _latents(model, x_0, draw)
-    residual = (x_0 - model.decode(z).to(x_0.dtype)).flatten(1)
-    reconstruction = residual.square().sum(1) / (2 * decoder_std**2)
-    loss = reconstruction.mean() + kl_weight * kl.mean(0).sum()
-    return loss, reconstruction.detach(), kl.detach()
-
-
-def diffae_step(
-    model: DiffAE, x_0: Tensor, draw: Draw, objective: Objective, kl_weight: float, *, store_eps: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one batch.
-
-    Args:
-        model: The networks.
-        x_0: Images in [-1, 1]. [B, C, H, W].
-        draw, objective, kl_weight, store_eps: As in `step.training_step`; guidance, free bits and u have no meaning here.
-    Returns:
-        loss: scalar, nats per image.
-        diffusion: the denoising term, without gradient. [B].
-        kl: without gradient. [B, Z].
-    """
-    z, kl = _latents(model, x_0, draw)
-    x_t, eps, t, sigma_t, weight = noised(model.schedule, x_0, draw, objective, store_eps)
-    eps_pred = model.denoiser(x_t, t, z.repeat_interleave(objective.noise_levels, 0)).to(x_t.dtype)
-    diffusion, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-    diffusion = per_image(diffusion, objective.noise_levels)
-    loss = diffusion.mean() + kl_weight * kl.mean(0).sum()
-    return loss, diffusion.detach(), kl.detach()

@@ -35,11 +35,12 @@ def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser:
     del encoder["start"], partner["pretrained"]
     if config.encoder.start == "denoiser":
         encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
-    if config.method != "sami":
+    method = METHODS[config.method]
+    if not method.guides:  # then z reaches the network beside the encoder as an input
         partner["latent_size"] = config.encoder.latent_size
-    if config.method == "beta_vae":  # a decoder sees no noise level
+    if not method.noisy:
         del partner["embedding_size"]
-    return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
+    return {"encoder": encoder, method.partner: denoiser or partner}
 
 
 def schedule_of(config: Config, levels: Sequence[float] = ()) -> Schedule:
@@ -102,8 +103,8 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
     try:
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)
-            settings = asdict(config.diffae) if config.method == "diffae" else {}
-            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **settings)
+            own = getattr(config, config.method, None)  # the section with the method's name, if it has one
+            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **asdict(own) if own else {})
         denoiser, its_architecture, schedule = given_denoiser(config)
         if denoiser.image_shape != image_shape:
             raise UserError(
