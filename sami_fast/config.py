@@ -392,9 +392,9 @@ class Config(Section):
             raise UserError(
                 f"engine.zero_stage: expected at most {can.max_zero_stage} with method {self.method}, found {engine.zero_stage}"
             )
-        if engine.zero_stage == engine.encoder_zero_stage == 3:
-            if engine.score not in ("auto", "dual") or self.encoder.start == "denoiser":
-                raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
+        dual = engine.score in ("auto", "dual") and self.encoder.start != "denoiser"  # can be the way to differentiate the score
+        if engine.zero_stage == engine.encoder_zero_stage == 3 and not dual:
+            raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
         if engine.checkpoint_activations and not can.recompute:
             raise UserError(f"engine.checkpoint_activations: expected false with method {self.method}, which has no denoiser")
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[engine.offload]
@@ -406,7 +406,7 @@ class Config(Section):
             other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
             raise UserError(f"engine.compile: expected none with engine.{other}, found {engine.compile}")
         if engine.compile == "step":
-            if engine.score not in ("auto", "dual") or self.encoder.start == "denoiser" or not engine.store_eps:
+            if not (dual and engine.store_eps):
                 raise UserError("engine.compile: step needs engine.score auto or dual, store_eps and encoder.start fresh")
         elif engine.cuda_graphs and engine.compile == "none":
             raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")

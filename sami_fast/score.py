@@ -133,13 +133,13 @@ class _Sweeps(torch.autograd.Function):
             levels = ops.gaussian_levels(z, mu, var)
             ones = torch.ones_like(z[:, 0])
             _, *head = levels.gaussian_log_prob_bwd(ones, z, mu, var)
-            gradient = encoder.sweep_adjoint(tuple(head), tape)
+            gradient = encoder.sweep_adjoint(tuple(head), tape)  # pyrefly: ignore[bad-argument-type] (an encoder has two outputs)
         ctx.encoder, ctx.tape, ctx.head = encoder, tape, (levels, ones, mu, var)
         ctx.save_for_backward(x_t, z, *parameters)  # the tape holds them too, but this notices when one was changed in between
         return gradient.to(x_t.dtype)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override] (one output, one cotangent)
         if torch.is_grad_enabled():
             raise RuntimeError("score.sweeps gives one gradient, and create_graph=True asks for more: use the method reverse")
         if ctx.tape is None:

@@ -126,7 +126,8 @@ class Trainer:
             self.device,
             config.data.flip,
         )
-        self.kl_weight = KLWeight(config.kl_weight, config.train.steps - config.first_joint_step)
+        joint_steps = config.train.steps - config.first_joint_step
+        self.kl_weight = KLWeight(config.kl_weight, joint_steps)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
         self.pending: tuple[int, Measurement] | None = None
@@ -160,13 +161,14 @@ class Trainer:
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
         manifest = checkpoints.read_manifest(checkpoint)
+        assert manifest is not None  # damaged checkpoints have just been set aside
         changed = _difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
         changed = _difference(manifest["settings"], self.lasting)
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
-        state = self.engine.load(checkpoint)
+        state = self.engine.load(checkpoint, manifest)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.controlled = state["kl_weight"]
         step, measured = state["pending"]
@@ -299,6 +301,7 @@ class Trainer:
             "settings": self.lasting,
             "validation_nats": validation_nats,
         }
+        assert self.pending is not None  # the step just taken
         step, measured = self.pending
         state = {
             "seconds": self.seconds,

@@ -18,7 +18,7 @@ from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
 from ..files import PARTIAL, write_text_whole
 from . import shards
-from .checkpoints import FORMAT, MANIFEST, fingerprint, read_manifest, sync, write_failure
+from .checkpoints import FORMAT, MANIFEST, fingerprint, sync, write_failure
 from .compiled import recomputing
 from .processes import mean_over_ranks
 
@@ -329,11 +329,8 @@ class Engine:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def load(self, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Restore weights, optimiser and averaged weights; returns the `state` given to `save`, with "step"."""
-        manifest = read_manifest(checkpoint)
-        if manifest is None:
-            raise UserError(f"{checkpoint}: its manifest is missing or unreadable")
         for engine in self._learning:
             shards.start(engine)
         with safe_open(checkpoint / WEIGHTS, "pt") as stored:

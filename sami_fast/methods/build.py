@@ -75,14 +75,15 @@ def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]
         denoiser = load_diffusers(source, schedule)
         return denoiser, denoiser.architecture, schedule
     given = Sami.from_pretrained(source)
-    if isinstance(given.denoiser, DiscreteTimeDenoiser):
-        schedule = schedule_of(config, given.denoiser.levels.tolist())
-        given.denoiser.use(schedule)
-        return given.denoiser, given.architecture["denoiser"], schedule
+    denoiser, architecture = given.networks["denoiser"], (given.architecture or {})["denoiser"]
+    if isinstance(denoiser, DiscreteTimeDenoiser):
+        schedule = schedule_of(config, denoiser.levels.tolist())
+        denoiser.use(schedule)
+        return denoiser, architecture, schedule
     if given.schedule.settings != asdict(config.schedule):
         there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
         raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-    return given.denoiser, given.architecture["denoiser"], given.schedule
+    return denoiser, architecture, given.schedule
 
 
 def fingerprint_of(network: nn.Module) -> str:
@@ -106,10 +107,8 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
             own = getattr(config, config.method, None)  # the section with the method's name, if it has one
             return method.build(architecture_of(config, image_shape), asdict(config.schedule), **asdict(own) if own else {})
         denoiser, its_architecture, schedule = given_denoiser(config)
-        if denoiser.image_shape != image_shape:
-            raise UserError(
-                f"denoiser.pretrained: its images are {list(denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
-            )
+        if (shape := tuple(denoiser.image_shape)) != image_shape:  # pyrefly: ignore[bad-argument-type] (denoisers of either kind have one)
+            raise UserError(f"denoiser.pretrained: its images are {list(shape)} (C, H, W), the data's are {list(image_shape)}")
         architecture = architecture_of(config, image_shape, its_architecture)
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture["encoder"], denoiser)

@@ -6,7 +6,7 @@ Sami (sami.py) has a denoiser and no decoder; the baselines it is compared with 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -191,7 +191,7 @@ class LatentModel(nn.Module):
 
     def parts(self, **others: Any) -> Parts:
         """What a training step is made of, nothing of it compiled. `others` are fields of `Parts`."""
-        return Parts(**{"encoder": self.encoder, "denoiser": getattr(self, self.partner)} | others)
+        return replace(Parts(self.encoder, getattr(self, self.partner)), **others)
 
     def training_loss(
         self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
