@@ -76,7 +76,7 @@ HEADS = (
 
 def _table(found: "Plan") -> list[str]:
     unit, size = ("GB", 1e9) if max((row.memory.gpu for row in found.rows), default=0) >= 1e9 else ("MB", 1e6)
-    rows = [HEADS, ("", "", "a GPU", *[unit] * 10, *["ms"] * 3, "")]
+    rows: list[tuple[str, ...]] = [HEADS, ("", "", "a GPU", *[unit] * 10, *["ms"] * 3, "")]
     for row in found.rows:
         low, high = max(row.compute, row.transfer), row.compute + row.transfer
         rows.append(

@@ -10,7 +10,6 @@ from ..evaluation import Latents, Run
 from ..latents.discovery import Discovered, discover
 from ..metrics.identifiability import mcc
 
-METHODS = ("scale", "pca", "gradient", "ica")
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
 
@@ -25,7 +24,7 @@ def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
         found = discover(run.model, run.images, count, **settings)
     except ValueError:  # on so few images no latent is live, or two are the same
         return {}
-    return {axes.method: axes for axes in found if axes.method in METHODS}
+    return {axes.method: axes for axes in found if axes.method != "level"}  # level has a set of axes per noise level
 
 
 def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
