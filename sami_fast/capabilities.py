@@ -5,22 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Which settings a method can be combined with. A class of `methods` does the training; this only says what may be asked of it.
+    """Which settings a method can be combined with; its class in `methods` does the training."""
 
-    Attributes:
-        modes: Possible values of train.mode. A denoiser that is told latents cannot be trained before there is an encoder.
-        warmup: Whether the denoiser learns alone before the encoder joins in (train.denoiser_warmup).
-        max_zero_stage: The largest engine.zero_stage. Stage 3 gives each network an engine of its own, and then no gradient reaches the
-            encoder through the inputs of the other network.
-        recompute: Whether engine.checkpoint_activations has something to recompute: a denoiser.
-        compile: Whether engine.compile knows this method's step.
-    """
-
-    modes: tuple[str, ...] = ("joint",)
-    warmup: bool = False
+    modes: tuple[str, ...] = ("joint",)  # of train.mode: a denoiser that is told latents cannot be trained before there is an encoder
+    warmup: bool = False  # whether the denoiser learns alone before the encoder joins in
+    # Of engine.zero_stage. At 3 each network has its own engine, and no gradient reaches the encoder through z as an input of the other.
     max_zero_stage: int = 2
-    recompute: bool = True
-    compile: bool = False
+    recompute: bool = True  # whether there is a denoiser for engine.checkpoint_activations
+    compile: bool = False  # whether engine.compile knows the method's step
 
 
 CAPABILITIES = {

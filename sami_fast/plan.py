@@ -1,9 +1,8 @@
 """What a run will cost, before anything runs: parameters, FLOPs, memory of a GPU, bytes sent between GPUs, time.
 
-Parameters, FLOPs and the bytes that a network keeps for its backward pass are counted, by running it on tensors that have a shape and no
-data. All else is estimated from these counts and from what DeepSpeed 0.19 does at each ZeRO stage. No GPU is used, and the times have not
-been compared with a real one. Where the compiled core is missing, attention is counted as plain torch computes it, which keeps more in
-memory than the kernels of a GPU do.
+Parameters, FLOPs and the bytes kept for the backward pass are counted, by running the networks on tensors that have a shape and no data.
+All else is estimated from these counts and from what DeepSpeed 0.19 does at each ZeRO stage. No GPU is used, and the times have not been
+compared with a real one. Without the compiled core attention is counted as plain torch computes it: that keeps more than a GPU's kernels.
 """
 
 import math
@@ -266,12 +265,10 @@ PASSES = {
     "sweeps": Passes(2, 2, 2, 1, 33),
     # 6F: forward; gradient (1 inputs); the gradient's own backward (costs a forward, and weights); the forward's (inputs and weights)
     "reverse": Passes(2, 2, 2, 0, 34),
-    # 8F: forward and gradient for the score's value (1 forward, 1 inputs); then for its gradients value and tangent together, forward (2)
-    # and backward (2 inputs, 2 weights)
+    # 8F: forward and gradient (1 inputs) for the value; forward (2) and backward (2 inputs, 2 weights) of value and tangent for the rest
     "dual": Passes(3, 3, 2, 2, 42),
 }
-# How many sets of the tensors that a forward pass keeps (`Network.kept`) the score holds at its fullest: of the image, the adjoint and the
-# tangent; of the image and the tangent; of the image and the adjoint.
+# At its fullest the score holds so many times `Network.kept`: for the image, adjoint and tangent; image and tangent; image and adjoint.
 KEPT_BY_SCORE = {"sweeps": 3, "dual": 2, "reverse": 2}
 
 
@@ -303,7 +300,7 @@ class Memory:
     """Bytes of one GPU at the fullest moment of a step; `host`: bytes in the machine's memory instead."""
 
     weights: float
-    gathered: float  # ZeRO stage 3: weights of other ranks that are there while they are used
+    gathered: float  # ZeRO stage 3: weights put together from the parts of all ranks while they are used
     gradients: float
     optimizer: float
     averaged: float
@@ -332,10 +329,7 @@ def part(elements: int, ranks: int, granule: int = 2) -> int:
 def touched(sizes: Sequence[int], ranks: int) -> int:
     """Elements of all parameters that overlap with a rank's part, of the rank where that is most.
 
-    ZeRO puts the parameters one after another and cuts the row into equal parts, so that a cut may go through a parameter.
-
-    Args:
-        sizes: Elements of each parameter, in order.
+    ZeRO lays the parameters in a row and cuts it into equal parts, so that a cut may go through a parameter.
     """
     step, ends = part(sum(sizes), ranks), list(accumulate(sizes))
     held: Counter[int] = Counter()
@@ -398,15 +392,14 @@ def activations(config: Config, encoder: Network, partner: Network, method: str,
 def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> float:
     """Bytes that one rank sends in one optimiser step; it receives as many.
 
-    In a ring of ranks each sends (ranks - 1) / ranks of the data when these are gathered, or added up with each rank keeping its part, and
-    twice as much when all ranks get the whole sum.
+    In a ring each rank sends (ranks - 1) / ranks of the data to gather them, or to add them up with each rank keeping its part; twice as
+    much if all ranks get the whole sum.
     """
     around = (ranks - 1) / ranks
     weights, gradients = (FLOAT * sum(getattr(n, kind) for n in networks) for kind in ("parameters", "trained"))
     micro_batches = config.engine.gradient_accumulation
     if stage == 3:
-        # In every micro-batch the weights are gathered for the forward, and once more for the backward if they were freed in between; the
-        # gradients are added up with each rank keeping its part.
+        # In every micro-batch: weights are gathered, once more for the backward if they were freed in between, and gradients added up.
         gathers = 2 if gradients and weights > FLOAT * REUSE / 2 else 1
         return around * micro_batches * (gathers * weights + gradients)
     # DeepSpeed 0.19 sends the whole sum to all ranks even if each keeps only its part: once a step, at stage 2 in every micro-batch.

@@ -180,18 +180,13 @@ def within_covariance(drawn: np.ndarray) -> np.ndarray:
     return np.einsum("ndz,ndy->zy", centred, centred) / (drawn.shape[0] * (drawn.shape[1] - 1))
 
 
-def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a symmetric matrix: eigenvalues, increasing, and eigenvectors as columns. [Z, Z] -> [Z], [Z, Z]"""
-    return eigh(matrix)  # pyrefly: ignore[bad-return] (scipy has no types)
-
-
 def _whitening(total: np.ndarray) -> np.ndarray:
     """total^(-1/2), symmetric. [Z, Z]"""
-    values, vectors = _eigen(as_table("total", total))
+    values, vectors = eigh(as_table("total", total))
     if values[0] <= 1e-12 * values[-1]:
         rank = int((values > 1e-12 * values[-1]).sum())
         raise ValueError(f"total: expected a covariance of full rank {len(values)} (more images than dimensions), found rank {rank}")
-    return vectors / np.sqrt(values) @ vectors.T
+    return vectors / np.sqrt(values) @ vectors.T  # pyrefly: ignore[missing-attribute] (scipy has no types)
 
 
 def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,8 +202,8 @@ def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray,
         ValueError: total is not of full rank.
     """
     white = _whitening(total)
-    values, vectors = _eigen(white @ as_table("within", within) @ white)
-    return values[::-1], vectors.T[::-1] @ white
+    values, vectors = eigh(white @ as_table("within", within) @ white)
+    return values[::-1], vectors.T[::-1] @ white  # pyrefly: ignore[missing-attribute, bad-return]
 
 
 def joint_axes(
@@ -284,8 +279,8 @@ def principal_axes(mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         share: Of the variance of mu, largest first. [Z].
         readouts: Rows v with v^T total v = 1, total the covariance of mu. [Z, Z]; directions are readouts @ total.
     """
-    values, vectors = _eigen(_covariance(as_table("mu", mu)))
-    return values[::-1] / values.sum(), (vectors / np.sqrt(values)).T[::-1]
+    values, vectors = eigh(_covariance(as_table("mu", mu)))
+    return values[::-1] / values.sum(), (vectors / np.sqrt(values)).T[::-1]  # pyrefly: ignore[missing-attribute] (scipy has no types)
 
 
 def independent_axes(mu: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -340,9 +335,7 @@ def gradient_axes(
         value: Mean squared gradient of each coordinate, largest first, per unit of x squared. [D].
         readouts: As in `generalized_axes`. [D, D].
     """
-    gradients = np.zeros((len(dims), len(dims)))
-    for index in torch.arange(count).split(batch_size):
-        gradients += gradient_covariance(model, images(index), dims)
+    gradients = np.sum([gradient_covariance(model, images(index), dims) for index in torch.arange(count).split(batch_size)], axis=0)
     return generalized_axes(gradients / count, total)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..models import Decoder, Denoiser
-from ..score import Encoder
 from ..step import Draw, noised, per_image
-from .latent_model import LatentModel, Parts, Prose, Term
+from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
 
 COLLAPSED = (
     "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all), so there is nothing to "
@@ -21,7 +20,25 @@ COLLAPSED = (
 )
 
 
-class BetaVAE(LatentModel):
+class Baseline(LatentModel):
+    """An autoencoder whose other network is told z; its loss is the mean error of what that network makes of z, and the KL's price."""
+
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+        mu, var = parts.encoder(x_0)
+        if self.deterministic:
+            z, kl = mu, 0.0 * var  # an unused head still needs a gradient
+        else:
+            eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
+            z, kl = ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
+        error = self.error(x_0, z, draw, parts)
+        return error.mean() + kl_weight * kl.mean(0).sum(), (error.detach(),), kl.detach()
+
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
+        """The loss of each image without its KL, nats. [B, C, H, W], [B, Z] -> [B]."""
+        raise NotImplementedError
+
+
+class BetaVAE(Baseline):
     """A variational autoencoder whose decoder is a Gaussian around its output.
 
         loss = ||x_0 - decoder(z)||^2 / (2 s^2) + beta KL( q(z|x_0) || N(0, I) ),   z ~ q(z|x_0)
@@ -60,21 +77,15 @@ class BetaVAE(LatentModel):
     def settings(self) -> dict[str, Any]:
         return {"decoder_std": self.decoder_std}
 
-    def training_loss(
-        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """The loss above; its measured term is the loss without the KL."""
-        z, kl = _latents(self, x_0, draw, parts.encoder)
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
         residual = (x_0 - parts.denoiser(z).to(x_0.dtype)).flatten(1)
-        reconstruction = residual.square().sum(1) / (2 * self.decoder_std**2)
-        loss = reconstruction.mean() + kl_weight * kl.mean(0).sum()
-        return loss, (reconstruction.detach(),), kl.detach()
+        return residual.square().sum(1) / (2 * self.decoder_std**2)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
 
-class DiffAE(LatentModel):
+class DiffAE(Baseline):
     """A diffusion autoencoder: a denoiser that is told z, trained with the encoder by the denoising loss alone.
 
         loss = weight ||eps - eps_theta(x_t, t, z)||^2 [+ beta KL( q(z|x_0) || N(0, I) )]
@@ -110,18 +121,12 @@ class DiffAE(LatentModel):
     def settings(self) -> dict[str, Any]:
         return {"stochastic": not self.deterministic}
 
-    def training_loss(
-        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """The loss above; its measured term is the denoising term."""
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
         levels = parts.objective.noise_levels
-        z, kl = _latents(self, x_0, draw, parts.encoder)
         x_t, eps, t, sigma_t, weight = noised(self.schedule, x_0, draw, parts.objective, parts.store_eps)
         eps_pred = parts.denoiser(x_t, t, z.repeat_interleave(levels, 0)).to(x_t.dtype)
         per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-        diffusion = per_image(per_sample, levels)
-        loss = diffusion.mean() + kl_weight * kl.mean(0).sum()
-        return loss, (diffusion.detach(),), kl.detach()
+        return per_image(per_sample, levels)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """eps_theta(x_t, t, z). There is no guidance to scale and nothing to clip; both are there for `Sami.predict_eps`.
@@ -132,12 +137,3 @@ class DiffAE(LatentModel):
         if z is None or scale != 1.0:
             raise ValueError("z: expected latents and a guidance scale of 1; a diffusion autoencoder draws nothing without them")
         return self.denoiser(x_t, t, z)
-
-
-def _latents(model: LatentModel, x_0: Tensor, draw: Draw, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """z and the KL of each dimension, both [B, Z]; of a deterministic encoder its mean and 0."""
-    mu, var = encoder(x_0)
-    if model.deterministic:
-        return mu, 0.0 * var  # an unused head still needs a gradient
-    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
-    return ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)

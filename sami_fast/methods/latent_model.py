@@ -68,6 +68,11 @@ class Parts:
     global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean
 
 
+StepLoss = tuple[Tensor, tuple[Tensor, ...], Tensor]
+"""Of one batch: the loss, a mean over images in nats; without gradient, the terms that `LatentModel.terms` names, [B] each, and the KL per
+latent dimension, [B, Z], or zeros [1, Z] where nothing was encoded."""
+
+
 @dataclass(frozen=True)
 class Posterior:
     """q(z|x) of a batch: diagonal Gaussians."""
@@ -193,9 +198,7 @@ class LatentModel(nn.Module):
         """What a training step is made of, nothing of it compiled. `others` are fields of `Parts`."""
         return replace(Parts(self.encoder, getattr(self, self.partner)), **others)
 
-    def training_loss(
-        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
         """The loss of one batch, from which both networks learn.
 
         Args:
@@ -204,10 +207,6 @@ class LatentModel(nn.Module):
             kl_weight: beta at this step; 1 is the bound.
             parts: What the step is made of.
             phase: Who learns: "both", "encoder" or "denoiser". Only methods with a train.mode or a warm-up know the latter two.
-        Returns:
-            loss: Scalar, nats per image, mean over the batch.
-            terms: What `terms` names, in that order, without gradient. [B] each.
-            kl: KL per latent dimension, without gradient. [B, Z]; [1, Z] of zeros where nothing is encoded.
         """
         raise NotImplementedError
 

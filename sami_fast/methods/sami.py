@@ -10,7 +10,7 @@ from .. import score
 from ..pretrained import build_denoiser, build_encoder
 from ..schedule import Schedule, alpha_sigma
 from ..step import Draw, denoising_step, training_step
-from .latent_model import LatentModel, Parts, Posterior, Prose, Term
+from .latent_model import LatentModel, Parts, Posterior, Prose, StepLoss, Term
 
 __all__ = ["Posterior", "Sami"]
 
@@ -62,15 +62,12 @@ class Sami(LatentModel):
     def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
         return build_denoiser(arguments, schedule)
 
-    def training_loss(
-        self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both"
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
         """`step.training_step`; in phase "denoiser" `step.denoising_step`, in phase "encoder" the denoiser is a constant."""
         denoiser, objective = parts.denoiser, parts.objective
         if phase == "denoiser":
             loss, unguided = denoising_step(denoiser, self.schedule, x_0, draw, objective, store_eps=parts.store_eps)
-            waiting = self.encoder(x_0[:1])
-            return loss + _nothing(*waiting), (unguided, unguided), x_0.new_zeros(1, self.latent_size)
+            return loss + _nothing(*self.encoder(x_0[:1])), (unguided, unguided), x_0.new_zeros(1, self.latent_size)
         loss, terms = training_step(
             self.encoder,
             denoiser if phase == "both" else torch.no_grad()(denoiser),
@@ -85,8 +82,8 @@ class Sami(LatentModel):
             clean_encoder=parts.encoder,
             terms_of=parts.guided_terms,
         )
-        if phase == "encoder" and any(p.requires_grad for name, p in self.named_parameters() if name.startswith("denoiser.")):
-            # It learns later.
+        learns_later = phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser."))
+        if learns_later:
             loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
         return loss, (terms.unguided, terms.diffusion), terms.kl
 
