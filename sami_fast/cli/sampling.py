@@ -70,6 +70,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_reconstruct(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
+    from einops import rearrange
     from torch.nn.functional import pad
 
     from ..latents import sampling
@@ -83,8 +84,8 @@ def run_reconstruct(arguments: argparse.Namespace) -> None:
     # Each row of inputs stands above the row of their reconstructions; the last pair of rows is filled up with white.
     columns = min(count, ROW)
     padded = pad(torch.stack((x_0, images)), (0, 0, 0, 0, 0, 0, 0, -count % columns), value=1.0)
-    rows = padded.unflatten(1, (-1, columns)).transpose(0, 1)  # [rows, 2, columns, C, H, W]
-    write_pictures(output, rows.flatten(0, 2), columns, images=x_0, reconstructions=images)
+    grid = rearrange(padded, "pair (rows columns) c h w -> (rows pair columns) c h w", columns=columns)
+    write_pictures(output, grid, columns, images=x_0, reconstructions=images)
     print(f"{output}: {count} images and their reconstructions, mean squared error {(images - x_0).square().mean():.4f}")
 
 
