@@ -16,13 +16,12 @@ from typing import Any, ClassVar, TypeGuard, get_args
 
 import yaml
 
+from .capabilities import CAPABILITIES, Capabilities
 from .errors import UserError
 from .models.layers import STYLES
 from .schedule import KINDS as SCHEDULE_KINDS
 from .schedule import WEIGHTINGS
-from .score import METHODS as SCORE_METHODS
-
-METHODS = ("sami", "beta_vae", "diffae")
+from .score import SCORE_METHODS
 
 Check = tuple[str, Callable[[Any], bool]]
 
@@ -349,7 +348,7 @@ class Config(Section):
     )
     runs_dir: str = setting("runs", "where run folders lie")
     seed: int = setting(0, "key of every random number", number(0, 2**63 - 1))
-    method: str = setting("sami", "what is trained; beta_vae and diffae are baselines of the same networks", one_of(*METHODS))
+    method: str = setting("sami", "what is trained; beta_vae and diffae are baselines of the same networks", one_of(*CAPABILITIES))
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
@@ -382,7 +381,7 @@ class Config(Section):
 
     def _check_networks(self) -> None:
         mode, pretrained = self.train.mode, self.denoiser.pretrained
-        if self.method != "sami" and mode != "joint":
+        if mode not in self.capabilities.modes:
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
         if (mode == "joint") == bool(pretrained):
             raise UserError("denoiser.pretrained: train.mode frozen and finetune need it, and train.mode joint has no use for it")
@@ -393,27 +392,34 @@ class Config(Section):
             raise UserError(f"engine.score: expected auto or reverse with encoder.start denoiser, found {self.engine.score}")
 
     def _check_engine(self) -> None:
-        engine = self.engine
-        if engine.zero_stage == 3:
-            if self.method != "sami":
-                raise UserError(f"engine.zero_stage: expected at most 2 with method {self.method}, found 3")
-            if engine.encoder_zero_stage == 3 and (engine.score not in ("auto", "dual") or self.encoder.start == "denoiser"):
-                raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
-        if engine.checkpoint_activations and self.method == "beta_vae":
-            raise UserError("engine.checkpoint_activations: expected false with method beta_vae, which has no denoiser")
+        engine, can = self.engine, self.capabilities
+        if engine.zero_stage > can.max_zero_stage:
+            raise UserError(
+                f"engine.zero_stage: expected at most {can.max_zero_stage} with method {self.method}, found {engine.zero_stage}"
+            )
+        dual = engine.score in ("auto", "dual") and self.encoder.start != "denoiser"  # can be the way to differentiate the score
+        if engine.zero_stage == engine.encoder_zero_stage == 3 and not dual:
+            raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
+        if engine.checkpoint_activations and not can.recompute:
+            raise UserError(f"engine.checkpoint_activations: expected false with method {self.method}, which has no denoiser")
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[engine.offload]
         if engine.zero_stage < lowest:
             raise UserError(f"engine.offload: {engine.offload} needs engine.zero_stage of at least {lowest}, found {engine.zero_stage}")
-        if engine.compile != "none" and self.method != "sami":
+        if engine.compile != "none" and not can.compile:
             raise UserError(f"engine.compile: expected none with method {self.method}, found {engine.compile}")
         if engine.compile != "none" and (engine.zero_stage == 3 or engine.checkpoint_activations):
             other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
             raise UserError(f"engine.compile: expected none with engine.{other}, found {engine.compile}")
         if engine.compile == "step":
-            if engine.score not in ("auto", "dual") or self.encoder.start == "denoiser" or not engine.store_eps:
+            if not (dual and engine.store_eps):
                 raise UserError("engine.compile: step needs engine.score auto or dual, store_eps and encoder.start fresh")
         elif engine.cuda_graphs and engine.compile == "none":
             raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the config's method can be combined with."""
+        return CAPABILITIES[self.method]
 
     @property
     def run_dir(self) -> Path:
@@ -421,8 +427,8 @@ class Config(Section):
 
     @property
     def first_joint_step(self) -> int:
-        """The step from which the encoder learns: from the first, unless SAMI's denoiser has to learn to denoise before it."""
-        if self.method != "sami" or self.train.mode != "joint":
+        """The step from which the encoder learns: from the first, unless the denoiser has to learn to denoise before it."""
+        if not self.capabilities.warmup or self.train.mode != "joint":
             return 0
         return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1)
 

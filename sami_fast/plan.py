@@ -1,13 +1,14 @@
-"""What a run will cost, before anything runs: parameters, FLOPs, memory of a rank, bytes on the wire, time.
+"""What a run will cost, before anything runs: parameters, FLOPs, memory of a GPU, bytes sent between GPUs, time.
 
-Counted, on tensors that have a shape and no data: parameters, FLOPs, and the bytes a network keeps for its backward. Estimated, from
-those and from what DeepSpeed 0.19 does at each ZeRO stage: everything else. No GPU is asked, and none has confirmed the times.
-Without the compiled core attention is counted as plain torch keeps it, which is more than a GPU's kernels do.
+Parameters, FLOPs and the bytes kept for the backward pass are counted, by running the networks on tensors that have a shape and no data.
+All else is estimated from these counts and from what DeepSpeed 0.19 does at each ZeRO stage. No GPU is used, and the times have not been
+compared with a real one. Without the compiled core attention is counted as plain torch computes it: that keeps more than a GPU's kernels.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -28,21 +29,22 @@ from .data import open_dataset
 from .errors import UserError
 from .methods.build import build_model, with_images_of_denoiser
 from .methods.latent_model import LatentModel
+from .methods.registry import METHODS
 
-FLOAT = 4  # bytes of a float32: weights, gradients, moments and averages are never anything else
-STAGES = (0, 1, 2, 3)
-MFU = 0.25  # assumed share of a GPU's peak that convolutions reach, norms and waiting for memory included
+FLOAT = 4  # bytes of a float32; weights, gradients, moments and averages are kept in no other type
+STAGES = (0, 1, 2, 3)  # of ZeRO
+MFU = 0.25  # assumed: FLOPs of a step / (its seconds * the GPU's peak), so time spent in norms and on memory lowers it
 LINK_SHARE = 0.7  # assumed share of a link's bandwidth that collectives reach
-USABLE = 0.9  # share of a GPU's memory that tensors may take: the rest is the driver's, the libraries' and lost between tensors
+USABLE = 0.9  # share of a GPU's memory that tensors may take; driver, libraries and gaps between tensors take the rest
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A vendor's published figures: dense, per GPU, links in one direction (half of the advertised sum of both)."""
+    """A vendor's published figures for one GPU: dense arithmetic, and links in one direction (vendors advertise both added up)."""
 
     memory: float  # GB
     bf16: float  # TFLOP/s of the tensor cores
-    tf32: float  # TFLOP/s of the tensor cores, which the engine leaves off: float32 means float32
+    tf32: float  # TFLOP/s of the tensor cores; unused, since the engine computes float32 in full precision
     fp32: float  # TFLOP/s outside the tensor cores
     nvlink: float  # GB/s
     network: float  # GB/s of the adapter beside each GPU
@@ -53,7 +55,7 @@ class GPU:
         return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
 
     def link(self, ranks: int) -> float:
-        """Bytes per second of a ring: within a machine NVLink; between machines all their adapters together, where that is less."""
+        """Bytes per second of a ring: NVLink's or, between machines, those of all adapters of a machine together, if that is less."""
         return LINK_SHARE * 1e9 * (self.nvlink if ranks <= PER_MACHINE else min(self.nvlink, PER_MACHINE * self.network))
 
 
@@ -70,13 +72,13 @@ GPUS = {
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Inside, `torch.empty` gives tensors of the device "meta": weights of any size are made at once, and initialised to nothing."""
+    """Inside, `torch.empty` gives tensors of the device "meta", which hold no data: weights of any size take neither memory nor time."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch.empty and kwargs.get("device") is None:
+        if func is torch.empty and kwargs.get("device") is None:
             kwargs = kwargs | {"device": "meta"}
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 class _Meter(TorchDispatchMode):
@@ -124,18 +126,19 @@ class _Meter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Network:
-    """What one image costs in one network: FLOPs of each pass over its layers (about 1F each), and bytes.
+    """What one image costs in one network: FLOPs of each pass over its layers, and bytes.
 
     Attributes:
-        parameters, trained: How many numbers.
+        parameters, trained: How many numbers the parameters hold, and how many of these are trained.
         sizes: Of each trained parameter.
-        forward, inputs, weights: FLOPs of the forward pass, of the gradients of all layers' inputs, and of their weights.
-        spared: The part of `inputs` that a training step leaves out: nobody asks for the gradient of an image.
-        attention: FLOPs of the two products of attention's forward.
-        again: FLOPs of what the backward computes again.
+        forward: FLOPs of the forward pass; F in what follows.
+        inputs, weights: FLOPs of the gradients of all layers' inputs and of all weights in a backward pass, about 1F each.
+        spared: The part of `inputs` that goes into the gradient of the image itself, which a training step has no use for.
+        attention: FLOPs of the two matrix products in attention's forward; all others are without attention.
+        again: FLOPs that the backward pass spends on recomputing activations.
         kept: Bytes alive between forward and backward.
-        peak: The most bytes alive in forward and backward.
-        passing: The most bytes alive in a forward without gradients.
+        peak: The most bytes alive at any moment of forward and backward.
+        passing: The most bytes alive in a forward pass without gradients.
     """
 
     parameters: int
@@ -166,8 +169,8 @@ def count(
     """
     parameters = list(network.parameters())
 
-    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool]) -> tuple[_Meter, _Meter, int]:
-        """FLOPs of forward and of backward, bytes alive between them."""
+    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool], again: bool = False) -> tuple[_Meter, _Meter, int]:
+        """The meters of forward (which runs on through the backward) and of backward alone; the bytes alive between the two."""
         for parameter in parameters:
             parameter.requires_grad_(of_weights)
         given = [
@@ -175,9 +178,9 @@ def count(
         ]
         forward, backward = _Meter(), _Meter()
         with forward:
-            out = network(*given)
+            out = network(*given, **({"recompute": True} if again else {}))
             kept = forward.held
-            total = sum(part.sum() for part in tree_leaves(out))
+            total = torch.stack([part.sum() for part in tree_leaves(out)]).sum()
             if total.requires_grad:
                 with backward:
                     total.backward()
@@ -189,9 +192,7 @@ def count(
     with torch.no_grad():
         plain, _, _ = run(1, False, [False] * len(every))
     learning, both, to_inputs = (run(1, *asked)[1] for asked in ((True, differentiable), (True, every), (False, every)))
-    if recompute:
-        network.recompute = True
-    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable) for batch in (1, 2))
+    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable, recompute) for batch in (1, 2))
     sizes = tuple(p.numel() for p in parameters) if learns else ()
     return Network(
         parameters=sum(p.numel() for p in parameters),
@@ -203,24 +204,20 @@ def count(
         spared=both.flops - learning.flops,
         attention=plain.attention,
         again=once_more.flops + once_more.attention - learning.flops - learning.attention,
-        kept=kept_of_two - kept,  # of one more image: what is there whatever the batch does not count
+        kept=kept_of_two - kept,  # of one more image, since what does not grow with the batch is counted elsewhere
         peak=two.peak - one.peak,
         passing=plain.peak,
     )
 
 
 def networks_of(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
-    """The networks that training would build, without memory for their weights (a pretrained one is loaded first).
+    """The networks that training would build. Fresh ones take no memory for their weights; a pretrained one has to be loaded.
 
     Raises:
-        UserError: as `networks.build_model`.
+        UserError: as `build_model`.
     """
-    if config.denoiser.pretrained:
-        model = build_model(config, image_shape)
-    else:
-        with _WithoutMemory():
-            model = build_model(config, image_shape)
-    return model
+    with nullcontext() if config.denoiser.pretrained else _WithoutMemory():
+        return build_model(config, image_shape)
 
 
 def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, int, int]) -> tuple[Network, Network]:
@@ -231,15 +228,13 @@ def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, i
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
         image, t, z = torch.empty(1, *image_shape), torch.empty(1), torch.empty(1, model.latent_size)
-        arguments, differentiable = {
-            "sami": ((image, t), (False, False)),
-            "diffae": ((image, t, z), (False, False, True)),
-            "beta_vae": ((z,), (True,)),
-        }[model.method]
-        partner = model.networks[model.partner]
+        # z reaches the other network as an input, with a gradient for the encoder, unless the encoder guides it from outside.
+        arguments = (*((image, t) if model.noisy else ()), *(() if model.guides else (z,)))
+        differentiable = [argument is z for argument in arguments]
+        learns, recompute = config.train.mode != "frozen", config.engine.checkpoint_activations
         return (
-            count(model.encoder, (image,), (False,), True),
-            count(partner, arguments, differentiable, config.train.mode != "frozen", config.engine.checkpoint_activations),
+            count(model.networks["encoder"], (image,), (False,), True),
+            count(model.networks[model.partner], arguments, differentiable, learns, recompute),
         )
 
 
@@ -248,13 +243,13 @@ def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, i
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a way of using a network makes each pass over it."""
+    """How often a way of using a network makes each of the passes that `Network` counts."""
 
     forward: int
     inputs: int
     weights: int
-    spared: int  # how many of the `inputs` passes stop short of the image
-    attention: int  # products of attention, two of them in a forward: docs/kernels.md
+    spared: int  # how many of the `inputs` passes leave out the gradient of the image
+    attention: int  # matrix products of attention: a forward pass has two, docs/kernels.md counts the others
 
     def flops(self, network: Network) -> float:
         """Of one image."""
@@ -263,18 +258,17 @@ class Passes:
 
 
 PASSES = {
-    # 1F: a forward whose result is a constant
-    "forward": Passes(1, 0, 0, 0, 2),
-    # 3F: forward, gradients of the inputs, gradients of the weights
-    "trained": Passes(1, 1, 1, 1, 9),
-    # The score and its gradients. 6F: forward, adjoint (inputs), tangent (as a forward), joint (inputs; weights of x and of the tangent)
+    "forward": Passes(1, 0, 0, 0, 2),  # 1F: no gradients
+    "trained": Passes(1, 1, 1, 1, 9),  # 3F: forward, then the gradients of inputs and of weights
+    # The other three are ways to take the score and its gradients (score.py).
+    # 6F: forward (1 forward); adjoint (1 inputs); tangent (costs a forward); joint (1 inputs, and the weights twice)
     "sweeps": Passes(2, 2, 2, 1, 33),
-    # 6F: forward, gradient (inputs), that gradient's own backward (as a forward, and weights), the forward's (inputs, weights)
+    # 6F: forward; gradient (1 inputs); the gradient's own backward (costs a forward, and weights); the forward's (inputs and weights)
     "reverse": Passes(2, 2, 2, 0, 34),
-    # 8F: forward and gradient for the value; forward of value and tangent, and the backward of both for the gradients
+    # 8F: forward and gradient (1 inputs) for the value; forward (2) and backward (2 inputs, 2 weights) of value and tangent for the rest
     "dual": Passes(3, 3, 2, 2, 42),
 }
-# Bytes of the encoder's kept tensors that its score holds when the most is alive: x, adjoint and tangent; x and tangent; x and adjoint.
+# At its fullest the score holds so many times `Network.kept`: for the image, adjoint and tangent; image and tangent; image and adjoint.
 KEPT_BY_SCORE = {"sweeps": 3, "dual": 2, "reverse": 2}
 
 
@@ -284,29 +278,29 @@ def step_flops(config: Config, encoder: Network, partner: Network, method: str) 
     Args:
         method: How the score is differentiated, one of `KEPT_BY_SCORE`.
     """
-    images = config.train.batch_size
-    noisy = images * (1 if config.method == "beta_vae" else config.objective.noise_levels)
-    flops = {"encoder": images * PASSES["trained"].flops(encoder)}  # enc(x_0), for z and its KL
-    if config.method == "sami":
-        flops["score"] = noisy * PASSES[method].flops(encoder)
-    # At most 1F more where the backward computes the denoiser's blocks again.
+    trained, images = METHODS[config.method], config.train.batch_size
+    copies = images * noisy_copies(config)
+    flops = {"encoder": images * PASSES["trained"].flops(encoder)}  # of the clean images, for z and its KL
+    if trained.guides:
+        flops["score"] = copies * PASSES[method].flops(encoder)
     of_one = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
-    return flops | {partner_name(config): noisy * of_one}
+    return flops | {trained.partner: copies * of_one}
 
 
-def partner_name(config: Config) -> str:
-    return "decoder" if config.method == "beta_vae" else "denoiser"
+def noisy_copies(config: Config) -> int:
+    """How often the network beside the encoder runs for each image: once per noise level, or once where there are none."""
+    return config.objective.noise_levels if METHODS[config.method].noisy else 1
 
 
-# ---- memory and wire of one rank
+# ---- memory of one GPU, and what it sends
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU when the most is alive. `host` are bytes in the machine's memory instead."""
+    """Bytes of one GPU at the fullest moment of a step; `host`: bytes in the machine's memory instead."""
 
     weights: float
-    gathered: float  # whole weights during a step, where `weights` are parts
+    gathered: float  # ZeRO stage 3: weights put together from the parts of all ranks while they are used
     gradients: float
     optimizer: float
     averaged: float
@@ -328,12 +322,15 @@ class Memory:
 
 
 def part(elements: int, ranks: int, granule: int = 2) -> int:
-    """The elements of one rank, where all together are rounded up to a whole number of granules for each."""
+    """The elements of one rank, all ranks having equally many and each a multiple of `granule`."""
     return granule * math.ceil(elements / (granule * ranks))
 
 
 def touched(sizes: Sequence[int], ranks: int) -> int:
-    """Elements of the parameters that lie at least partly in a rank's part, for the rank that has most of them."""
+    """Elements of all parameters that overlap with a rank's part, of the rank where that is most.
+
+    ZeRO lays the parameters in a row and cuts it into equal parts, so that a cut may go through a parameter.
+    """
     step, ends = part(sum(sizes), ranks), list(accumulate(sizes))
     held: Counter[int] = Counter()
     for size, end in zip(sizes, ends, strict=True):
@@ -343,28 +340,28 @@ def touched(sizes: Sequence[int], ranks: int) -> int:
 
 
 def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> Memory:
-    """Bytes of one engine that do not grow with the batch.
+    """Bytes of one DeepSpeed engine that do not grow with the batch.
 
     Args:
-        networks: All that the engine holds; each trained one is a parameter group, partitioned by itself.
+        networks: All that the engine holds. Each one that is trained is a parameter group, which ZeRO splits by itself.
         stage: Its ZeRO stage.
     """
     trained = [network for network in networks if network.trained]
     everything, learning = sum(n.parameters for n in networks), sum(n.trained for n in trained)
     mine = sum(part(n.trained, ranks) for n in trained)
     weights = everything if stage < 3 else math.ceil(everything / ranks)
-    # Stage 3: DeepSpeed lets whole weights go only where they are not needed again within `REUSE`.
+    # Stage 3: DeepSpeed frees gathered weights after use, unless they are needed again within the next `REUSE` elements.
     gathered = 0 if stage < 3 else min(everything, REUSE)
-    # Stage 1 keeps whole gradients until the last micro-batch; stage 2 those of whole parameters of which a part is its own.
+    # Stage 1 keeps whole gradients until the last micro-batch. Stage 2 keeps those of each parameter that overlaps with the rank's part.
     gradients = {0: learning, 1: learning, 2: sum(touched(n.sizes, ranks) for n in trained), 3: mine}[stage]
-    # Adam's two moments; stages 1 and 2 update a copy of their part of the weights, float32 as these are.
+    # Adam's two moments; at stages 1 and 2 also a copy of the rank's part of the weights, which is what they update.
     moments = {0: 2 * learning, 1: 3 * mine, 2: 3 * mine, 3: 2 * mine}[stage]
-    # The average is a copy on every rank, at stage 3 of its own part.
+    # Averaged weights: a copy of all on every rank, at stage 3 of the rank's part.
     averaged = 0 if not config.optimizer.ema_decay else mine if stage == 3 else learning
-    # Stage 0 copies the gradients side by side to reduce them; the others allocate a bucket, however small the networks.
+    # Where gradients are gathered to be added up over the ranks: at stage 0 a temporary copy, otherwise a bucket that is always there.
     buckets = min(learning, 500_000_000) if stage == 0 else bucket_elements(learning)
     host = 0
-    if config.engine.offload != "none" and stage:  # DeepSpeed moves a part's gradients along with its moments
+    if config.engine.offload != "none" and stage:  # from stage 2 on DeepSpeed moves gradients along with the moments
         host, moments = moments, 0
         if stage >= 2:
             host, gradients = host + gradients, 0
@@ -382,32 +379,32 @@ def activations(config: Config, encoder: Network, partner: Network, method: str,
     Args:
         images: Of the micro-batch on this rank.
     """
-    levels = 1 if config.method == "beta_vae" else config.objective.noise_levels
-    # The score's sweeps end before the denoiser's backward begins, and begin when all of it is kept.
-    guided = KEPT_BY_SCORE[method] * encoder.kept if config.method == "sami" else 0
+    # The score is taken after the denoiser's forward, when all that its backward needs is kept, and is done with before that backward.
+    guided = KEPT_BY_SCORE[method] * encoder.kept if METHODS[config.method].guides else 0
     noisy = max(partner.kept + guided, partner.peak) if partner.trained else max(partner.passing, guided)
-    per_image = encoder.kept + levels * noisy
+    per_image = encoder.kept + noisy_copies(config) * noisy
     if config.engine.precision == "fp32":
         return images * per_image
-    # Under autocast convolutions and norms keep bfloat16, half as much, and copies of the weights beside it.
+    # Under autocast activations are bfloat16, half as large, and there are bfloat16 copies of the weights.
     return images * per_image / 2 + 2 * (encoder.parameters + partner.parameters)
 
 
 def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> float:
-    """Bytes that one rank sends in one optimiser step, by ring algorithms; it receives as many.
+    """Bytes that one rank sends in one optimiser step; it receives as many.
 
-    A ring sends (ranks - 1) / ranks of the data to gather or to scatter it, and twice that to add it up everywhere.
+    In a ring each rank sends (ranks - 1) / ranks of the data to gather them, or to add them up with each rank keeping its part; twice as
+    much if all ranks get the whole sum.
     """
     around = (ranks - 1) / ranks
     weights, gradients = (FLOAT * sum(getattr(n, kind) for n in networks) for kind in ("parameters", "trained"))
     micro_batches = config.engine.gradient_accumulation
     if stage == 3:
-        # In every micro-batch: the weights for the forward, again for the backward if they had to be let go, and the gradients' scatter.
+        # In every micro-batch: weights are gathered, once more for the backward if they were freed in between, and gradients added up.
         gathers = 2 if gradients and weights > FLOAT * REUSE / 2 else 1
         return around * micro_batches * (gathers * weights + gradients)
-    # DeepSpeed 0.19 adds gradients up everywhere even where a rank keeps its part alone: once a step, at stage 2 in every micro-batch.
+    # DeepSpeed 0.19 sends the whole sum to all ranks even if each keeps only its part: once a step, at stage 2 in every micro-batch.
     reduced = 2 * around * gradients * (micro_batches if stage == 2 else 1)
-    # Stages 1 and 2: every rank has updated its part of the weights and sends it round.
+    # At stages 1 and 2 each rank updates its part of the weights and sends that to the others.
     return reduced + (around * gradients if stage else 0)
 
 
@@ -416,12 +413,13 @@ def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) ->
 
 @dataclass(frozen=True)
 class Row:
-    """One number of GPUs at one ZeRO stage; everything but `images` estimated.
+    """One number of GPUs at one ZeRO stage.
 
     Attributes:
         images: Of one micro-batch on one GPU.
+        memory, fits: Of one GPU, and whether it has that much; an estimate, as all that follows.
         sent: Bytes that a GPU sends in a step.
-        compute, transfer: Seconds of a step, each by itself; a step takes between the larger of them and their sum.
+        compute, transfer: Seconds of a step for either. They may overlap, so that a step takes from the larger of them to their sum.
     """
 
     gpus: int
@@ -439,6 +437,8 @@ class Plan:
     """What `plan` finds out.
 
     Attributes:
+        networks: Encoder and partner by name.
+        method: How the score is differentiated.
         flops: Of one step over all GPUs, by part of the step.
         unsplit: Numbers of GPUs that the batch cannot be split over.
     """
@@ -455,13 +455,13 @@ class Plan:
 
 
 def image_shape_of(config: Config) -> tuple[int, int, int]:
-    """(C, H, W) of the images of a config, from its settings where they decide, else from the data.
+    """(C, H, W) of the images of a config, from its settings if these decide, else from the data.
 
     Raises:
         UserError: neither says it.
     """
     data = config.data
-    if data.kind in ("image_folder", "video_folder", "celeba"):  # an index of a large folder takes its time, and may not be there
+    if data.kind in ("image_folder", "video_folder", "celeba"):  # the settings decide, so that the folder need not be there
         return (data.channels or 3, data.image_size or 64, data.image_size or 64)
     if data.kind in ("disks", "sprites") or Path(data.path).exists():
         return open_dataset(data, config.seed).image_shape
@@ -478,7 +478,7 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
         gpu: A name in `GPUS`.
         mfu: Assumed share of the GPU's peak.
     Raises:
-        UserError: unknown GPU; as `image_shape_of` and `networks.build_model`.
+        UserError: unknown GPU; as `image_shape_of` and `build_model`.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, found {gpu!r}")
@@ -497,15 +497,15 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
             unsplit.append(ranks)
             continue
         images = config.train.batch_size // pieces
-        for stage in STAGES if config.method == "sami" else STAGES[:3]:
+        for stage in STAGES[: config.capabilities.max_zero_stage + 1]:
             rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, ranks, stage, images))
     flops = step_flops(config, encoder, partner, method)
-    networks = {"encoder": encoder, partner_name(config): partner}
+    networks = {"encoder": encoder, model.partner: partner}
     return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit))
 
 
 def _row(config: Config, encoder: Network, partner: Network, method: str, gpu: GPU, mfu: float, ranks: int, stage: int, images: int) -> Row:
-    # Stage 3: an engine for each network, the encoder's at its own stage; there a partitioned encoder takes dual numbers.
+    # At stage 3 each network has an engine of its own, the encoder's at its own stage; if that is 3 too, its score has to be taken by dual.
     engines = [([encoder, partner], stage)] if stage < 3 else [([encoder], config.engine.encoder_zero_stage), ([partner], 3)]
     if stage == 3 and config.engine.encoder_zero_stage == 3:
         method = "dual"

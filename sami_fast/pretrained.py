@@ -159,17 +159,13 @@ class DiffusersDenoiser(DiscreteTimeDenoiser):
         self.image_shape = shape
         self.architecture = {"unet": _plain(unet.config), "scheduler": _plain(scheduler)}
 
-    @property
-    def recompute(self) -> bool:
-        """Whether backward computes the blocks again instead of keeping what is inside them; then it is `backward()` alone, and once."""
-        return self.network.is_gradient_checkpointing
-
-    @recompute.setter
-    def recompute(self, on: bool) -> None:
-        if on:
+    def forward(self, x_t: Tensor, t: Tensor, *, recompute: bool = False) -> Tensor:
+        """With `recompute`, backward computes the blocks again instead of keeping what is inside them: by `backward()` alone, and once."""
+        if recompute and not self.network.is_gradient_checkpointing:
             self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
-        else:
+        elif self.network.is_gradient_checkpointing and not recompute:
             self.network.disable_gradient_checkpointing()
+        return super().forward(x_t, t)
 
 
 def scheduler_settings(scheduler: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from . import ops
 from .sweeps import Layer, Tape, sweepable
 
 Encoder = Callable[..., Any]
-METHODS = ("auto", "reverse", "sweeps", "dual")
+SCORE_METHODS = ("auto", "reverse", "sweeps", "dual")
 
 
 def pick(encoder: Encoder, method: str = "auto") -> str:
@@ -32,8 +32,8 @@ def pick(encoder: Encoder, method: str = "auto") -> str:
         ValueError: unknown method.
         TypeError: this encoder cannot be swept, or takes no tangent.
     """
-    if method not in METHODS:
-        raise ValueError(f"score: expected one of {', '.join(METHODS)}, found {method!r}")
+    if method not in SCORE_METHODS:
+        raise ValueError(f"score: expected one of {', '.join(SCORE_METHODS)}, found {method!r}")
     if method == "auto":
         if isinstance(encoder, Layer) and torch.compiler.is_compiling():
             return "dual"
@@ -139,7 +139,7 @@ class _Sweeps(torch.autograd.Function):
         return gradient.to(x_t.dtype)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override] (one output, one cotangent)
         if torch.is_grad_enabled():
             raise RuntimeError("score.sweeps gives one gradient, and create_graph=True asks for more: use the method reverse")
         if ctx.tape is None:

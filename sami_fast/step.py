@@ -131,7 +131,7 @@ def training_step(
         draw: Which random numbers to use.
         objective: Constants of the loss.
         kl_weight: beta at this step; 1 is the bound.
-        score_method: How the encoder's score is differentiated (`score.METHODS`); all give the same gradients.
+        score_method: How the encoder's score is differentiated (`score.SCORE_METHODS`); all give the same gradients.
         store_eps: Keep the noise from noising to loss; otherwise it is drawn twice, for 4 bytes per noisy pixel less memory.
         global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of one micro-batch of all ranks.
         clean_encoder, terms_of: `encoder` for the clean images and `guided_terms`, either of them compiled.

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,20 @@ from sami_fast import ops
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.engine import checkpoints
-from sami_fast.engine import deepspeed as engines
 from sami_fast.engine.compiled import compiled_parts, eager_parts
+from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
+from sami_fast.engine.processes import from_environment, init_distributed, leave_distributed, on_chief, set_threads
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
-from sami_fast.methods.baselines import beta_vae_step, diffae_step
 from sami_fast.methods.build import build_model, fingerprint_of, with_images_of_denoiser
 from sami_fast.methods.latent_model import LatentModel
-from sami_fast.metrics.latents import LIVE_NATS
+from sami_fast.metrics.latents import live_dims
 from sami_fast.schedule import Discrete
-from sami_fast.step import Draw, Objective, denoising_step, training_step
+from sami_fast.step import Draw
 
 COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
-# Of each method: the measured terms under their names in the log, and what each is called when it is not finite.
-TERMS = {
-    "sami": {"unguided_nats": "the denoiser's error", "diffusion_nats": "the guided error (the encoder's score)"},
-    "beta_vae": {"reconstruction_nats": "the reconstruction error"},
-    "diffae": {"diffusion_nats": "the denoiser's error"},
-}
 VALIDATION_BATCH = 64  # images at a time
 
 
@@ -59,62 +53,20 @@ class TrainingModule(nn.Module):
 
     def __init__(self, model: LatentModel, config: Config) -> None:
         super().__init__()
-        self.model, self.config = model, config
-        self.terms = TERMS[model.method]
-        self.objective = Objective(**asdict(config.objective))
+        self.model = model
         self.bf16 = config.engine.precision == "bf16"
-        self.mean_over_ranks = lambda local_mean: local_mean
-        self.remote_denoiser: Callable[..., Tensor] | None = None
-        if config.engine.checkpoint_activations:
-            model.denoiser.recompute = True
         self.parts = {True: compiled_parts(model, config), False: eager_parts(model, config)}  # with gradients, and for validation
 
-    def forward(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
-        model = self.model
+    def forward(
+        self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        parts = self.parts[torch.is_grad_enabled()]
+        if denoiser is not None:  # in an engine of its own
+            parts = replace(parts, denoiser=denoiser)
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
-            if model.method == "sami":
-                loss, terms, kl = self._sami_step(x_0, draw, kl_weight, phase)
-            elif model.method == "beta_vae":
-                loss, *terms, kl = beta_vae_step(model, x_0, draw, kl_weight, self.config.beta_vae.decoder_std)
-            else:
-                store_eps = self.config.engine.store_eps
-                loss, *terms, kl = diffae_step(model, x_0, draw, self.objective, kl_weight, store_eps=store_eps)
+            loss, terms, kl = self.model.training_loss(x_0, draw, kl_weight, parts, phase)
         measured = torch.stack((loss.detach(), *(term.mean() for term in terms)))
         return loss / x_0[0].numel(), torch.cat((measured, kl.mean(0))).float()
-
-    def _sami_step(self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        sami, engine, parts = self.model, self.config.engine, self.parts[torch.is_grad_enabled()]
-        denoiser = parts.denoiser if self.remote_denoiser is None else self.remote_denoiser
-        if phase == "denoiser":
-            loss, unguided = denoising_step(denoiser, sami.schedule, x_0, draw, self.objective, store_eps=engine.store_eps)
-            waiting = sami.encoder(x_0[:1])
-            return loss + _nothing(waiting), [unguided, unguided], x_0.new_zeros(1, sami.latent_size)
-        loss, terms = training_step(
-            sami.encoder,
-            denoiser if phase == "both" else torch.no_grad()(denoiser),
-            sami.schedule,
-            x_0,
-            draw,
-            self.objective,
-            kl_weight,
-            score_method=parts.score_method,
-            store_eps=engine.store_eps,
-            global_mean=self.mean_over_ranks,
-            clean_encoder=parts.encoder,
-            terms_of=parts.guided_terms,
-        )
-        if phase == "encoder" and self.config.train.mode == "finetune":
-            loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
-        return loss, [terms.unguided, terms.diffusion], terms.kl
-
-
-def _nothing(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Zero, with gradients of zero for the parameters behind these outputs.
-
-    Every rank reduces every gradient, so a network that waits for its turn needs some. Adam counts these steps, which makes the network's
-    first updates up to twice as large; its own learning-rate warm-up covers them.
-    """
-    return 0.0 * sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -146,25 +98,24 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         self.config = config = with_images_of_denoiser(config)
-        self.rank, self.world_size, self.device = engines.init_distributed()
-        engines.set_threads(config.engine.threads)
+        self.rank, self.world_size, self.device = init_distributed()
+        set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
         if self.world_size > 1:  # one rank looks into new files, the others read what it found
-            engines.on_chief(lambda: open_dataset(config.data, config.seed))
+            on_chief(lambda: open_dataset(config.data, config.seed))
         self.dataset = open_dataset(config.data, config.seed)
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.run_folder = RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
-        pretrained = fingerprint_of(self.model.denoiser) if config.denoiser.pretrained else ""
+        pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         self.lasting = _lasting_settings(config, self.dataset, pretrained)
-        optimizers = engines.build_optimizers(self.model.networks, config, self.device)
-        engines.on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
+        optimizers = build_optimizers(self.model.networks, config, self.device)
+        on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
-        self.engine = engines.Engine(self.module, optimizers, config)
-        self.module.mean_over_ranks = self.engine.mean_over_ranks
+        self.engine = Engine(self.module, self.model.networks, optimizers, config)
         self.feed = Feed(
             self.dataset,
             config.train.batch_size,
@@ -175,17 +126,18 @@ class Trainer:
             self.device,
             config.data.flip,
         )
-        self.kl_weight = KLWeight(config.kl_weight, config.train.steps - config.first_joint_step)
+        joint_steps = config.train.steps - config.first_joint_step
+        self.kl_weight = KLWeight(config.kl_weight, joint_steps)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
-        self.pending: tuple[int, engines.Measurement] | None = None
+        self.pending: tuple[int, Measurement] | None = None
         if resume:
             try:
                 self._restore()
             except UserError:
                 self.run_folder.release()
                 raise
-        engines.on_chief(self._describe)
+        on_chief(self._describe)
 
     def _describe(self) -> None:
         self.run_folder.write("config.yaml", to_yaml(self.config))
@@ -201,26 +153,27 @@ class Trainer:
             print(message, flush=True)
 
     def _restore(self) -> None:
-        engines.on_chief(lambda: checkpoints.refuse_other_formats(self.checkpoints))
-        engines.on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say))
+        on_chief(lambda: checkpoints.refuse_other_formats(self.checkpoints))
+        on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say))
         checkpoint = next(iter(checkpoints.list_checkpoints(self.checkpoints)), None)
         if checkpoint is None:
-            engines.on_chief(lambda: self.run_folder.cut_log(0))
+            on_chief(lambda: self.run_folder.cut_log(0))
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
         manifest = checkpoints.read_manifest(checkpoint)
+        assert manifest is not None  # damaged checkpoints have just been set aside
         changed = _difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
         changed = _difference(manifest["settings"], self.lasting)
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
-        state = self.engine.load(checkpoint)
+        state = self.engine.load(checkpoint, manifest)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.controlled = state["kl_weight"]
         step, measured = state["pending"]
-        self.pending = (step, engines.Measurement(torch.tensor(measured)))
-        engines.on_chief(lambda: self.run_folder.cut_log(self.step))
+        self.pending = (step, Measurement(torch.tensor(measured)))
+        on_chief(lambda: self.run_folder.cut_log(self.step))
         self.say(f"resumed from {checkpoint}")
 
     def run(self) -> Path:
@@ -229,7 +182,7 @@ class Trainer:
             self._steps()
             with self.engine.averaged_weights():
                 weights = self.engine.weights()
-            engines.on_chief(lambda: self.model.save_pretrained(self.folder / "model", weights))
+            on_chief(lambda: self.model.save_pretrained(self.folder / "model", weights))
         finally:
             self.feed.close()
             self.run_folder.release()
@@ -263,7 +216,7 @@ class Trainer:
                 self._checkpoint()
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
 
-    def update(self) -> tuple[float, engines.Measurement]:
+    def update(self) -> tuple[float, Measurement]:
         """One optimiser step, the one that `step` counts as next: its beta and what it measured."""
         phase = self.config.phase(self.step)
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
@@ -287,21 +240,22 @@ class Trainer:
 
     def _require_finite(self, step: int, values: list[float]) -> None:
         loss, terms, kl = self._parts(values)
-        named = [(self.module.terms[name], value) for name, value in terms.items()]
+        named = [(term.fault, terms[term.name]) for term in self.model.terms]
         for what, value in (named[0], ("the encoder's KL", sum(kl)), *named[1:], ("the loss", loss)):
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"step {step}: {what} is {value}; {self._stopped}")
 
     def _parts(self, values: list[float]) -> tuple[float, dict[str, float], list[float]]:
         """Measured numbers as the loss, the terms by name, and the KL per latent dimension."""
-        count = len(self.module.terms)
-        return values[0], dict(zip(self.module.terms, values[1 : 1 + count], strict=True)), values[1 + count :]
+        names = [term.name for term in self.model.terms]
+        count = len(names)
+        return values[0], dict(zip(names, values[1 : 1 + count], strict=True)), values[1 + count :]
 
-    def _log(self, kl_weight: float, measured: engines.Measurement, rate: float, data_wait: float) -> None:
+    def _log(self, kl_weight: float, measured: Measurement, rate: float, data_wait: float) -> None:
         values = measured.read()
         self._require_finite(self.step - 1, values)
         loss, terms, kl_per_dim = self._parts(values)
-        kl, live = sum(kl_per_dim), sum(v > LIVE_NATS for v in kl_per_dim)
+        kl, live = sum(kl_per_dim), len(live_dims(kl_per_dim))
         config, joint_done = self.config, self.step - self.config.first_joint_step
         row = {
             "step": self.step,
@@ -347,6 +301,7 @@ class Trainer:
             "settings": self.lasting,
             "validation_nats": validation_nats,
         }
+        assert self.pending is not None  # the step just taken
         step, measured = self.pending
         state = {
             "seconds": self.seconds,
@@ -371,7 +326,8 @@ class Trainer:
         total = 0.0
         for place in torch.arange(count).split(VALIDATION_BATCH):
             draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
-            loss, _ = self.module(self.validation.images(place).to(self.device), draw, self.kl_weight.reference, "both")
+            x_0 = self.validation.images(place).to(self.device)
+            loss, _ = self.module(x_0, draw, self.kl_weight.reference, "both", self.engine.denoiser)
             total += loss.item() * len(place)
         return total / count * math.prod(self.model.image_shape)
 
@@ -419,13 +375,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--resume and --overwrite: choose one")
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            world_size = max(1, engines.from_environment("WORLD_SIZE", 1))
-            if engines.from_environment("RANK", 0) == 0:
+            world_size = max(1, from_environment("WORLD_SIZE", 1))
+            if from_environment("RANK", 0) == 0:
                 print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dicts(config, world_size), indent=2))
             return 0
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0
-        engines.leave_distributed()
+        leave_distributed()
         if chief and arguments.no_report:
             print(folder, flush=True)
         elif chief:

@@ -7,9 +7,10 @@ import torch
 from helpers import gradients, normal
 
 from sami_fast import ops
+from sami_fast.capabilities import CAPABILITIES
 from sami_fast.config import load_config
 from sami_fast.errors import UserError
-from sami_fast.methods.baselines import BetaVAE, DiffAE, beta_vae_step, diffae_step
+from sami_fast.methods.baselines import BetaVAE, DiffAE
 from sami_fast.methods.build import build_model
 from sami_fast.methods.registry import METHODS, load_model
 from sami_fast.methods.sami import Sami
@@ -27,9 +28,9 @@ def draw(count: int, step: int = 5) -> Draw:
     return Draw(seed=1, step=step, index=torch.arange(count), global_batch=count)
 
 
-def beta_vae() -> BetaVAE:
+def beta_vae(decoder_std: float) -> BetaVAE:
     torch.manual_seed(0)
-    return BetaVAE.build({"encoder": ENCODER, "decoder": PARTNER}, SCHEDULE).double()
+    return BetaVAE.build({"encoder": ENCODER, "decoder": PARTNER}, SCHEDULE, decoder_std=decoder_std).double()
 
 
 def diffae(stochastic: bool) -> DiffAE:
@@ -49,8 +50,8 @@ def latents(model, x_0):
 
 @pytest.mark.parametrize("decoder_std", [1.0, 0.3])
 def test_beta_vae_loss_is_the_negative_elbo_but_for_a_constant(decoder_std):
-    model, x_0 = beta_vae(), normal(5, 1, 8, 8)
-    loss, reconstruction, kl = beta_vae_step(model, x_0, draw(5), 0.7, decoder_std)
+    model, x_0 = beta_vae(decoder_std), normal(5, 1, 8, 8)
+    loss, (reconstruction,), kl = model.training_loss(x_0, draw(5), 0.7, model.parts())
     z, expected_kl = latents(model, x_0)
     density = torch.distributions.Normal(model.decode(z), decoder_std).log_prob(x_0).flatten(1).sum(1)
     constant = 64 * math.log(decoder_std * math.sqrt(2 * math.pi))
@@ -64,7 +65,7 @@ def test_beta_vae_loss_is_the_negative_elbo_but_for_a_constant(decoder_std):
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_diffae_loss_is_the_denoising_loss_of_a_denoiser_that_knows_z(stochastic, levels):
     model, x_0, objective = diffae(stochastic), normal(4, 1, 8, 8), Objective(noise_levels=levels)
-    loss, diffusion, kl = diffae_step(model, x_0, draw(4), objective, 0.7)
+    loss, (diffusion,), kl = model.training_loss(x_0, draw(4), 0.7, model.parts(objective=objective))
     mu, _ = model.encoder(x_0)
     z, expected_kl = latents(model, x_0) if stochastic else (mu, torch.zeros_like(mu))
     t = model.schedule.sample(torch.arange(4), levels, 4, seed=1, step=5).double()
@@ -120,6 +121,10 @@ def test_resumed_equals_uninterrupted(tmp_path, method, monkeypatch):
         cut.run()
     resumed = load_model(train(config, resume=True)).state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_config_knows_every_method():
+    assert CAPABILITIES.keys() == METHODS.keys()
 
 
 def test_a_baseline_has_no_warm_up_and_no_frozen_mode():

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 from sami_fast import cli, plan
 from sami_fast.config import load_config
+from sami_fast.engine.compiled import recomputing
 from sami_fast.errors import UserError
-from sami_fast.methods.baselines import diffae_step
 from sami_fast.methods.build import build_model
 from sami_fast.step import Draw, Objective, denoising_step, training_step
 
@@ -57,17 +57,17 @@ def real_step(config, method):
     """One step of a whole batch as training takes it, gradients included."""
     model = build_model(config, SHAPE)
     nn.init.normal_(model.denoiser.out.weight, std=0.02)
-    model.denoiser.recompute = config.engine.checkpoint_activations
+    denoiser = recomputing(model.denoiser, config)
     batch = config.train.batch_size
     x_0, draw, objective = torch.rand(batch, *SHAPE), Draw(1, 2, torch.arange(batch), batch), Objective(**asdict(config.objective))
 
     def run():
         if config.method == "diffae":
-            diffae_step(model, x_0, draw, objective, 0.1)[0].backward()
+            model.training_loss(x_0, draw, 0.1, model.parts(objective=objective))[0].backward()
         elif method == "warmup":
-            denoising_step(model.denoiser, model.schedule, x_0, draw, objective)[0].backward()
+            denoising_step(denoiser, model.schedule, x_0, draw, objective)[0].backward()
         else:
-            training_step(model.encoder, model.denoiser, model.schedule, x_0, draw, objective, 0.1, score_method=method)[0].backward()
+            training_step(model.encoder, denoiser, model.schedule, x_0, draw, objective, 0.1, score_method=method)[0].backward()
         for parameter in model.parameters():
             parameter.grad = None
 

@@ -564,7 +564,7 @@ def step_gradients(
         return loss.detach(), gradients(loss, encoder, denoiser)
 
 
-@pytest.mark.parametrize("method", score.METHODS)
+@pytest.mark.parametrize("method", score.SCORE_METHODS)
 def test_compiled_core_takes_the_same_step(method):
     """Every parameter's gradient is no further from float64 than three times plain torch in float32.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..latents import DISCOVERY_METHODS
 from .files import output_file, write_bytes
 from .options import AddCommand, at_least, number
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..evaluation import Run
     from ..latents.discovery import Discovered
 
-METHODS = ("scale", "pca", "gradient", "ica", "level")
 DISCOVERY_IMAGES = 256
 
 
@@ -64,11 +64,12 @@ def run_axes(arguments: argparse.Namespace) -> None:
 
     from ..evaluation import encode, known_factors, open_run
     from ..latents.discovery import NUM_LEVELS, discover
+    from ..methods.sami import Sami
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
     run = open_run(Path(arguments.run))
-    if run.model.method != "sami":
+    if not isinstance(run.model, Sami):
         raise UserError(f"{arguments.run}: expected a SAMI run, whose denoiser can be asked, found one of method {run.model.method}")
     count = min(arguments.images, run.count)
     with tqdm(total=count * NUM_LEVELS, desc="draws", unit="image", leave=False) as bar:
@@ -156,7 +157,7 @@ def add_commands(command: AddCommand) -> None:
     axes.add_argument("--overwrite", action="store_true", help="replace the files")
     axes.add_argument(
         "--method",
-        choices=METHODS,
+        choices=DISCOVERY_METHODS,
         default="scale",
         help="which axes to write: scale looks at all noise levels together, level at one (%(default)s); all are printed",
     )

@@ -66,13 +66,13 @@ def run_encode(arguments: argparse.Namespace) -> None:
 
     from ..latents.sampling import encode
 
-    sami = open_model(arguments)
-    axes = open_axes(arguments, sami)
-    dataset = open_images(arguments, sami)
+    model = open_model(arguments)
+    axes = open_axes(arguments, model)
+    dataset = open_images(arguments, model)
     default = run_config(arguments).report.images if dataset.size is None else dataset.size
     index = torch.arange(image_count(dataset, arguments.count, default))
-    parts = [encode(sami, dataset.images(part), arguments.batch_size) for part in index.split(arguments.batch_size)]
-    arrays = {"mu": torch.cat([part.mu for part in parts]).cpu(), "var": torch.cat([part.var for part in parts]).cpu()}
+    parts = [encode(model, dataset.images(part), arguments.batch_size) for part in index.split(arguments.batch_size)]
+    arrays: dict[str, Any] = {"mu": torch.cat([part.mu for part in parts]).cpu(), "var": torch.cat([part.var for part in parts]).cpu()}
     if axes:
         arrays |= {"axes": axes.coordinates(arrays["mu"].numpy()), "axis_names": list(axes.names)}
     if dataset.factor_names:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..data import Dataset
     from ..latents.axes import Axes
     from ..methods.latent_model import LatentModel
-    from ..methods.sami import Sami
 
 
 def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path:
@@ -35,7 +34,7 @@ def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path
     return path
 
 
-def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         write_whole(path, write)
     except OSError as error:
@@ -49,7 +48,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_arrays(path: Path, **arrays: Any) -> None:
     import numpy as np
 
-    _write(path, lambda stream: np.savez(stream, **{name: np.asarray(values) for name, values in arrays.items()}))
+    written: Any = {name: np.asarray(values) for name, values in arrays.items()}
+    _write(path, lambda stream: np.savez(stream, **written))
 
 
 def write_pictures(path: Path, grid: "Tensor", columns: int, **arrays: Any) -> None:
@@ -83,12 +83,12 @@ def open_model(arguments: argparse.Namespace) -> "LatentModel":
     return load_model(folder, device)
 
 
-def open_sampler(arguments: argparse.Namespace) -> "Sami":
+def open_sampler(arguments: argparse.Namespace) -> "LatentModel":
     """A model that can draw images in the way that the options ask for."""
     model = open_model(arguments)
     if model.decodes and getattr(arguments, "x_T", None) == "inverted":
         raise UserError(f"{arguments.run}: a model of method {model.method} decodes and has no noise to invert; use --x-T random")
-    if model.method != "sami" and (arguments.guidance_scale != 1 or getattr(arguments, "source", None) == "none"):
+    if not model.guides and (arguments.guidance_scale != 1 or getattr(arguments, "source", None) == "none"):
         raise UserError(f"{arguments.run}: a model of method {model.method} draws only from latents and at --guidance-scale 1")
     return model
 
@@ -103,7 +103,7 @@ def run_config(arguments: argparse.Namespace) -> "Config":
     return load_config(str(file))
 
 
-def open_images(arguments: argparse.Namespace, sami: "LatentModel") -> "Dataset":
+def open_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset":
     """The images of --data, or the run's own that training never saw."""
     from ..data import ArrayImages, ImageFolder, VideoFolder, open_dataset
 
@@ -112,7 +112,7 @@ def open_images(arguments: argparse.Namespace, sami: "LatentModel") -> "Dataset"
             if Path(arguments.data).is_dir():
                 file = Path(arguments.run) / "config.yaml"
                 videos = file.is_file() and run_config(arguments).data.kind == "video_folder"
-                channels, size, _ = sami.image_shape
+                channels, size, _ = model.image_shape
                 folder = VideoFolder if videos else ImageFolder
                 dataset: Dataset = folder(arguments.data, image_size=size, channels=channels, holdout=0.0)
             else:
@@ -122,9 +122,9 @@ def open_images(arguments: argparse.Namespace, sami: "LatentModel") -> "Dataset"
     else:
         config = run_config(arguments)
         dataset = open_dataset(config.data, config.seed, split=1)
-    if dataset.image_shape != sami.image_shape:
+    if dataset.image_shape != model.image_shape:
         raise UserError(
-            f"{arguments.data or arguments.run}: expected images of shape {list(sami.image_shape)} (C, H, W) for this model, "
+            f"{arguments.data or arguments.run}: expected images of shape {list(model.image_shape)} (C, H, W) for this model, "
             f"found {list(dataset.image_shape)}"
         )
     return dataset
@@ -138,13 +138,13 @@ def image_count(dataset: "Dataset", asked: int | None, default: int) -> int:
     return asked or int(min(default, size))
 
 
-def open_axes(arguments: argparse.Namespace, sami: "LatentModel") -> "Axes | None":
+def open_axes(arguments: argparse.Namespace, model: "LatentModel") -> "Axes | None":
     """The axes of --axes, if there are any."""
     if not arguments.axes:
         return None
     from ..latents.axes import Axes
 
     axes = Axes.load(arguments.axes)
-    if len(axes.center) != sami.latent_size:
-        raise UserError(f"--axes: expected axes of {sami.latent_size} latent dimensions for this model, found {len(axes.center)}")
+    if len(axes.center) != model.latent_size:
+        raise UserError(f"--axes: expected axes of {model.latent_size} latent dimensions for this model, found {len(axes.center)}")
     return axes

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import UserError
-
-# These stand in sampling.py too, which would load torch for every --help.
-SOLVERS = ("ddim", "ancestral", "dpm2m")
-STARTS = ("random", "inverted")
+from ..latents import SOLVERS, STARTS
 
 
 class AddCommand(Protocol):

@@ -46,7 +46,7 @@ def _lines(found: "Plan") -> list[str]:
         work = (network.forward + network.attention) / 1e9
         lines.append(f"  {name:<9} {network.parameters / 1e6:>8.2f} M parameters, {work:.3g} GFLOP, {kept}")
     parts = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in found.flops.items())
-    guided = f", with score {found.method}" if config.method == "sami" else ""
+    guided = f", with score {found.method}" if "score" in found.flops else ""
     recomputed = ", the denoiser's blocks computed twice" if config.engine.checkpoint_activations else ""
     peak = f"{gpu.peak(config.engine.precision) / 1e12:g} TFLOP/s in {config.engine.precision}"
     lines += [
@@ -76,7 +76,7 @@ HEADS = (
 
 def _table(found: "Plan") -> list[str]:
     unit, size = ("GB", 1e9) if max((row.memory.gpu for row in found.rows), default=0) >= 1e9 else ("MB", 1e6)
-    rows = [HEADS, ("", "", "a GPU", *[unit] * 10, *["ms"] * 3, "")]
+    rows: list[tuple[str, ...]] = [HEADS, ("", "", "a GPU", *[unit] * 10, *["ms"] * 3, "")]
     for row in found.rows:
         low, high = max(row.compute, row.transfer), row.compute + row.transfer
         rows.append(

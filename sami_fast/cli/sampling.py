@@ -21,7 +21,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..data import Dataset
     from ..latents.axes import Axes
-    from ..methods.sami import Sami
+    from ..methods.latent_model import LatentModel
 
 PICTURES = (".png", ".npz")
 RECONSTRUCTIONS = 16  # images, unless --count says otherwise
@@ -29,15 +29,16 @@ REFERENCE_IMAGES = 1000  # of the aggregated posterior behind a traversal: enoug
 ROW = 12  # images in a row of reconstructions
 
 
-def _known_axes(picked: list[int], sami: "Sami", axes: "Axes | None") -> None:
-    last = (len(axes.names) if axes else sami.latent_size) - 1
+def _known_axes(picked: list[int], model: "LatentModel", axes: "Axes | None") -> None:
+    last = (len(axes.names) if axes else model.latent_size) - 1
     if wrong := [axis for axis in picked if axis > last]:
         raise UserError(f"--axis: expected 0 to {last}, found {wrong[0]}")
 
 
 def _known_images(picked: list[int], dataset: "Dataset") -> None:
-    if wrong := [image for image in picked if dataset.size is not None and image >= dataset.size]:
-        raise UserError(f"--image: expected 0 to {dataset.size - 1}, found {wrong[0]}")
+    size = math.inf if dataset.size is None else dataset.size
+    if wrong := [image for image in picked if image >= size]:
+        raise UserError(f"--image: expected 0 to {size - 1}, found {wrong[0]}")
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
@@ -49,18 +50,18 @@ def run_sample(arguments: argparse.Namespace) -> None:
     options = sampler_arguments(arguments)
     if arguments.data and arguments.source != "posterior":
         raise UserError(f"--data: only --source posterior takes latents from images, and --source is {arguments.source}")
-    sami = open_sampler(arguments)
+    model = open_sampler(arguments)
     count, seed = arguments.count, arguments.seed
     arrays = {}
-    if arguments.source == "prior" and sami.deterministic:
+    if arguments.source == "prior" and model.deterministic:
         raise UserError(f"{arguments.run}: a deterministic encoder has no prior to draw from; use --source posterior")
     if arguments.source == "prior":
-        arrays["z"] = sampling.prior_latents(sami, count, seed)
+        arrays["z"] = sampling.prior_latents(model, count, seed)
     elif arguments.source == "posterior":
-        dataset = open_images(arguments, sami)
+        dataset = open_images(arguments, model)
         x_0 = dataset.images(torch.arange(image_count(dataset, count, count)))
-        arrays["z"] = sampling.posterior_latents(sami, x_0, seed=seed)
-    images = sampling.sample(sami, count, seed=seed, z=arrays.get("z"), **options)
+        arrays["z"] = sampling.posterior_latents(model, x_0, seed=seed)
+    images = sampling.sample(model, count, seed=seed, z=arrays.get("z"), **options)
     arrays = {name: value.cpu() for name, value in {"images": images, **arrays}.items()}
     write_pictures(output, images, math.ceil(math.sqrt(count)), **arrays)
     print(f"{output}: {count} image(s)")
@@ -69,21 +70,22 @@ def run_sample(arguments: argparse.Namespace) -> None:
 def run_reconstruct(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
+    from einops import rearrange
     from torch.nn.functional import pad
 
     from ..latents import sampling
 
     options = sampler_arguments(arguments)
-    sami = open_sampler(arguments)
-    dataset = open_images(arguments, sami)
+    model = open_sampler(arguments)
+    dataset = open_images(arguments, model)
     count = image_count(dataset, arguments.count, RECONSTRUCTIONS)
     x_0 = dataset.images(torch.arange(count))
-    images = sampling.reconstruct(sami, x_0, seed=arguments.seed, **options).cpu()
+    images = sampling.reconstruct(model, x_0, seed=arguments.seed, **options).cpu()
     # Each row of inputs stands above the row of their reconstructions; the last pair of rows is filled up with white.
     columns = min(count, ROW)
     padded = pad(torch.stack((x_0, images)), (0, 0, 0, 0, 0, 0, 0, -count % columns), value=1.0)
-    rows = padded.unflatten(1, (-1, columns)).transpose(0, 1)  # [rows, 2, columns, C, H, W]
-    write_pictures(output, rows.flatten(0, 2), columns, images=x_0, reconstructions=images)
+    grid = rearrange(padded, "pair (rows columns) c h w -> (rows pair columns) c h w", columns=columns)
+    write_pictures(output, grid, columns, images=x_0, reconstructions=images)
     print(f"{output}: {count} images and their reconstructions, mean squared error {(images - x_0).square().mean():.4f}")
 
 
@@ -92,28 +94,28 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..latents import sampling
-    from ..metrics.latents import LIVE_NATS, kl_per_dim, live_dims
+    from ..metrics.latents import LIVE_RULE, kl_per_dim, live_dims
 
     options = sampler_arguments(arguments)
-    sami = open_sampler(arguments)
-    axes = open_axes(arguments, sami)
-    dataset = open_images(arguments, sami)
-    _known_axes(arguments.axis or [], sami, axes)
+    model = open_sampler(arguments)
+    axes = open_axes(arguments, model)
+    dataset = open_images(arguments, model)
+    _known_axes(arguments.axis or [], model, axes)
     _known_images([arguments.image], dataset)
     reference = torch.arange(image_count(dataset, None, REFERENCE_IMAGES))
-    posterior = sampling.encode(sami, dataset.images(reference))
+    posterior = sampling.encode(model, dataset.images(reference))
     mu, var = posterior.mu.cpu(), posterior.var.cpu()
     if axes:
         picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(mu.numpy()))
     else:
-        live = range(sami.latent_size) if sami.deterministic else live_dims(kl_per_dim(mu.numpy(), var.numpy())).tolist()
+        live = range(model.latent_size) if model.deterministic else live_dims(kl_per_dim(mu.numpy(), var.numpy())).tolist()
         picked, coordinates = arguments.axis or list(live), mu
     if not picked:
-        raise UserError(f"--axis: no latent dimension is live (mean KL above {LIVE_NATS:g} nats) on these images; name those to move")
+        raise UserError(f"--axis: no latent dimension is live ({LIVE_RULE}) on these images; name those to move")
     x_0 = dataset.images(torch.tensor([arguments.image]))
     values = [sampling.axis_values(coordinates, axis, arguments.values) for axis in picked]
     strips = [
-        sampling.traverse(sami, x_0, axis, moved, seed=arguments.seed, axes=axes, **options).cpu()
+        sampling.traverse(model, x_0, axis, moved, seed=arguments.seed, axes=axes, **options).cpu()
         for axis, moved in zip(picked, values, strict=True)
     ]
     images = torch.stack(strips)  # [axes, values, C, H, W]
@@ -130,11 +132,11 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     from ..latents import sampling
 
     options = sampler_arguments(arguments)
-    sami = open_sampler(arguments)
-    dataset = open_images(arguments, sami)
+    model = open_sampler(arguments)
+    dataset = open_images(arguments, model)
     _known_images(arguments.image, dataset)
     a, b = dataset.images(torch.tensor(arguments.image)).split(1)
-    images = sampling.interpolate(sami, a, b, arguments.count, seed=arguments.seed, **options).cpu()
+    images = sampling.interpolate(model, a, b, arguments.count, seed=arguments.seed, **options).cpu()
     shown = torch.cat((a, images, b))
     write_pictures(output, shown, len(shown), images=images, ends=torch.cat((a, b)))
     print(f"{output}: image {arguments.image[0]}, {arguments.count} pictures on the way, image {arguments.image[1]}")
@@ -147,13 +149,13 @@ def run_edit(arguments: argparse.Namespace) -> None:
     from ..latents import sampling
 
     options = sampler_arguments(arguments)
-    sami = open_sampler(arguments)
-    axes = open_axes(arguments, sami)
-    dataset = open_images(arguments, sami)
-    _known_axes([arguments.axis], sami, axes)
+    model = open_sampler(arguments)
+    axes = open_axes(arguments, model)
+    dataset = open_images(arguments, model)
+    _known_axes([arguments.axis], model, axes)
     _known_images(arguments.image, dataset)
     x_0, amounts = dataset.images(torch.tensor(arguments.image)), arguments.amount
-    images = sampling.edit(sami, x_0, arguments.axis, amounts, seed=arguments.seed, axes=axes, **options).cpu()  # [N, V, C, H, W]
+    images = sampling.edit(model, x_0, arguments.axis, amounts, seed=arguments.seed, axes=axes, **options).cpu()  # [N, V, C, H, W]
     shown = torch.cat((x_0[:, None], images), 1)
     write_pictures(output, shown.flatten(0, 1), shown.shape[1], images=x_0, edits=images, axis=arguments.axis, amounts=amounts)
     name = f" ({axes.names[arguments.axis]})" if axes else ""

@@ -2,32 +2,36 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import Config
-from ..methods.latent_model import LatentModel
-from ..step import guided_terms
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a training step calls, each as it is or compiled."""
-
-    encoder: Callable[..., Any]  # of clean images; the score differentiates the encoder itself
-    denoiser: Callable[..., Any]
-    guided_terms: Callable[..., Any]
-    score_method: str
+from ..methods.latent_model import LatentModel, Parts
+from ..step import Objective, guided_terms
+from .processes import mean_over_ranks
 
 
 def eager_parts(model: LatentModel, config: Config) -> Parts:
     """Nothing compiled."""
     engine = config.engine
     dual = engine.compile == "step" or engine.zero_stage == engine.encoder_zero_stage == 3
-    return Parts(model.encoder, getattr(model, model.partner), guided_terms, "dual" if dual else engine.score)
+    return model.parts(
+        denoiser=recomputing(getattr(model, model.partner), config),
+        objective=Objective(**asdict(config.objective)),
+        score_method="dual" if dual else engine.score,
+        store_eps=engine.store_eps,
+        global_mean=mean_over_ranks,
+    )
+
+
+def recomputing(denoiser: Callable[..., Tensor], config: Config) -> Callable[..., Tensor]:
+    """The denoiser as `engine.checkpoint_activations` wants it called."""
+    return partial(denoiser, recompute=True) if config.engine.checkpoint_activations else denoiser
 
 
 def compiled_parts(model: LatentModel, config: Config) -> Parts:
@@ -40,11 +44,11 @@ def compiled_parts(model: LatentModel, config: Config) -> Parts:
     if engine.compile == "none":
         return parts
     _keep_cache()
-    options = {"dynamic": False, "mode": "reduce-overhead" if engine.cuda_graphs else None}
+    options: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead" if engine.cuda_graphs else None}
     if engine.compile == "denoiser":
-        return Parts(parts.encoder, torch.compile(parts.denoiser, **options), guided_terms, parts.score_method)
+        return replace(parts, denoiser=torch.compile(parts.denoiser, **options))
     whole = torch.compile(guided_terms, fullgraph=True, **options)
-    return Parts(torch.compile(parts.encoder, **options), parts.denoiser, whole, parts.score_method)
+    return replace(parts, encoder=torch.compile(parts.encoder, **options), guided_terms=whole)
 
 
 def _keep_cache() -> None:

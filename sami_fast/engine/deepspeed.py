@@ -1,10 +1,9 @@
-"""DeepSpeed: processes, one engine around both networks or one around each, backward and update, averaged weights, checkpoints."""
+"""DeepSpeed: one engine around both networks or one around each, optimisers, backward and update, averaged weights, checkpoints."""
 
 import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,101 +18,16 @@ from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
 from ..files import PARTIAL, write_text_whole
 from . import shards
-from .checkpoints import FORMAT, MANIFEST, fingerprint, read_manifest, sync, write_failure
+from .checkpoints import FORMAT, MANIFEST, fingerprint, sync, write_failure
+from .compiled import recomputing
+from .processes import mean_over_ranks
 
 WEIGHTS = "training.safetensors"
 
 
-def from_environment(name: str, default: int) -> int:
-    """A whole number that a launcher left in the environment.
-
-    Raises:
-        UserError: it is something else.
-    """
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name}: expected a whole number, found {text!r}")
-    return int(text)
-
-
-def on_chief(action: Callable[[], object]) -> None:
-    """Rank 0 acts while the others wait; what a user must hear of its failure is raised on all of them.
-
-    Raises:
-        UserError: the action raised one, or an OSError.
-    """
-    failure = [""]
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0])
-
-
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group the launcher describes, or make one of a single process.
-
-    Returns:
-        rank, world size, this rank's device.
-    """
-    local_rank = from_environment("LOCAL_RANK", 0)
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if "RANK" in os.environ and missing:
-        raise UserError(f"environment variable {missing[0]}: missing while RANK is set; use a launcher, or unset RANK")
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed's own news are for its developers; these must stand before its first import.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("LOG_LEVEL", "error")
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    # Not for users: torch renamed two collectives that DeepSpeed calls.
-    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
-
-    # float32 means float32: rank counts and restarts must not show. bf16 is the switch for speed.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-
-    accelerator = get_accelerator()
-    if accelerator.is_available() and accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
-    else:
-        device = torch.device("cpu")
-    if not deepspeed.comm.is_initialized():
-        backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-        if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment variables
-            os.environ.setdefault("LOCAL_RANK", "0")  # the one DeepSpeed insists on
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
-
-
-def leave_distributed() -> None:
-    """Leave the process group; `init_distributed` may join another one later."""
-    import deepspeed
-
-    deepspeed.comm.destroy_process_group()
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of this rank; 0 gives every rank of the machine an equal share of the cores it may use."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), "WORLD_SIZE")
-    local_ranks = max(1, from_environment(name, 1) if "RANK" in os.environ else 1)
-    torch.set_num_threads(threads or max(1, available // local_ranks))
-
-
-def _nvidia_apex_adam() -> type[torch.optim.Optimizer]:
+def _nvidia_apex_adam() -> Callable[..., torch.optim.Optimizer]:
     try:
-        from apex.optimizers import FusedAdam
+        from apex.optimizers import FusedAdam  # pyrefly: ignore[missing-import] (optional)
     except Exception:  # the namesake on PyPI may fail in any way, at import or for lack of optimizers
         raise UserError(
             "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
@@ -185,18 +99,18 @@ class Measurement:
 
 
 class _Remote:
-    """A network in an engine of its own, seen from the step of another: it hands out a leaf, and goes on backward from there.
+    """The denoiser where it has a DeepSpeed engine of its own, as the step calls it from within the encoder's engine.
 
-    The loss is a function of the network's output and of what the other engine holds. So d loss / d output, which the other engine's
-    backward leaves at the leaf, is all that its backward needs.
+    The step gets a copy of the output that no gradient flows through. Once the encoder's backward has left d loss / d output at that copy,
+    `backward` carries it on into the denoiser: of all that the two engines share, the output is the only thing that has a gradient.
     """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self._outputs: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        output = self.engine(*inputs)
+    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
+        output = self.engine(*inputs, **options)
         if not output.requires_grad:
             return output
         leaf = output.detach().requires_grad_()
@@ -206,61 +120,69 @@ class _Remote:
     def backward(self) -> None:
         outputs, self._outputs = self._outputs, []
         product = sum((output * leaf.grad).sum() for output, leaf in outputs if leaf.grad is not None)
-        # The other engine has divided by the number of micro-batches already.
+        # The encoder's engine has divided by the number of micro-batches already.
         self.engine.backward(product, scale_wrt_gas=False)
 
 
-class _Half(nn.Module):
-    """What the encoder's own engine wraps: the encoder's parameters, and the step around both networks."""
+class _EncoderStep(nn.Module):
+    """What the encoder's own DeepSpeed engine wraps: called, it takes the step around both networks.
 
-    def __init__(self, module: nn.Module) -> None:
+    DeepSpeed takes charge of every parameter of the module that it wraps. The denoiser has another engine, so the step comes as a function:
+    as a submodule it would bring the denoiser along.
+    """
+
+    def __init__(self, encoder: nn.Module, step: Callable[..., Any]) -> None:
         super().__init__()
-        self.encoder = module.model.encoder
-        self._step = [module]  # in a list, so that its other network is no part of this module
+        self.encoder, self.step = encoder, step
 
-    def forward(self, *arguments: Any) -> Any:
-        return self._step[0](*arguments)
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.step(*arguments, **options)
 
 
 class Engine:
     """Both networks in DeepSpeed: in one engine, or at ZeRO stage 3 in one each, which share nothing but the denoiser's output.
 
     Args:
-        module: Called with the step's arguments, returns (loss to differentiate, anything). Has `model`, the networks, and
-            `remote_denoiser`, what stands for the denoiser where it has an engine of its own.
+        step: Holds both networks; called with the step's arguments and `denoiser`, what takes the place of its own denoiser or None, it
+            returns (loss to differentiate, measurements [M]).
+        networks: Encoder and partner by name.
         optimizers: From `build_optimizers`.
         config: The run's settings.
     """
 
-    def __init__(self, module: nn.Module, optimizers: dict[str, torch.optim.Optimizer | None], config: Config) -> None:
+    def __init__(
+        self, step: nn.Module, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer | None], config: Config
+    ) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
         self.config = config
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        networks = module.model.networks
         self.parameters = {
             f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
         }
         self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-        self._remote: _Remote | None = None
         self.engines: dict[str, Any] = {}
         for name, settings in deepspeed_dicts(config, self.world_size).items():
             if self.rank:
                 for monitor in ("tensorboard", "csv_monitor", "wandb"):
                     settings.pop(monitor, None)
-            wrapped = {"both": module, "encoder": _Half(module)}.get(name) or networks[name]
+            wrapped = {"both": step, "encoder": _EncoderStep(networks["encoder"], step.forward)}.get(name) or networks[name]
             learning = [p for p in wrapped.parameters() if p.requires_grad] or list(wrapped.parameters())
             settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning)
             self.engines[name], *_ = deepspeed.initialize(model=wrapped, optimizer=optimizers[name], config=settings)
-        if "denoiser" in self.engines:
-            self._remote = module.remote_denoiser = _Remote(self.engines["denoiser"])
-        self.losses = next(iter(self.engines.values()))  # called with the step's arguments
+        self._remote = _Remote(self.engines["denoiser"]) if "denoiser" in self.engines else None
+        self.denoiser = recomputing(self._remote, config) if self._remote else None  # takes the place of the step's own, if there is one
+        self._around_step = next(iter(self.engines.values()))
         self._learning = [engine for name, engine in self.engines.items() if optimizers[name] is not None]
         averaged = self._trained if config.optimizer.ema_decay > 0 else {}
         self._averaged_parts = [shards.local(p) for p in averaged.values()]
         self.averaged = {name: part.detach().clone() for name, part in zip(averaged, self._averaged_parts, strict=True)}
+
+    def losses(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """What the step returns for these arguments; `update` takes the gradients."""
+        return self._around_step(*arguments, denoiser=self.denoiser)
 
     def learning_rate(self, network: str, step: int) -> float:
         """Linear warm-up from the network's first training step, and one cosine over the whole run."""
@@ -285,23 +207,23 @@ class Engine:
         for engine in self._learning:
             for group in engine.optimizer.param_groups:
                 group["lr"] = self.learning_rate(group["name"], step)
-        total: Tensor | None = None
+        total = torch.zeros(())
         micro_batches = self.config.engine.gradient_accumulation
         for micro in range(micro_batches):
             loss, measured = losses(micro)
-            self.losses.backward(loss)
+            self._around_step.backward(loss)
             if self._remote is not None and self._remote.engine in self._learning:
                 self._remote.backward()
                 if micro + 1 == micro_batches and self.config.optimizer.clip > 0:
                     self._share_clip()
-            total = measured if total is None else total + measured
+            total = total + measured if micro else measured
             for engine in self._learning:
                 engine.step()
         if self.averaged:
             decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parts, 1.0 - decay)
-        return Measurement(self.mean_over_ranks(total / micro_batches))
+        return Measurement(mean_over_ranks(total / micro_batches))
 
     def _share_clip(self) -> None:
         """Each engine clips by its own norm: give it the limit at which that shrinks as the norm over both would."""
@@ -327,17 +249,9 @@ class Engine:
         for engine in self._learning:
             shards.refresh(engine)
 
-    def mean_over_ranks(self, local_mean: Tensor) -> Tensor:
-        """Average of a small tensor over ranks; the tensor itself when there is one rank."""
-        if self.world_size == 1:
-            return local_mean
-        total = local_mean.clone()
-        torch.distributed.all_reduce(total)
-        return total / self.world_size
-
     def log(self, values: dict[str, float], step: int) -> None:
         """Send scalars to TensorBoard, CSV and W&B, as far as they are switched on."""
-        monitor = self.losses.monitor
+        monitor = self._around_step.monitor
         if self.rank == 0 and monitor.enabled:
             monitor.write_events([(name, value, step) for name, value in values.items()])
 
@@ -364,7 +278,7 @@ class Engine:
                 yield f"{name}/averaged", shards.whole(parameter, self.averaged[name])
 
     def _engine_of(self, name: str) -> Any:
-        return self.engines.get(name.partition(".")[0], self.losses)
+        return self.engines.get(name.partition(".")[0], self._around_step)
 
     def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
         """Write checkpoint step_<n>: whole tensors, then a manifest, then one rename. Any number of ranks can read it, at any ZeRO stage.
@@ -415,9 +329,8 @@ class Engine:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def load(self, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Restore weights, optimiser and averaged weights; returns the `state` given to `save`, with "step"."""
-        manifest = read_manifest(checkpoint)
         for engine in self._learning:
             shards.start(engine)
         with safe_open(checkpoint / WEIGHTS, "pt") as stored:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import UserError
 from ..files import PARTIAL, write_text_whole
@@ -21,7 +21,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints, self._lock = path, path / "checkpoints", None
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self._lock: TextIO | None = None
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder this process's own until `release` or the process's end, cleared of what a killed one left half-written.
@@ -40,9 +41,9 @@ class RunFolder:
             strange = ", ".join(sorted(entries - CONTENTS)[:1]) or "no run"
             raise UserError(f"{self.path}: expected a run folder, and this one holds {strange}; set name= or runs_dir=")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+        lock = self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise UserError(f"{self.path}: another process is training there") from None

@@ -1,12 +1,12 @@
-"""Whole tensors out of what ZeRO keeps in parts, and back: weights and Adam's moments of each parameter, whatever the stage.
+"""Weights and Adam's moments of each parameter as whole tensors, and back into whatever DeepSpeed keeps of them on each rank.
 
-DeepSpeed's stage 0 keeps everything whole; stages 1 and 2 keep float32 copies and moments in parts; stage 3 also the weights, as flat
-parts of equal length (`ds_tensor`), the last of them padded. A checkpoint made of whole tensors can be read at any stage by any number of
-ranks. DeepSpeed's own files cannot, and its converter to such ones takes all parameter groups for one.
+At ZeRO stage 0 every rank keeps everything whole. At stages 1 and 2 weights are whole, but Adam's moments and the float32 copy of the
+weights that Adam updates are split over the ranks. At stage 3 the weights are split too. Checkpoints made of whole tensors can be read at
+any stage by any number of ranks. DeepSpeed's own files cannot, and its converter to whole tensors treats several parameter groups as one.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,26 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether this rank holds a part of a weight only: ZeRO stage 3."""
+class Partitioned(nn.Parameter):
+    """A parameter at ZeRO stage 3, for type checkers: what DeepSpeed adds to it."""
+
+    ds_tensor: Tensor  # this rank's part: flat, as long on every rank, padded on the last
+    ds_numel: int  # of the whole weight
+    ds_shape: torch.Size
+
+
+def is_partitioned(parameter: nn.Parameter) -> TypeGuard[Partitioned]:
+    """Whether this rank holds only a part of a weight, as at ZeRO stage 3."""
     return hasattr(parameter, "ds_tensor")
 
 
 def local(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a weight: its flat part, or all of it."""
+    """What this rank keeps of a weight: its part, or all of it."""
     return parameter.ds_tensor if is_partitioned(parameter) else parameter
 
 
 def whole(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """The tensor of a parameter's shape of which every rank gives its part. Every rank calls it."""
+    """A tensor of the parameter's shape, put together from the parts of all ranks. Every rank has to call it, with its part."""
     if not is_partitioned(parameter):
         return part
     part = part.detach().to(parameter.device).contiguous()
@@ -35,7 +43,7 @@ def whole(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 
 def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, zeros where it is padded."""
+    """This rank's part of a whole tensor of the parameter's shape, padded with zeros."""
     if not is_partitioned(parameter):
         return value
     size = parameter.ds_tensor.numel()
@@ -45,12 +53,15 @@ def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 def whole_weight(parameter: nn.Parameter) -> Tensor:
-    """A weight of its own shape. Every rank calls it."""
+    """A weight in its own shape. Every rank has to call it."""
     return whole(parameter, local(parameter).detach())
 
 
 def refresh(engine: Any) -> None:
-    """Take into use what was written to the parts of stage-3 weights: some also lie whole on every rank, small ones for ever."""
+    """Make stage 3 use what was written to the parts of its weights.
+
+    Some weights also lie whole on every rank, small ones all the time. These copies are dropped, and those of small ones made again.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "persistent_parameters"):
         optimizer._partition_all_parameters()
@@ -59,19 +70,19 @@ def refresh(engine: Any) -> None:
 
 
 def whole_moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """One of Adam's moments of a parameter. Every rank calls it."""
+    """One of Adam's moments, in the parameter's shape. Every rank has to call it."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     if is_partitioned(parameter):
         return whole(parameter, safe_get_local_optimizer_state(parameter, name))
     if hasattr(parameter, "_hp_mapping"):
         _link(engine)
-        return safe_get_full_optimizer_state(parameter, name)
+        return safe_get_full_optimizer_state(parameter, name)  # pyrefly: ignore[bad-return] (None only without moments)
     return engine.optimizer.state[parameter][name]
 
 
 def restore(engine: Any, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
-    """Write a parameter's weight and moments, from whole tensors, into whatever DeepSpeed keeps of them. Needs `start`."""
+    """Write a parameter's weight and moments, from whole tensors, into whatever DeepSpeed keeps of them. `start` comes before."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -95,7 +106,7 @@ def restore(engine: Any, parameter: nn.Parameter, weight: Tensor, moments: dict[
 
 
 def start(engine: Any) -> None:
-    """Make an engine's moments, which Adam makes in its first step only: a step of length zero on gradients of zero."""
+    """Let an engine make Adam's moments, which exist only after a first step: take one at learning rate 0 with gradients of 0."""
     optimizer = engine.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -117,7 +128,7 @@ def start(engine: Any) -> None:
 
 
 def steps_taken(engine: Any) -> int:
-    """Adam's count of its steps, one for all parameters of an engine."""
+    """How many steps Adam has taken, which is one number for all parameters of an engine."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     counts = {int(group["step"]) for group in optimizer.param_groups if "step" in group}
     counts |= {int(state["step"]) for state in optimizer.state.values() if "step" in state}
@@ -126,7 +137,7 @@ def steps_taken(engine: Any) -> int:
 
 
 def set_steps_taken(engine: Any, count: int) -> None:
-    """Write what `steps_taken` reads."""
+    """Make Adam believe that it has taken `count` steps."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for holder in (*optimizer.param_groups, *optimizer.state.values()):
         if "step" in holder:
@@ -134,13 +145,13 @@ def set_steps_taken(engine: Any, count: int) -> None:
 
 
 def gradient_norm(engine: Any) -> Tensor:
-    """Norm of an engine's gradients over all ranks, between its backward and its step."""
+    """Norm of an engine's gradients over all ranks; to be called between its backward and its step."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "_get_norm_groups"):  # stage 3
         return torch.stack([torch.as_tensor(norm, dtype=torch.float32).cpu() for norm in optimizer._get_norm_groups()]).norm()
     if hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
         return torch.as_tensor(optimizer.scaled_global_norm(), dtype=torch.float32).cpu()
-    return torch.stack([parameter.grad.norm() for parameter in _parameters(optimizer)]).norm().cpu()
+    return torch.stack([p.grad.norm() for p in _parameters(optimizer) if p.grad is not None]).norm().cpu()
 
 
 def set_clip(engine: Any, clip: float) -> None:
@@ -151,6 +162,7 @@ def set_clip(engine: Any, clip: float) -> None:
 
 
 def _flat_copies(optimizer: Any) -> list[Tensor]:
+    """The float32 weights that Adam updates at stages 1 to 3, one flat tensor per parameter group; none at stage 0."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
@@ -162,7 +174,8 @@ def _parameters(optimizer: Any) -> Iterable[nn.Parameter]:
 
 
 def _link(engine: Any) -> None:
-    """Stages 1 and 2 look up their moments once, after the first of their groups has stepped: look again for the others."""
+    """Tell the parameters of stages 1 and 2 where their moments are. DeepSpeed does so once, after the first group's first step, and would
+    miss those of the other groups."""
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

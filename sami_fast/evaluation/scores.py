@@ -91,7 +91,7 @@ def bound_scores(run: Run) -> dict[str, Any]:
     bound = negative_elbo(run.model, run.images, run.count, decoder_var=decoder_var, eight_bit=eight_bit, **common)
     elbo = float(bound.total.mean())
     terms = {name: float(getattr(bound, name).mean()) for name in ("diffusion", "prior", "reconstruction")}
-    if run.model.method == "sami":
+    if bound.unguided is not None:
         terms["unguided"] = float(bound.unguided.mean())
     return {
         "elbo_nats": elbo,

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..config import Config
-from ..metrics.latents import LIVE_NATS
+from ..metrics.latents import live_dims
 
 Scores = dict[str, Any]
 NOT_THE_METHOD = ("seed", "name", "runs_dir", "log", "checkpoint", "report", "engine")  # settings in which runs of one column may differ
@@ -78,10 +78,11 @@ def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
 
 def spread(values: Sequence[float | None], digits: int) -> str:
     """Mean and, of several, standard deviation; empty where a value is missing."""
-    if not values or any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return ""
-    text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+    text = f"{mean(known):.{digits}f}"
+    return f"{text} ± {stdev(known):.{digits}f}" if len(known) > 1 else text
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -136,9 +137,8 @@ def _axes_table(run: Evaluated) -> str:
     scores = run.scores
     if not scores.get("kl_per_dim") or "calibration_std" not in scores:
         return ""
-    live = sorted((d for d, kl in enumerate(scores["kl_per_dim"]) if kl > LIVE_NATS), key=lambda d: -scores["kl_per_dim"][d])
     rows = []
-    for d in live:
+    for d in live_dims(scores["kl_per_dim"]):
         spreads = scores["calibration_std"][d]
         numbers = (scores["kl_per_dim"][d], scores["one_nat_logsnr"][d], scores["characteristic_logsnr"][d], min(spreads), max(spreads))
         rows.append([f"z{d}", *("" if number is None else f"{number:.2f}" for number in numbers)])

@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +32,11 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from .. import ops
+from ..methods.latent_model import LatentModel
 from ..methods.sami import Sami
 from ..metrics.bound import Images
 from ..metrics.checks import as_table
-from ..metrics.latents import LIVE_NATS, kl_per_dim, live_dims
+from ..metrics.latents import LIVE_RULE, kl_per_dim, live_dims
 from ..metrics.scale_profile import as_levels, half_point
 from ..schedule import Schedule, alpha_sigma
 from .axes import Axes
@@ -53,7 +55,7 @@ class Discovered:
     coordinates(z) = readouts (z - center),   readouts directions^T = I
     """
 
-    method: str  # scale, level, pca, gradient or ica
+    method: str  # one of DISCOVERY_METHODS
     names: tuple[str, ...]  # A
     directions: np.ndarray  # [A, Z], row a is the step in z when coordinate a grows by one
     readouts: np.ndarray  # [A, Z]
@@ -76,7 +78,7 @@ def default_levels(schedule: Schedule, count: int = NUM_LEVELS) -> np.ndarray:
 
 @torch.no_grad()
 def posterior_draws(
-    sami: Sami,
+    model: Sami,
     images: Images,
     count: int,
     logsnr: float,
@@ -86,7 +88,7 @@ def posterior_draws(
     num_steps: int = NUM_STEPS,
     clip_x_0: bool = True,
     batch_size: int = 256,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Means of q(z|x_0') for several x_0' ~ p(x_0|x_t), x_t one noisy copy of each image.
 
@@ -101,7 +103,7 @@ def posterior_draws(
     The draws are the last estimates of x_0, which lack what the cleanest level leaves open.
 
     Args:
-        sami: The model.
+        model: Its denoiser draws without latents, so it is SAMI's.
         images: Images by index, in [-1, 1].
         count: N.
         logsnr: Noise level of x_t, within the schedule's range, below its cleanest level.
@@ -118,7 +120,7 @@ def posterior_draws(
         ValueError: an argument is out of range.
     Source: SA-Solver (Xue et al., arXiv:2309.05019), its one-step predictor and corrector.
     """
-    schedule = sami.schedule
+    schedule = model.schedule
     if not schedule.logsnr_min <= logsnr < schedule.logsnr_max:
         wanted = f"{schedule.logsnr_min:g} to less than {schedule.logsnr_max:g}, the schedule's range"
         raise ValueError(f"logsnr: expected {wanted}, found {logsnr:g}")
@@ -134,22 +136,22 @@ def posterior_draws(
         alpha_t, sigma_t = (v.to(x_0).expand(len(index), 1) for v in alpha_sigma(schedule.logsnr(t[:1])))
         x_t, _ = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=DISCOVERY_STEP)
         numbers = index[:, None] * MAX_DRAWS + torch.arange(draws, device=index.device)
-        drawn = _reverse(sami, x_t.repeat_interleave(draws, 0), t, numbers.flatten(), seed, clip_x_0)
-        parts.append(sami.encode(drawn).mu.view(len(index), draws, -1).double().cpu())
+        drawn = _reverse(model, x_t.repeat_interleave(draws, 0), t, numbers.flatten(), seed, clip_x_0)
+        parts.append(model.encode(drawn).mu.view(len(index), draws, -1).double().cpu())
         if progress is not None:
             progress(len(index))
     return torch.cat(parts).numpy()
 
 
-def _reverse(sami: Sami, x_t: Tensor, t: Tensor, index: Tensor, seed: int, clip_x_0: bool) -> Tensor:
+def _reverse(model: Sami, x_t: Tensor, t: Tensor, index: Tensor, seed: int, clip_x_0: bool) -> Tensor:
     """The last estimate of x_0, from x_t at level t[0] down the levels t. [S, C, H, W] -> [S, C, H, W]"""
-    logsnr = sami.schedule.logsnr(t)
+    logsnr = model.schedule.logsnr(t)
     distinct = logsnr.diff(prepend=logsnr.new_tensor([-math.inf])) != 0  # a schedule of discrete levels may have fewer than asked for
     t, logsnr = t[distinct], logsnr[distinct]
     alpha, sigma = (v.tolist() for v in alpha_sigma(logsnr))
 
     def estimate(x: Tensor, step: int) -> Tensor:
-        eps_pred = sami.predict_eps(x, t[step].to(x).expand(len(x)))
+        eps_pred = model.predict_eps(x, t[step].to(x).expand(len(x)))
         x_0 = (x - sigma[step] * eps_pred) / alpha[step]
         return x_0.clamp(-1, 1) if clip_x_0 else x_0
 
@@ -184,7 +186,7 @@ def _whitening(total: np.ndarray) -> np.ndarray:
     if values[0] <= 1e-12 * values[-1]:
         rank = int((values > 1e-12 * values[-1]).sum())
         raise ValueError(f"total: expected a covariance of full rank {len(values)} (more images than dimensions), found rank {rank}")
-    return vectors / np.sqrt(values) @ vectors.T
+    return vectors / np.sqrt(values) @ vectors.T  # pyrefly: ignore[missing-attribute] (scipy has no types)
 
 
 def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -201,7 +203,7 @@ def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray,
     """
     white = _whitening(total)
     values, vectors = eigh(white @ as_table("within", within) @ white)
-    return values[::-1], vectors.T[::-1] @ white
+    return values[::-1], vectors.T[::-1] @ white  # pyrefly: ignore[missing-attribute, bad-return]
 
 
 def joint_axes(
@@ -278,7 +280,7 @@ def principal_axes(mu: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         readouts: Rows v with v^T total v = 1, total the covariance of mu. [Z, Z]; directions are readouts @ total.
     """
     values, vectors = eigh(_covariance(as_table("mu", mu)))
-    return values[::-1] / values.sum(), (vectors / np.sqrt(values)).T[::-1]
+    return values[::-1] / values.sum(), (vectors / np.sqrt(values)).T[::-1]  # pyrefly: ignore[missing-attribute] (scipy has no types)
 
 
 def independent_axes(mu: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -302,7 +304,7 @@ def independent_axes(mu: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return peakedness[order], (model.components_ / deviation)[order]
 
 
-def gradient_covariance(sami: Sami, x_0: Tensor, dims: Sequence[int] | np.ndarray) -> np.ndarray:
+def gradient_covariance(model: LatentModel, x_0: Tensor, dims: Sequence[int] | np.ndarray) -> np.ndarray:
     """Sum over the images of J J^T, J = d mu / d x.
 
     Args:
@@ -313,19 +315,19 @@ def gradient_covariance(sami: Sami, x_0: Tensor, dims: Sequence[int] | np.ndarra
     """
     with torch.enable_grad():
         x_0 = x_0.detach().requires_grad_()
-        mu = sami.encode(x_0).mu.sum(0)
+        mu = model.encode(x_0).mu.sum(0)
         rows = [torch.autograd.grad(mu[d], x_0, retain_graph=True)[0].flatten().double() for d in dims]
     jacobian = torch.stack(rows)
     return (jacobian @ jacobian.T).cpu().numpy()
 
 
 def gradient_axes(
-    sami: Sami, images: Images, count: int, total: np.ndarray, dims: Sequence[int] | np.ndarray, batch_size: int = 256
+    model: LatentModel, images: Images, count: int, total: np.ndarray, dims: Sequence[int] | np.ndarray, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """Axes by how much pixels move them: E[ J J^T ] v = value total v.
 
     Args:
-        sami, images, count: As in `posterior_draws`; clean images.
+        model, images, count: As in `posterior_draws`; clean images.
         total: Covariance of mu over the data along `dims`, of full rank. [D, D].
         dims: Latent dimensions to work in. D of them.
         batch_size: Images at a time.
@@ -333,7 +335,7 @@ def gradient_axes(
         value: Mean squared gradient of each coordinate, largest first, per unit of x squared. [D].
         readouts: As in `generalized_axes`. [D, D].
     """
-    gradients = sum(gradient_covariance(sami, images(index), dims) for index in torch.arange(count).split(batch_size))
+    gradients = np.sum([gradient_covariance(model, images(index), dims) for index in torch.arange(count).split(batch_size)], axis=0)
     return generalized_axes(gradients / count, total)
 
 
@@ -342,7 +344,7 @@ def _covariance(mu: np.ndarray) -> np.ndarray:
 
 
 def discover(
-    sami: Sami,
+    model: Sami,
     images: Images,
     count: int = 256,
     *,
@@ -353,14 +355,14 @@ def discover(
     num_steps: int = NUM_STEPS,
     clip_x_0: bool = True,
     batch_size: int = 256,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Discovered]:
     """Axes by all methods: scale, pca, gradient, ica, then level at every noise level.
 
     The denoiser is evaluated about count * levels * draws * num_steps / 2 times.
 
     Args:
-        sami, images, count: As in `posterior_draws`; more images than live dimensions.
+        model, images, count: As in `posterior_draws`; more images than live dimensions.
         encoded: Images whose means give the covariance over the data and the independent components, at least `count`; as many when None.
         logsnr: Noise levels, increasing, each as in `posterior_draws`; 8 levels over the schedule's range when None.
         draws: Per image and level, at least 2.
@@ -371,20 +373,20 @@ def discover(
     Raises:
         ValueError: an argument is out of range, no dimension is live, or the images are fewer than the live dimensions.
     """
-    levels = default_levels(sami.schedule) if logsnr is None else as_levels(logsnr)
+    levels = default_levels(model.schedule) if logsnr is None else as_levels(logsnr)
     encoded = count if encoded is None else encoded
     if encoded < count:
         raise ValueError(f"encoded: expected at least count = {count} images, found {encoded}")
-    mu, var = _means(sami, images, encoded, batch_size)
+    mu, var = _means(model, images, encoded, batch_size)
     live = np.sort(live_dims(kl_per_dim(mu, var)))
     if not live.size:
-        raise ValueError(f"sami: expected a latent dimension with a mean KL above {LIVE_NATS} nats, found none")
+        raise ValueError(f"model: expected a latent dimension with a {LIVE_RULE}, found none")
     if count <= len(live):
         raise ValueError(f"count: expected more images than the {len(live)} live dimensions, found {count}")
     total = _covariance(mu[:, live])
-    common = {"seed": seed, "num_steps": num_steps, "clip_x_0": clip_x_0, "batch_size": batch_size, "progress": progress}
+    common: Any = {"seed": seed, "num_steps": num_steps, "clip_x_0": clip_x_0, "batch_size": batch_size, "progress": progress}
     withins = np.stack(
-        [within_covariance(posterior_draws(sami, images, count, level, draws, **common)[:, :, live]) for level in levels.tolist()]
+        [within_covariance(posterior_draws(model, images, count, level, draws, **common)[:, :, live]) for level in levels.tolist()]
     )
 
     def expanded(
@@ -392,17 +394,17 @@ def discover(
     ) -> Discovered:
         directions = readouts @ total
         sign = np.sign(np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1))  # the largest component grows
-        wide = np.zeros((2, len(live), mu.shape[1]))
-        wide[:, :, live] = sign * directions, sign * readouts
+        wide_directions, wide_readouts = np.zeros((2, len(live), mu.shape[1]))
+        wide_directions[:, live], wide_readouts[:, live] = sign * directions, sign * readouts
         names = tuple(f"{label} {axis}" for axis in range(len(live)))
         profile = shares(withins[chosen], readouts)
-        return Discovered(method, names, *wide, mu.mean(0), score, score_name, profile, levels[chosen])
+        return Discovered(method, names, wide_directions, wide_readouts, mu.mean(0), score, score_name, profile, levels[chosen])
 
     scale, _, readouts = joint_axes(withins, total, levels, UNDECIDED)
     found = [
         expanded("scale", "scale", f"logsnr at which {UNDECIDED:g} is undecided", scale, readouts),
         expanded("pca", "pca", "share of the variance of mu", *principal_axes(mu[:, live])),
-        expanded("gradient", "gradient", "mean squared gradient in x", *gradient_axes(sami, images, count, total, live, batch_size)),
+        expanded("gradient", "gradient", "mean squared gradient in x", *gradient_axes(model, images, count, total, live, batch_size)),
         expanded("ica", "ica", "absolute excess kurtosis", *independent_axes(mu[:, live], seed)),
     ]
     for place, (level, within) in enumerate(zip(levels, withins, strict=True)):
@@ -412,7 +414,8 @@ def discover(
 
 
 @torch.no_grad()
-def _means(sami: Sami, images: Images, count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _means(model: LatentModel, images: Images, count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """mu and var of q(z|x_0). [N, Z] twice, float64."""
-    parts = [sami.encode(images(index)) for index in torch.arange(count).split(batch_size)]
-    return tuple(torch.cat([getattr(part, name) for part in parts]).double().cpu().numpy() for name in ("mu", "var"))
+    parts = [model.encode(images(index)) for index in torch.arange(count).split(batch_size)]
+    mu, var = torch.cat([part.mu for part in parts]), torch.cat([part.var for part in parts])
+    return mu.double().cpu().numpy(), var.double().cpu().numpy()

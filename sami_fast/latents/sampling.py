@@ -5,7 +5,7 @@ Step k of the stream INIT is the noise added after k reverse steps; step 0 is x_
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -14,16 +14,13 @@ from torch import Tensor
 
 from .. import ops
 from ..methods.latent_model import LatentModel, Posterior
-from ..methods.sami import Sami
 from ..schedule import alpha_sigma
+from . import SOLVERS, STARTS, Solver, Start
 from .axes import Axes
 
 UNGUIDED_ETA = 1.0  # more narrows what the denoiser draws on its own
 GUIDANCE_CLIP = 4.0  # below 3 the pull is too weak to arrive; without a limit 4 to 7 % of far-off latents give no disk
 NUM_STEPS = 50
-
-Solver = Literal["ddim", "ancestral", "dpm2m"]
-Start = Literal["random", "inverted"]
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -49,9 +46,9 @@ def resolve_eta(solver: Solver, eta: float | None, *, default: float = UNGUIDED_
     Raises:
         ValueError: eta is negative or contradicts solver or x_T, or one of these is unknown.
     """
-    for name, value, known in (("solver", solver, Solver), ("x_T", x_T, Start)):
-        if value not in get_args(known):
-            raise ValueError(f"{name}: expected {', '.join(get_args(known))}, found {value!r}")
+    for name, value, known in (("solver", solver, SOLVERS), ("x_T", x_T, STARTS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected {', '.join(known)}, found {value!r}")
     if x_T == "inverted" and solver == "ancestral":
         raise ValueError("solver: expected ddim or dpm2m with x_T inverted, found ancestral")
     if eta is not None and not eta >= 0:
@@ -67,7 +64,7 @@ def resolve_eta(solver: Solver, eta: float | None, *, default: float = UNGUIDED_
 
 @torch.no_grad()
 def reverse_process(
-    sami: Sami,
+    model: LatentModel,
     x_T: Tensor,  # [B, C, H, W]
     z: Tensor | None = None,  # [B, Z]
     *,
@@ -100,7 +97,7 @@ def reverse_process(
     A model with a decoder (`LatentModel.decodes`) has no reverse process: its image is the decoder's, and nothing else here matters.
 
     Args:
-        sami: The model.
+        model: Of any method.
         x_T: Starting noise; its dtype is that of the arithmetic.
         z: Latents to guide towards; None for the denoiser alone.
         seed: Key of the fresh noise, >= 0.
@@ -118,22 +115,20 @@ def reverse_process(
         ValueError: shapes do not fit, or solver, num_steps, eta or batch_size is out of range.
     Source: Song, Meng & Ermon, arXiv:2010.02502; Lu et al., arXiv:2211.01095, algorithm 2; guidance of SAMI, arXiv:2512.17127.
     """
-    if sami.decodes:
-        return _decoded(sami, x_T, z, clip_x_0, batch_size)
-    levels = _Levels(sami, x_T, "logsnr" if solver == "dpm2m" else "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
+    if model.decodes:
+        return _decoded(model, x_T, z, clip_x_0, batch_size)
+    levels = _Levels(model, x_T, "logsnr" if solver == "dpm2m" else "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
     index = torch.arange(len(x_T), device=x_T.device) if index is None else index.to(x_T.device)
     if index.shape != x_T.shape[:1]:
         raise ValueError(f"index: expected [{len(x_T)}], found {list(index.shape)}")
-    eta = resolve_eta(solver, eta, default=UNGUIDED_ETA if z is None else sami.guided_eta)
+    eta = resolve_eta(solver, eta, default=UNGUIDED_ETA if z is None else model.guided_eta)
     kept = torch.exp(-0.5 * eta**2 * levels.logsnr.diff())  # share of the old noise in the new
     fresh = (1 - kept.square()).sqrt()
 
     def reverse(x_t: Tensor, z: Tensor | None, index: Tensor) -> Tensor:
         before = None
-        for step in range(num_steps):
+        for step in range(num_steps - 1):
             x_0, eps_hat = levels.estimate(step, x_t, z)
-            if step + 1 == num_steps:
-                return x_0
             estimate = x_0
             if solver == "dpm2m" and before is not None:
                 estimate = x_0 + 0.5 * (x_0 - before)
@@ -141,15 +136,16 @@ def reverse_process(
             before = x_0
             noise = kept[step] * eps_hat
             if eta > 0:
-                noise = noise + fresh[step] * _noise(sami, seed, step + 1, index).to(noise)
+                noise = noise + fresh[step] * _noise(model, seed, step + 1, index).to(noise)
             x_t = levels.alpha[step + 1] * estimate + levels.sigma[step + 1] * noise
+        return levels.estimate(num_steps - 1, x_t, z)[0]
 
-    return _in_batches(sami, reverse, "x_T", x_T, z, index, batch_size)
+    return _in_batches(model, reverse, "x_T", x_T, z, index, batch_size)
 
 
 @torch.no_grad()
 def invert(
-    sami: Sami,
+    model: LatentModel,
     x_0: Tensor,  # [N, C, H, W]
     z: Tensor | None = None,  # [N, Z]
     *,
@@ -180,8 +176,8 @@ def invert(
         ValueError: as `reverse_process`.
     Source: Song, Meng & Ermon, arXiv:2010.02502, section 4.3.
     """
-    x_0 = x_0.to(sami.device)
-    levels = _Levels(sami, x_0, "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
+    x_0 = x_0.to(model.device)
+    levels = _Levels(model, x_0, "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
 
     def forward(x_t: Tensor, z: Tensor | None, _: Tensor) -> Tensor:
         alpha_s, sigma_s, eps_hat = 1.0, 0.0, torch.zeros_like(x_t)
@@ -193,15 +189,15 @@ def invert(
             alpha_s, sigma_s = levels.alpha[step], levels.sigma[step]
         return x_t
 
-    return _in_batches(sami, forward, "x_0", x_0, z, torch.arange(len(x_0)), batch_size)
+    return _in_batches(model, forward, "x_0", x_0, z, torch.arange(len(x_0)), batch_size)
 
 
 def _decoded(model: LatentModel, x_T: Tensor, z: Tensor | None, clip_x_0: bool, batch_size: int) -> Tensor:
     """Images of latents by a model's decoder; x_T only says how many."""
-    if z is None:
-        raise ValueError("z: expected latents, since a decoder draws nothing without them")
 
-    def decode(_: Tensor, z: Tensor, __: Tensor) -> Tensor:
+    def decode(_: Tensor, z: Tensor | None, __: Tensor) -> Tensor:
+        if z is None:
+            raise ValueError("z: expected latents, since a decoder draws nothing without them")
         return model.decode(z).clamp(-1, 1) if clip_x_0 else model.decode(z)
 
     return _in_batches(model, decode, "x_T", x_T, z, torch.arange(len(x_T)), batch_size)
@@ -210,11 +206,13 @@ def _decoded(model: LatentModel, x_T: Tensor, z: Tensor | None, clip_x_0: bool, 
 class _Levels:
     """Noise levels from the noisiest to the cleanest, and the model's estimates at them."""
 
-    def __init__(self, sami: Sami, like: Tensor, uniform: str, num_steps: int, scale: float, clip: float | None, clip_x_0: bool) -> None:
+    def __init__(
+        self, model: LatentModel, like: Tensor, uniform: str, num_steps: int, scale: float, clip: float | None, clip_x_0: bool
+    ) -> None:
         if not num_steps >= 1:
             raise ValueError(f"num_steps: expected at least 1, found {num_steps}")
-        self.sami, self.scale, self.clip, self.clip_x_0 = sami, scale, clip, clip_x_0
-        levels = sami.schedule
+        self.model, self.scale, self.clip, self.clip_x_0 = model, scale, clip, clip_x_0
+        levels = model.schedule
         if uniform == "t":
             self.t = torch.linspace(1, 0, num_steps, dtype=like.dtype, device=like.device)
             self.logsnr = levels.logsnr(self.t)
@@ -226,7 +224,7 @@ class _Levels:
 
     def estimate(self, step: int, x_t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_0 and eps_hat, which agree on x_t. [B, C, H, W] each."""
-        eps_hat = self.sami.predict_eps(x_t, self.t[step].expand(len(x_t)), z, self.scale, self.clip)
+        eps_hat = self.model.predict_eps(x_t, self.t[step].expand(len(x_t)), z, self.scale, self.clip)
         x_0 = (x_t - self.sigma[step] * eps_hat) / self.alpha[step]
         if self.clip_x_0:
             x_0 = x_0.clamp(-1, 1)
@@ -238,7 +236,7 @@ class _Levels:
 
 
 def _in_batches(
-    sami: Sami,
+    model: LatentModel,
     run: Callable[[Tensor, Tensor | None, Tensor], Tensor],
     name: str,
     x: Tensor,
@@ -246,39 +244,38 @@ def _in_batches(
     index: Tensor,
     batch_size: int,
 ) -> Tensor:
-    if x.dim() != 4 or x.shape[1:] != sami.image_shape:
-        raise ValueError(f"{name}: expected [B, {', '.join(map(str, sami.image_shape))}], found {list(x.shape)}")
+    if x.dim() != 4 or x.shape[1:] != model.image_shape:
+        raise ValueError(f"{name}: expected [B, {', '.join(map(str, model.image_shape))}], found {list(x.shape)}")
     if z is not None and (z.dim() != 2 or len(z) != len(x)):
         raise ValueError(f"z: expected [{len(x)}, Z], found {list(z.shape)}")
     if not batch_size >= 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    latents = [None] * -(-len(x) // batch_size) if z is None else z.split(batch_size)
-    parts = zip(x.split(batch_size), latents, index.split(batch_size), strict=True)
-    return torch.cat([run(*part) for part in parts])
+    parts = [slice(first, first + batch_size) for first in range(0, max(1, len(x)), batch_size)]
+    return torch.cat([run(x[part], None if z is None else z[part], index[part]) for part in parts])
 
 
-def _noise(sami: Sami, seed: int, step: int, index: Tensor) -> Tensor:
+def _noise(model: LatentModel, seed: int, step: int, index: Tensor) -> Tensor:
     """[B] -> [B, C, H, W] float32."""
-    channels, height, width = sami.image_shape
+    channels, height, width = model.image_shape
     return ops.random_normal(seed, step, ops.Stream.INIT, index, channels * height * width).view(-1, channels, height, width)
 
 
-def _index(sami: Sami, count: int, first: int) -> Tensor:
-    return torch.arange(first, first + count, device=sami.device)
+def _index(model: LatentModel, count: int, first: int) -> Tensor:
+    return torch.arange(first, first + count, device=model.device)
 
 
-def starting_noise(sami: Sami, count: int, seed: int, first: int = 0) -> Tensor:
+def starting_noise(model: LatentModel, count: int, seed: int, first: int = 0) -> Tensor:
     """x_T of the pictures first, first + 1, ... of a seed. [count, C, H, W] float32 on the model's device."""
-    return _noise(sami, seed, 0, _index(sami, count, first))
+    return _noise(model, seed, 0, _index(model, count, first))
 
 
-def prior_latents(sami: Sami, count: int, seed: int, first: int = 0) -> Tensor:
+def prior_latents(model: LatentModel, count: int, seed: int, first: int = 0) -> Tensor:
     """z ~ N(0, I) of the pictures first, first + 1, ... of a seed. [count, Z] float32 on the model's device."""
-    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(sami, count, first), sami.latent_size)
+    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(model, count, first), model.latent_size)
 
 
 @torch.no_grad()
-def encode(sami: Sami, x_0: Tensor, batch_size: int = 256) -> Posterior:
+def encode(model: LatentModel, x_0: Tensor, batch_size: int = 256) -> Posterior:
     """q(z|x_0) of many images, without gradient and in bounded memory.
 
     Args:
@@ -289,13 +286,13 @@ def encode(sami: Sami, x_0: Tensor, batch_size: int = 256) -> Posterior:
     Raises:
         ValueError: the images are not of the model's shape.
     """
-    if x_0.shape[1:] != sami.image_shape:
-        raise ValueError(f"x_0: expected [N, {', '.join(map(str, sami.image_shape))}], found {list(x_0.shape)}")
-    parts = [sami.encode(part.to(sami.device)) for part in x_0.split(batch_size)]
+    if x_0.shape[1:] != model.image_shape:
+        raise ValueError(f"x_0: expected [N, {', '.join(map(str, model.image_shape))}], found {list(x_0.shape)}")
+    parts = [model.encode(part.to(model.device)) for part in x_0.split(batch_size)]
     return Posterior(torch.cat([part.mu for part in parts]), torch.cat([part.var for part in parts]))
 
 
-def posterior_latents(sami: Sami, x_0: Tensor, *, seed: int, first: int = 0) -> Tensor:
+def posterior_latents(model: LatentModel, x_0: Tensor, *, seed: int, first: int = 0) -> Tensor:
     """z ~ q(z|x_0), one per image: over many images, latents of the aggregated posterior.
 
     Args:
@@ -304,16 +301,22 @@ def posterior_latents(sami: Sami, x_0: Tensor, *, seed: int, first: int = 0) -> 
     Returns:
         [N, Z] on the model's device.
     """
-    return encode(sami, x_0).draw(_index(sami, len(x_0), first), seed)
+    return encode(model, x_0).draw(_index(model, len(x_0), first), seed)
 
 
 def sample(
-    sami: Sami, count: int, *, seed: int, first: int = 0, z: Tensor | Literal["prior"] | None = "prior", **options: Unpack[SamplerOptions]
+    model: LatentModel,
+    count: int,
+    *,
+    seed: int,
+    first: int = 0,
+    z: Tensor | Literal["prior"] | None = "prior",
+    **options: Unpack[SamplerOptions],
 ) -> Tensor:  # [count, C, H, W]
     """New images.
 
     Args:
-        sami: The model.
+        model: Of any method.
         count: How many, >= 1.
         seed: Key of all noise, >= 0.
         first: Index of the first picture: 10 pictures from 0 and 10 from 10 are the 20 from 0.
@@ -323,17 +326,20 @@ def sample(
     Returns:
         [count, C, H, W] in [-1, 1].
     """
-    latents = prior_latents(sami, count, seed, first) if isinstance(z, str) else z
-    return reverse_process(sami, starting_noise(sami, count, seed, first), latents, seed=seed, index=_index(sami, count, first), **options)
+    latents = prior_latents(model, count, seed, first) if isinstance(z, str) else z
+    return reverse_process(
+        model, starting_noise(model, count, seed, first), latents, seed=seed, index=_index(model, count, first), **options
+    )
 
 
-def _inverted(sami: Sami, x_0: Tensor, mu: Tensor, options: SamplerOptions) -> Tensor:
-    z = None if isinstance(sami, Sami) else mu  # a denoiser that is told z knows nothing without it
-    return invert(sami, x_0, z, **{name: value for name, value in options.items() if name in ("num_steps", "clip_x_0", "batch_size")})
+def _inverted(model: LatentModel, x_0: Tensor, mu: Tensor, options: SamplerOptions) -> Tensor:
+    z = None if model.guides else mu  # a denoiser that is told z knows nothing without it
+    kept: Any = {name: value for name, value in options.items() if name in ("num_steps", "clip_x_0", "batch_size")}
+    return invert(model, x_0, z, **kept)
 
 
 def _guided(
-    sami: Sami,
+    model: LatentModel,
     x_0: Tensor,  # [N, C, H, W]; random noise has no use for it
     mu: Tensor,  # [N, Z] of q(z|x_0)
     latents: Tensor,  # [N, V, Z]
@@ -343,16 +349,16 @@ def _guided(
     options: SamplerOptions,
 ) -> Tensor:  # [N, V, C, H, W]
     """V pictures of each image from one starting noise: that of picture first + i, or the one that x_0 is made of."""
-    eta = resolve_eta(options.get("solver", "ddim"), options.get("eta"), default=sami.guided_eta, x_T=x_T)
+    eta = resolve_eta(options.get("solver", "ddim"), options.get("eta"), default=model.guided_eta, x_T=x_T)
     count, views, _ = latents.shape
-    noise = _inverted(sami, x_0, mu, options) if x_T == "inverted" else starting_noise(sami, count, seed, first)
-    noise, index = noise.repeat_interleave(views, 0), _index(sami, count, first).repeat_interleave(views)
-    images = reverse_process(sami, noise, latents.flatten(0, 1), seed=seed, index=index, **options | {"eta": eta})
+    noise = _inverted(model, x_0, mu, options) if x_T == "inverted" else starting_noise(model, count, seed, first)
+    noise, index = noise.repeat_interleave(views, 0), _index(model, count, first).repeat_interleave(views)
+    images = reverse_process(model, noise, latents.flatten(0, 1), seed=seed, index=index, **options | {"eta": eta})
     return images.unflatten(0, (count, views))
 
 
 def reconstruct(
-    sami: Sami,
+    model: LatentModel,
     x_0: Tensor,  # [N, C, H, W]
     *,
     seed: int,
@@ -372,8 +378,8 @@ def reconstruct(
     Raises:
         ValueError: as `reverse_process` and `resolve_eta`.
     """
-    mu = encode(sami, x_0).mu
-    return _guided(sami, x_0, mu, mu[:, None], x_T, seed, first, options)[:, 0]
+    mu = encode(model, x_0).mu
+    return _guided(model, x_0, mu, mu[:, None], x_T, seed, first, options)[:, 0]
 
 
 def _picked(axis: int | Tensor, axes: Axes | None, latent_size: int) -> tuple[Axes, int]:
@@ -386,7 +392,7 @@ def _picked(axis: int | Tensor, axes: Axes | None, latent_size: int) -> tuple[Ax
 
 
 def traverse(
-    sami: Sami,
+    model: LatentModel,
     start: Tensor,  # [1, C, H, W] or [1, Z]
     axis: int | Tensor,
     values: Sequence[float] | Tensor,  # [V]
@@ -416,15 +422,15 @@ def traverse(
         raise ValueError(f"start: expected one image or latent, found {len(start)}")
     if x_T == "inverted" and start.dim() != 4:
         raise ValueError(f"start: expected an image [1, C, H, W] with x_T inverted, found {list(start.shape)}")
-    z = encode(sami, start).mu if start.dim() == 4 else start.to(sami.device)
+    z = encode(model, start).mu if start.dim() == 4 else start.to(model.device)
     picked, row = _picked(axis, axes, z.shape[1])
-    values = np.asarray(torch.as_tensor(values).cpu(), dtype=np.float64)
-    moved = picked.moved(z.cpu().numpy().repeat(len(values), 0), row, values)
-    return _guided(sami, start, z, torch.from_numpy(moved).to(z)[None], x_T, seed, first, options)[0]
+    goals = np.asarray(torch.as_tensor(values).cpu(), dtype=np.float64)
+    moved = picked.moved(z.cpu().numpy().repeat(len(goals), 0), row, goals)
+    return _guided(model, start, z, torch.from_numpy(moved).to(z)[None], x_T, seed, first, options)[0]
 
 
 def edit(
-    sami: Sami,
+    model: LatentModel,
     x_0: Tensor,  # [N, C, H, W]
     axis: int | Tensor,
     amounts: Sequence[float] | Tensor,  # [V]
@@ -449,11 +455,12 @@ def edit(
     Raises:
         ValueError: there is no such axis, or as `reverse_process` and `resolve_eta`.
     """
-    mu = encode(sami, x_0).mu
+    mu = encode(model, x_0).mu
     picked, row = _picked(axis, axes, mu.shape[1])
-    amounts = np.asarray(torch.as_tensor(amounts).cpu(), dtype=np.float64)
-    shifted = picked.shifted(mu.cpu().numpy().repeat(len(amounts), 0), row, np.tile(amounts, len(mu)))
-    return _guided(sami, x_0, mu, torch.from_numpy(shifted).to(mu).unflatten(0, (len(mu), len(amounts))), x_T, seed, first, options)
+    added = np.asarray(torch.as_tensor(amounts).cpu(), dtype=np.float64)
+    shifted = picked.shifted(mu.cpu().numpy().repeat(len(added), 0), row, np.tile(added, len(mu)))
+    latents = torch.from_numpy(shifted).to(mu).unflatten(0, (len(mu), len(added)))
+    return _guided(model, x_0, mu, latents, x_T, seed, first, options)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -476,7 +483,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def interpolate(
-    sami: Sami,
+    model: LatentModel,
     a: Tensor,  # [1, C, H, W]
     b: Tensor,  # [1, C, H, W]
     count: int,
@@ -500,18 +507,19 @@ def interpolate(
         ValueError: a or b is not one image, count is below 2, or as `reverse_process` and `resolve_eta`.
     """
     for name, value in (("a", a), ("b", b)):
-        if value.shape != (1, *sami.image_shape):
-            raise ValueError(f"{name}: expected one image [1, {', '.join(map(str, sami.image_shape))}], found {list(value.shape)}")
+        if value.shape != (1, *model.image_shape):
+            raise ValueError(f"{name}: expected one image [1, {', '.join(map(str, model.image_shape))}], found {list(value.shape)}")
     if count < 2:
         raise ValueError(f"count: expected at least 2, found {count}")
     ends = torch.cat((a, b))
-    mu, weights = encode(sami, ends).mu, torch.linspace(0, 1, count, dtype=torch.float64, device=sami.device)
+    mu, weights = encode(model, ends).mu, torch.linspace(0, 1, count, dtype=torch.float64, device=model.device)
     latents = torch.lerp(mu[:1].double(), mu[1:].double(), weights[:, None]).to(mu)
     if x_T == "random":
-        return _guided(sami, a, mu[:1], latents[None], x_T, seed, first, options)[0]
-    eta = resolve_eta(options.get("solver", "ddim"), options.get("eta"), default=sami.guided_eta, x_T=x_T)
-    noise = slerp(*_inverted(sami, ends, mu, options), weights)
-    return reverse_process(sami, noise, latents, **options | {"eta": eta})
+        return _guided(model, a, mu[:1], latents[None], x_T, seed, first, options)[0]
+    eta = resolve_eta(options.get("solver", "ddim"), options.get("eta"), default=model.guided_eta, x_T=x_T)
+    from_a, from_b = _inverted(model, ends, mu, options)
+    noise = slerp(from_a, from_b, weights)
+    return reverse_process(model, noise, latents, **options | {"eta": eta})
 
 
 def axis_values(mu: Tensor, axis: int, count: int, coverage: float = 0.98) -> Tensor:

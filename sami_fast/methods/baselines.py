@@ -1,8 +1,9 @@
 """What SAMI is compared with: a beta-VAE and a diffusion autoencoder, of the same networks, noise, data and budget.
 
-Their losses are in nats per image, as the step's (step.py), and take the same arguments.
+Their losses are in nats per image, as the step's (step.py); guidance, free bits and u have no meaning here.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from .. import ops
 from ..models import Decoder, Denoiser
-from ..step import Draw, Objective, noised, per_image
-from .latent_model import LatentModel, Prose, Term
+from ..step import Draw, noised, per_image
+from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
 
 COLLAPSED = (
     "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all), so there is nothing to "
@@ -19,13 +20,33 @@ COLLAPSED = (
 )
 
 
-class BetaVAE(LatentModel):
+class Baseline(LatentModel):
+    """An autoencoder whose other network is told z; its loss is the mean error of what that network makes of z, and the KL's price."""
+
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+        mu, var = parts.encoder(x_0)
+        if self.deterministic:
+            z, kl = mu, 0.0 * var  # an unused head still needs a gradient
+        else:
+            eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
+            z, kl = ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
+        error = self.error(x_0, z, draw, parts)
+        return error.mean() + kl_weight * kl.mean(0).sum(), (error.detach(),), kl.detach()
+
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
+        """The loss of each image without its KL, nats. [B, C, H, W], [B, Z] -> [B]."""
+        raise NotImplementedError
+
+
+class BetaVAE(Baseline):
     """A variational autoencoder whose decoder is a Gaussian around its output.
 
         loss = ||x_0 - decoder(z)||^2 / (2 s^2) + beta KL( q(z|x_0) || N(0, I) ),   z ~ q(z|x_0)
 
     With the constant d ln(s sqrt(2 pi)) added and beta = 1 this is the negative ELBO of a decoder of standard deviation s.
 
+    Args:
+        decoder_std: s, in the units of x_0.
     Source: Higgins et al., "beta-VAE", ICLR 2017; Kingma & Welling, arXiv:1312.6114.
     """
 
@@ -45,14 +66,26 @@ class BetaVAE(LatentModel):
     )
     partner: ClassVar[str] = "decoder"
     partner_type = Decoder
-    decodes = True
+    decodes: ClassVar[bool] = True
+    decoder: Callable[..., Tensor]
+
+    def __init__(self, *arguments: Any, decoder_std: float = 1.0, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.decoder_std = decoder_std
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"decoder_std": self.decoder_std}
+
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
+        residual = (x_0 - parts.denoiser(z).to(x_0.dtype)).flatten(1)
+        return residual.square().sum(1) / (2 * self.decoder_std**2)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The mean image of latents. [B, Z] -> [B, C, H, W]."""
         return self.decoder(z)
 
 
-class DiffAE(LatentModel):
+class DiffAE(Baseline):
     """A diffusion autoencoder: a denoiser that is told z, trained with the encoder by the denoising loss alone.
 
         loss = weight ||eps - eps_theta(x_t, t, z)||^2 [+ beta KL( q(z|x_0) || N(0, I) )]
@@ -78,6 +111,7 @@ class DiffAE(LatentModel):
     )
     partner: ClassVar[str] = "denoiser"
     partner_type = Denoiser
+    denoiser: Callable[..., Tensor]
 
     def __init__(self, *arguments: Any, stochastic: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
@@ -86,6 +120,13 @@ class DiffAE(LatentModel):
     @property
     def settings(self) -> dict[str, Any]:
         return {"stochastic": not self.deterministic}
+
+    def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
+        levels = parts.objective.noise_levels
+        x_t, eps, t, sigma_t, weight = noised(self.schedule, x_0, draw, parts.objective, parts.store_eps)
+        eps_pred = parts.denoiser(x_t, t, z.repeat_interleave(levels, 0)).to(x_t.dtype)
+        per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
+        return per_image(per_sample, levels)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """eps_theta(x_t, t, z). There is no guidance to scale and nothing to clip; both are there for `Sami.predict_eps`.
@@ -96,56 +137,3 @@ class DiffAE(LatentModel):
         if z is None or scale != 1.0:
             raise ValueError("z: expected latents and a guidance scale of 1; a diffusion autoencoder draws nothing without them")
         return self.denoiser(x_t, t, z)
-
-
-def _latents(model: LatentModel, x_0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """z and the KL of each dimension, both [B, Z]; of a deterministic encoder its mean and 0."""
-    mu, var = model.encoder(x_0)
-    if model.deterministic:
-        return mu, 0.0 * var  # an unused head still needs a gradient
-    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
-    return ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
-
-
-def beta_vae_step(model: BetaVAE, x_0: Tensor, draw: Draw, kl_weight: float, decoder_std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one batch.
-
-    Args:
-        model: The networks.
-        x_0: Images in [-1, 1]. [B, C, H, W].
-        draw: Which random numbers to use.
-        kl_weight: beta.
-        decoder_std: s, in the units of x_0.
-    Returns:
-        loss: scalar, nats per image but for the constant of the decoder's density.
-        reconstruction: the same without the KL, without gradient. [B].
-        kl: without gradient. [B, Z].
-    """
-    z, kl = _latents(model, x_0, draw)
-    residual = (x_0 - model.decode(z).to(x_0.dtype)).flatten(1)
-    reconstruction = residual.square().sum(1) / (2 * decoder_std**2)
-    loss = reconstruction.mean() + kl_weight * kl.mean(0).sum()
-    return loss, reconstruction.detach(), kl.detach()
-
-
-def diffae_step(
-    model: DiffAE, x_0: Tensor, draw: Draw, objective: Objective, kl_weight: float, *, store_eps: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one batch.
-
-    Args:
-        model: The networks.
-        x_0: Images in [-1, 1]. [B, C, H, W].
-        draw, objective, kl_weight, store_eps: As in `step.training_step`; guidance, free bits and u have no meaning here.
-    Returns:
-        loss: scalar, nats per image.
-        diffusion: the denoising term, without gradient. [B].
-        kl: without gradient. [B, Z].
-    """
-    z, kl = _latents(model, x_0, draw)
-    x_t, eps, t, sigma_t, weight = noised(model.schedule, x_0, draw, objective, store_eps)
-    eps_pred = model.denoiser(x_t, t, z.repeat_interleave(objective.noise_levels, 0)).to(x_t.dtype)
-    diffusion, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-    diffusion = per_image(diffusion, objective.noise_levels)
-    loss = diffusion.mean() + kl_weight * kl.mean(0).sum()
-    return loss, diffusion.detach(), kl.detach()

@@ -35,11 +35,12 @@ def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser:
     del encoder["start"], partner["pretrained"]
     if config.encoder.start == "denoiser":
         encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
-    if config.method != "sami":
+    method = METHODS[config.method]
+    if not method.guides:  # then z reaches the network beside the encoder as an input
         partner["latent_size"] = config.encoder.latent_size
-    if config.method == "beta_vae":  # a decoder sees no noise level
+    if not method.noisy:
         del partner["embedding_size"]
-    return {"encoder": encoder, METHODS[config.method].partner: denoiser or partner}
+    return {"encoder": encoder, method.partner: denoiser or partner}
 
 
 def schedule_of(config: Config, levels: Sequence[float] = ()) -> Schedule:
@@ -74,14 +75,15 @@ def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]
         denoiser = load_diffusers(source, schedule)
         return denoiser, denoiser.architecture, schedule
     given = Sami.from_pretrained(source)
-    if isinstance(given.denoiser, DiscreteTimeDenoiser):
-        schedule = schedule_of(config, given.denoiser.levels.tolist())
-        given.denoiser.use(schedule)
-        return given.denoiser, given.architecture["denoiser"], schedule
+    denoiser, architecture = given.networks["denoiser"], (given.architecture or {})["denoiser"]
+    if isinstance(denoiser, DiscreteTimeDenoiser):
+        schedule = schedule_of(config, denoiser.levels.tolist())
+        denoiser.use(schedule)
+        return denoiser, architecture, schedule
     if given.schedule.settings != asdict(config.schedule):
         there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
         raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-    return given.denoiser, given.architecture["denoiser"], given.schedule
+    return denoiser, architecture, given.schedule
 
 
 def fingerprint_of(network: nn.Module) -> str:
@@ -102,13 +104,11 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
     try:
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)
-            settings = asdict(config.diffae) if config.method == "diffae" else {}
-            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **settings)
+            own = getattr(config, config.method, None)  # the section with the method's name, if it has one
+            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **asdict(own) if own else {})
         denoiser, its_architecture, schedule = given_denoiser(config)
-        if denoiser.image_shape != image_shape:
-            raise UserError(
-                f"denoiser.pretrained: its images are {list(denoiser.image_shape)} (C, H, W), the data's are {list(image_shape)}"
-            )
+        if (shape := tuple(denoiser.image_shape)) != image_shape:  # pyrefly: ignore[bad-argument-type] (denoisers of either kind have one)
+            raise UserError(f"denoiser.pretrained: its images are {list(shape)} (C, H, W), the data's are {list(image_shape)}")
         architecture = architecture_of(config, image_shape, its_architecture)
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture["encoder"], denoiser)

@@ -6,7 +6,7 @@ Sami (sami.py) has a denoiser and no decoder; the baselines it is compared with 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,7 @@ from ..files import write_text_whole, write_whole
 from ..hub import located
 from ..models import Encoder
 from ..schedule import Schedule, build_schedule
+from ..step import Draw, Objective, guided_terms
 
 FORMAT = "sami-fast/1"
 
@@ -43,6 +44,33 @@ class Prose:
     reconstructions: str  # {steps} of the reverse process
     samples: str  # {source}: where their latents come from
     training: str  # the curves of the terms; {left}, {cost}: where they stand, what the latents cost
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the training steps of a run are made of, the same from the first to the last.
+
+    Attributes:
+        encoder: Of clean images; the score differentiates the model's own encoder.
+        denoiser: The network beside it; a decoder, of methods that decode. Either network may be compiled here, and this one may stand
+            for a network in an engine of its own.
+        objective: Constants of the loss.
+        guided_terms: `step.guided_terms`, or the same compiled.
+        score_method, store_eps, global_mean: As in `step.training_step`.
+    """
+
+    encoder: score.Encoder
+    denoiser: Callable[..., Tensor]
+    objective: Objective = Objective()  # noqa: RUF009 (frozen, like this class)
+    guided_terms: Callable[..., tuple[Tensor, Tensor]] = guided_terms
+    score_method: str = "auto"
+    store_eps: bool = True
+    global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean
+
+
+StepLoss = tuple[Tensor, tuple[Tensor, ...], Tensor]
+"""Of one batch: the loss, a mean over images in nats; without gradient, the terms that `LatentModel.terms` names, [B] each, and the KL per
+latent dimension, [B, Z], or zeros [1, Z] where nothing was encoded."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +113,7 @@ class LatentModel(nn.Module):
         image_shape, latent_size: (C, H, W) and Z, for encoders that do not say so themselves.
     """
 
-    method: ClassVar[str]  # its name in configs and saved files
+    method: ClassVar[str]  # its name in configs and saved files; what may be asked of it stands in capabilities.py
     partner: ClassVar[str]  # attribute of the network beside the encoder
     partner_type: ClassVar[type[nn.Module]]
     label: ClassVar[str]  # its name in reports
@@ -93,9 +121,9 @@ class LatentModel(nn.Module):
     prose: ClassVar[Prose]
     guides: ClassVar[bool] = False  # whether the encoder's score steers the reverse process, and samples without latents exist
     noisy: ClassVar[bool] = True  # whether training looks at noisy images, at levels of the schedule
-    deterministic = False  # whether the latent is the encoder's mean, and its variance means nothing
-    decodes = False  # whether an image comes from `decode` instead of from a reverse process
-    guided_eta = 0.0  # fresh noise of a reverse process that knows z, unless asked for otherwise
+    deterministic: bool = False  # whether the latent is the encoder's mean, and its variance means nothing
+    decodes: ClassVar[bool] = False  # whether an image comes from `decode` instead of from a reverse process
+    guided_eta: ClassVar[float] = 0.0  # fresh noise of a reverse process that knows z, unless asked for otherwise
 
     def __init__(
         self,
@@ -119,7 +147,7 @@ class LatentModel(nn.Module):
         Args:
             architecture: {"encoder": Encoder's arguments, partner: that network's arguments}.
             schedule: `Schedule.settings`, say {"kind": ..., "logsnr_min": ..., "logsnr_max": ...}.
-            settings: What else the method takes.
+            settings: What else the method takes: the section of a config that has its name.
         """
         levels = build_schedule(schedule)
         encoder, partner = cls.build_encoder(architecture["encoder"]), cls.build_partner(architecture[cls.partner], levels)
@@ -142,18 +170,19 @@ class LatentModel(nn.Module):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Encoder and partner by name."""
-        return {"encoder": self.encoder, self.partner: getattr(self, self.partner)}
+        """Encoder and partner by name, as far as they are modules: only these have weights."""
+        both = {name: getattr(self, name) for name in ("encoder", self.partner)}
+        return {name: network for name, network in both.items() if isinstance(network, nn.Module)}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        return self._image_shape or self.encoder.image_shape
+        return self._image_shape or self.encoder.image_shape  # pyrefly: ignore[missing-attribute] (this package's encoders say it)
 
     @property
     def latent_size(self) -> int:
         """Z."""
-        return self._latent_size or self.encoder.latent_size
+        return self._latent_size or self.encoder.latent_size  # pyrefly: ignore[missing-attribute]
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +193,30 @@ class LatentModel(nn.Module):
         """q(z|x) of images, clean or noisy. [B, C, H, W] in [-1, 1] -> mu, var [B, Z]; var is 0 where the model is deterministic."""
         mu, var = self.encoder(x)
         return Posterior(mu, torch.zeros_like(mu) if self.deterministic else var)
+
+    def parts(self, **others: Any) -> Parts:
+        """What a training step is made of, nothing of it compiled. `others` are fields of `Parts`."""
+        return replace(Parts(self.encoder, getattr(self, self.partner)), **others)
+
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+        """The loss of one batch, from which both networks learn.
+
+        Args:
+            x_0: Images in [-1, 1]. [B, C, H, W].
+            draw: Which random numbers to use.
+            kl_weight: beta at this step; 1 is the bound.
+            parts: What the step is made of.
+            phase: Who learns: "both", "encoder" or "denoiser". Only methods with a train.mode or a warm-up know the latter two.
+        """
+        raise NotImplementedError
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
+        """The noise in x_t by all that the method makes of z; methods that decode have none. Arguments as in `Sami.predict_eps`."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean image of latents, where the method decodes. [B, Z] -> [B, C, H, W]."""
+        raise NotImplementedError
 
     def save_pretrained(self, folder: str | os.PathLike[str], weights: dict[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json, the layout of the Hugging Face hub.

@@ -1,5 +1,6 @@
 """The Sami module: an encoder, a denoiser and a schedule that belong together."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from .. import score
 from ..pretrained import build_denoiser, build_encoder
 from ..schedule import Schedule, alpha_sigma
-from .latent_model import LatentModel, Posterior, Prose, Term
+from ..step import Draw, denoising_step, training_step
+from .latent_model import LatentModel, Parts, Posterior, Prose, StepLoss, Term
 
 __all__ = ["Posterior", "Sami"]
 
@@ -49,7 +51,8 @@ class Sami(LatentModel):
     partner: ClassVar[str] = "denoiser"
     # Chosen on 16x16 disks by how well reconstructions re-encode to their z. What early levels get wrong, only fresh noise lets later
     # levels correct: 15 to 23 % of them miss some latent by half a standard deviation or more at eta 0, 2 to 3 % at 1, 0.5 % at 2.
-    guided_eta = 2.0
+    guided_eta: ClassVar[float] = 2.0
+    denoiser: Callable[..., Tensor]
 
     @classmethod
     def build_encoder(cls, arguments: dict[str, Any], partner: nn.Module | None = None) -> nn.Module:
@@ -58,6 +61,31 @@ class Sami(LatentModel):
     @classmethod
     def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
         return build_denoiser(arguments, schedule)
+
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+        """`step.training_step`; in phase "denoiser" `step.denoising_step`, in phase "encoder" the denoiser is a constant."""
+        denoiser, objective = parts.denoiser, parts.objective
+        if phase == "denoiser":
+            loss, unguided = denoising_step(denoiser, self.schedule, x_0, draw, objective, store_eps=parts.store_eps)
+            return loss + _nothing(*self.encoder(x_0[:1])), (unguided, unguided), x_0.new_zeros(1, self.latent_size)
+        loss, terms = training_step(
+            self.encoder,
+            denoiser if phase == "both" else torch.no_grad()(denoiser),
+            self.schedule,
+            x_0,
+            draw,
+            objective,
+            kl_weight,
+            score_method=parts.score_method,
+            store_eps=parts.store_eps,
+            global_mean=parts.global_mean,
+            clean_encoder=parts.encoder,
+            terms_of=parts.guided_terms,
+        )
+        learns_later = phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser."))
+        if learns_later:
+            loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
+        return loss, (terms.unguided, terms.diffusion), terms.kl
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """Guided noise estimate eps_theta(x_t, t) - scale sigma_t grad log q(z|x_t).
@@ -82,3 +110,12 @@ class Sami(LatentModel):
             z = torch.clamp(z, mu - reach, mu + reach)
         _, sigma_t = alpha_sigma(self.schedule.logsnr(t))
         return scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(self.encoder, x_t, z)
+
+
+def _nothing(*outputs: Tensor) -> Tensor:
+    """Zero, with gradients of zero for the parameters behind these outputs.
+
+    Every rank reduces every gradient, so a network that waits for its turn needs some. Adam counts these steps, which makes the network's
+    first updates up to twice as large; its own learning-rate warm-up covers them.
+    """
+    return 0.0 * torch.stack([output.sum() for output in outputs]).sum()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import ops
 from ..methods.latent_model import LatentModel
+from ..methods.sami import Sami
 from ..schedule import alpha_sigma
 
 RECONSTRUCTION_STEP = ops.EVALUATION_STEP + 1  # the endpoint's noise is not the diffusion term's
@@ -148,8 +149,9 @@ def negative_elbo(
         if not model.decodes:
             alpha_t, sigma_t = alpha_sigma(logsnr)
             x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=ops.EVALUATION_STEP)
+            assert isinstance(eps, Tensor)  # stored, unless asked otherwise
             t = schedule.t(logsnr).flatten()
-            if model.method == "sami":
+            if isinstance(model, Sami):
                 eps_pred = model.predict_eps(x_t, t)
                 unguided = 0.5 * span * _square(eps - eps_pred)
                 eps_hat = eps_pred - model.guidance(x_t, t, z)
@@ -159,8 +161,10 @@ def negative_elbo(
             alpha_1, sigma_1 = alpha_sigma(torch.tensor(schedule.logsnr_min, dtype=torch.float64))
             prior = 0.5 * (alpha_1**2 * x_0.double().square() + sigma_1**2 - 1.0 - 2.0 * sigma_1.log()).flatten(1).sum(1)
         parts.append((diffusion, posterior.kl.sum(1), prior, reconstruction, unguided))
-    columns = zip(*parts, strict=True)
-    return Bound(*(None if column[0] is None else torch.cat(column).double().cpu().numpy() for column in columns))
+    *columns, unguided = zip(*parts, strict=True)
+    diffusion, kl, prior, reconstruction = (torch.cat(column).double().cpu().numpy() for column in columns)
+    without = None if unguided[0] is None else torch.cat(unguided).double().cpu().numpy()
+    return Bound(diffusion, kl, prior, reconstruction, without)
 
 
 def _square(error: Tensor) -> Tensor:

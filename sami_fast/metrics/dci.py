@@ -47,7 +47,7 @@ def dci(
         return model.feature_importances_.clip(min=0.0), model.score(test_codes, test_factor)  # rounding leaves some at -1e-18
 
     pairs = zip(factor_classes.T, test_classes.T, strict=True)
-    importances, accuracies = zip(*Parallel(n_jobs=jobs)(delayed(one)(*pair) for pair in pairs), strict=True)
+    importances, accuracies = zip(*Parallel(n_jobs=jobs)(delayed(one)(*pair) for pair in pairs), strict=True)  # pyrefly: ignore[not-callable]
     matrix = np.column_stack(importances)
     return DCI(*dci_from_importance(matrix), float(np.mean(accuracies)), matrix)
 

@@ -95,7 +95,7 @@ def lpips(x: Tensor, y: Tensor, batch_size: int = 64) -> Tensor:
     """
     x, y = _as_pairs(x, y, LPIPS_SIDE)
     try:
-        from torchvision.models import AlexNet_Weights
+        from torchvision.models import AlexNet_Weights  # pyrefly: ignore[missing-import] (optional)
     except ImportError:
         raise ValueError("lpips: expected torchvision, found none; pip install torchvision") from None
     url = AlexNet_Weights.DEFAULT.url

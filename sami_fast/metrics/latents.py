@@ -1,10 +1,13 @@
 """Which latent dimensions are in use."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .checks import as_tables
 
 LIVE_NATS = 0.05  # a dimension with a smaller mean KL carries nothing
+LIVE_RULE = f"mean KL above {LIVE_NATS:g} nats"  # for messages
 
 
 def kl_per_dim(mu: np.ndarray, var: np.ndarray) -> np.ndarray:
@@ -25,8 +28,8 @@ def kl_per_dim(mu: np.ndarray, var: np.ndarray) -> np.ndarray:
     return (0.5 * (mu**2 + var - 1.0 - np.log(var))).mean(0)
 
 
-def live_dims(kl: np.ndarray) -> np.ndarray:
-    """Dimensions with a mean KL above `LIVE_NATS`.
+def live_dims(kl: np.ndarray | Sequence[float]) -> np.ndarray:
+    """Dimensions with a mean KL above `LIVE_NATS`: what counts as live is decided here and nowhere else.
 
     Args:
         kl: Mean KL of every dimension, nats. [Z].
@@ -35,8 +38,8 @@ def live_dims(kl: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: more than one axis.
     """
-    kl = np.asarray(kl)
-    if kl.ndim != 1:
-        raise ValueError(f"kl: expected one value per dimension, [Z], found shape {list(kl.shape)}")
-    order = np.argsort(-kl, kind="stable")
-    return order[kl[order] > LIVE_NATS]
+    rates = np.asarray(kl)
+    if rates.ndim != 1:
+        raise ValueError(f"kl: expected one value per dimension, [Z], found shape {list(rates.shape)}")
+    order = np.argsort(-rates, kind="stable")
+    return order[rates[order] > LIVE_NATS]

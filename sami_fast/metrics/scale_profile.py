@@ -20,7 +20,7 @@ from .. import ops
 from ..methods.latent_model import LatentModel
 from ..schedule import alpha_sigma
 from .bound import RECONSTRUCTION_STEP, Images
-from .latents import LIVE_NATS
+from .latents import live_dims
 
 PROFILE_STEP = RECONSTRUCTION_STEP + 1  # noise of its own, apart from the bound's
 
@@ -118,7 +118,9 @@ def scale_profile(
     clean, information, residual = torch.cat(clean).numpy(), torch.cat(information, 1).numpy(), torch.cat(residual, 1).numpy()
 
     root, height, mean = math.sqrt(count), clean.mean(0), information.mean(1)
-    scale = [half_point(levels, mean[:, d], height[d]) if height[d] > LIVE_NATS else math.nan for d in range(len(height))]
+    scale = np.full(len(height), math.nan)
+    for d in live_dims(height):
+        scale[d] = half_point(levels, mean[:, d], height[d])
     distance = [[kstest(column, "norm", method="asymp").statistic for column in table.T] for table in residual]
     return ScaleProfile(
         logsnr=levels,
@@ -126,7 +128,7 @@ def scale_profile(
         information_error=information.std(1, ddof=1) / root,
         clean=height,
         clean_error=clean.std(0, ddof=1) / root,
-        scale=np.array(scale),
+        scale=scale,
         calibration_mean=residual.mean(1),
         calibration_std=residual.std(1, ddof=1),
         calibration_distance=np.array(distance),

@@ -16,18 +16,19 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def way_down(net: nn.Module, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+def way_down(net: nn.Module, x: Tensor, embedding: Tensor, recompute: bool = False) -> tuple[Tensor, list[Tensor]]:
     """The first half of a U-Net: features after the middle, and what each resolution left for the way up.
 
     Args:
-        net: Has stem, down, shrink and middle; with `recompute`, backward computes its blocks again.
+        net: Has stem, down, shrink and middle.
         x: [B, C, H, W].
         embedding: Of the noise level. [B, E].
+        recompute: As in `Denoiser`.
     """
     h = net.stem(x)
     skips = []
     for level, shrink in zip(net.down, [*net.shrink, None], strict=True):
-        h = _run(level, h, embedding, getattr(net, "recompute", False))
+        h = _run(level, h, embedding, recompute)
         if shrink is not None:
             skips.append(h)
             h = shrink(h)
@@ -66,7 +67,7 @@ class Denoiser(nn.Module):
         x_t [B, C, H, W], t [B] in [0, 1], z [B, Z] if conditional -> eps_pred [B, C, H, W].
     Raises:
         ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
-    With `recompute` set, backward computes the residual and attention blocks again instead of keeping what is inside them.
+    Called with `recompute`, backward computes the residual and attention blocks again instead of keeping what is inside them.
     Differentiable: twice, though training needs it once; with `recompute` by `backward()` alone and once.
     """
 
@@ -87,7 +88,6 @@ class Denoiser(nn.Module):
         sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.embedding_size = embedding_size
-        self.recompute = False
         self.embed = nn.Sequential(
             nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
         )
@@ -123,11 +123,11 @@ class Denoiser(nn.Module):
                 nn.Linear(latent_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
             )
 
-    def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, *, recompute: bool = False) -> Tensor:
         embedding = self.embed(time_embedding(t, self.embedding_size).to(self.stem.weight.dtype))
         if z is not None:
             embedding = embedding + self.embed_z(z.to(embedding.dtype))
-        h, skips = way_down(self, x_t, embedding)
+        h, skips = way_down(self, x_t, embedding, recompute)
         for grow, level in zip(self.grow, self.up, strict=True):
-            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding, self.recompute)
+            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding, recompute)
         return self.out(self.out_norm(h))
