@@ -1,8 +1,8 @@
 """Two commits on this machine, or two files of rows: by how much each of our implementations got faster or slower.
 
-python benchmarks/compare.py HEAD~3                                  # that commit against this tree, everything
-python benchmarks/compare.py v0.1 --repeats 3 -- benchmarks/test_ops.py -k "attention and bwd_bwd"
-python benchmarks/compare.py first.jsonl second.jsonl --within 0.15  # exit status 1 where a ratio moved by more
+python -m benchmarks.compare HEAD~3                                  # that commit against this tree, everything
+python -m benchmarks.compare v0.1 --repeats 3 -- benchmarks/test_ops.py -k "attention and bwd_bwd"
+python -m benchmarks.compare first.jsonl second.jsonl --within 0.15  # exit status 1 where a ratio moved by more
 
 Both commits are built and installed apart, and this tree's benchmarks measure the one and the other in turn, each in a process of its own.
 What is compared is the ratio to the baseline that stood beside it: plain torch, the same on both sides.
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from table import COLUMNS, Row, comparison, is_ours, lines, read
+from .table import COLUMNS, Row, comparison, is_ours, lines, read
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("old", "new")

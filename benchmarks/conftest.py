@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rivals
 import torch
-from machine import address, keep_memory
-from measure import SECONDS, Contestant, Rounds, rows_of
-from table import is_ours, read, shape_label, short, table, to_csv
+
+from . import rivals
+from .machine import address, keep_memory
+from .measure import SECONDS, Contestant, Rounds, rows_of
+from .table import is_ours, read, shape_label, short, table, to_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 LEFT_OUT = pytest.StashKey[list[str]]()

