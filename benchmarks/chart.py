@@ -11,7 +11,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from .table import Row, comparisons, is_ours, read, shape_label
+from .rows import Row, read
+from .table import comparisons, is_ours, shape_label
 
 mpl.use("svg")
 import matplotlib.pyplot as plt

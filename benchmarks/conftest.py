@@ -18,7 +18,8 @@ import torch
 from . import rivals
 from .machine import address, keep_memory
 from .measure import SECONDS, Contestant, Rounds, rows_of
-from .table import is_ours, read, shape_label, short, table, to_csv
+from .rows import read
+from .table import is_ours, shape_label, short, table, to_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 LEFT_OUT = pytest.StashKey[list[str]]()

@@ -25,7 +25,9 @@ from sami_fast.latents.sampling import encode
 from sami_fast.metrics.identifiability import linear_r2
 from sami_fast.train import Trainer
 
-from .figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .table import Columns, page_table
+from .tables import rewrite, write_block
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
 # What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
@@ -144,16 +146,22 @@ def row_of(seed: int, frozen: Reached, same: Reached | None, last: Reached) -> R
     }
 
 
-def generated(what: str, results: Path = RESULTS) -> str:
-    """The block of docs/results.md; its name says `disks`."""
-    return table(select(results / "pretrained.jsonl", data=what, settings=""))
+def generated(data: str) -> str:
+    """The table of docs/results.md, by what follows `pretrained` in its name: `disks`."""
+    return table(committed("pretrained.jsonl", data=data, settings=""))
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row per seed."""
     first, unet = rows[0], rows[0]["denoiser"]
-    passed, factors = sum(row["passes"] for row in rows), list(rows[0]["r2"])
-    header = ["seed", *(f"R2 {factor}" for factor in factors), "frozen, s", "joint to the same R2, s", "share", "passes"]
+    columns: Columns = {
+        "seed": ("seed", ""),
+        **{f"R2 {factor}": (f"r2.{factor}", ".3f") for factor in first["r2"]},
+        "frozen, s": ("frozen_seconds", ".0f"),
+        "joint to the same R2, s": (_joint, ""),
+        "share": ("share", ".2f"),
+        "passes": (lambda row: "yes" if row["passes"] else "**no**", ""),
+    }
     lines = [
         f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread, "
         f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
@@ -161,19 +169,17 @@ def table(rows: list[Row]) -> str:
         f"The denoiser: a diffusers `UNet2DModel` with `DDPMScheduler`, {unet['steps']} steps of 64 disks in {unet['seconds']:.0f} s, "
         f"mean squared error {unet['loss']:.4f} per pixel.",
         "",
-        f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the frozen run, in less than a "
-        "third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores are from sampled z; "
-        "seconds are processor time of training alone.",
+        f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the "
+        "frozen run, in less than a third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores "
+        "are from sampled z; seconds are processor time of training alone.",
         "",
-        "| " + " | ".join(header) + " |",
-        "| " + " | ".join("---" for _ in header) + " |",
     ]
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        seconds = f"{row['joint_seconds']:.0f}"
-        joint = f"{seconds}, step {row['joint_step']}" if row["joint_as_far"] else f"not in {seconds}"
-        cells = [str(row["seed"]), *(f"{value:.3f}" for value in row["r2"].values()), f"{row['frozen_seconds']:.0f}", joint]
-        lines.append("| " + " | ".join([*cells, f"{row['share']:.2f}", "yes" if row["passes"] else "**no**"]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, page_table(sorted(rows, key=lambda row: row["seed"]), columns)])
+
+
+def _joint(row: Row) -> str:
+    seconds = f"{row['joint_seconds']:.0f}"
+    return f"{seconds}, step {row['joint_step']}" if row["joint_as_far"] else f"not in {seconds}"
 
 
 def main() -> int:
@@ -199,7 +205,7 @@ def main() -> int:
         print(json.dumps(rows[-1]), flush=True)
     if arguments.output:
         write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-        write_generated(arguments.output, "pretrained disks", table(rows))
+        write_block(arguments.output, "pretrained disks", table(rows))
     else:
         write_rows(RESULTS / "pretrained.jsonl", rows, KEY)
         rewrite(ROOT / "docs/results.md", "pretrained")

@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sami_fast import plan
@@ -19,7 +18,8 @@ from sami_fast.cli.plan import _lines
 from sami_fast.config import Config, load_config
 from sami_fast.environment import describe
 
-from .figures import RESULTS, ROOT, Row, address, rewrite, select, write_rows
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .tables import rewrite
 
 GPUS, GPU = (8, 64, 512), "h100-sxm"
 CONFIGS = {"celeba64": "data.path=celeba", "celebahq256": "data.path=faces", "imagenet64": "data.path=imagenet"}
@@ -61,9 +61,9 @@ def row_of(name: str) -> Row:
     return found | address(describe(), command, str(datetime.now(UTC).date()))
 
 
-def generated(name: str, results: Path = RESULTS) -> str:
+def generated(name: str) -> str:
     """A block of docs/scaling.md, by what follows `plan` in its name: a config. What the command prints, indented."""
-    (row,) = select(results / "plan.jsonl", config=name)
+    (row,) = committed("plan.jsonl", config=name)
     return "\n".join(f"    {line}".rstrip() for line in _lines(plan_of(row)))
 
 
