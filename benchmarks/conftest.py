@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _command(config: pytest.Config) -> str:
     """What makes the rows again: where they are written is no part of it."""
-    return re.sub(r" --(rows|durations)[= ]\S+| --resume", "", shlex.join(["pytest", *config.invocation_params.args]))
+    return re.sub(r" --(rows|durations)[= ]\S+| --resume| -o pythonpath=\S+", "", shlex.join(["pytest", *config.invocation_params.args]))
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def gather(makers: dict[str, Callable[[], Contestant]]) -> tuple[list[Contestant
     return ready, wrong
 
 
-def peak_bytes(run: Callable[[], object], device: str) -> int:
+def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     """The most that torch's allocator held during a call, over what was there before: outputs, saved tensors, temporaries."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -31,37 +31,32 @@ def generated(name: str) -> str:
     return import_module(f".{WRITERS[first]}", __package__).generated(rest)
 
 
-def renewed(text: str, first: str = "") -> str:
-    """A document with its tables made again, or those alone whose name begins with this word."""
-
-    def block(found: re.Match[str]) -> str:
-        name = found["name"]
-        return marked(name, generated(name)) if name.split()[0] == (first or name.split()[0]) else found[0]
-
-    if lost := set(re.findall(r"^<!-- end of (.+) -->$", text, re.MULTILINE)) - {found["name"] for found in BLOCK.finditer(text)}:
+def blocks(text: str) -> list[re.Match[str]]:
+    """The tables of a document. ValueError: one has no beginning."""
+    found = list(BLOCK.finditer(text))
+    if lost := set(re.findall(r"^<!-- end of (.+) -->$", text, re.MULTILINE)) - {block["name"] for block in found}:
         raise ValueError(f"{', '.join(sorted(lost))}: the end of a table that has no beginning")
-    return BLOCK.sub(block, text)
-
-
-def marked(name: str, table: str) -> str:
-    return f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
-
-
-def rewrite(path: Path, first: str = "") -> None:
-    path.write_text(renewed(path.read_text(), first))
+    return found
 
 
 def write_block(path: Path, name: str, table: str) -> None:
     """Put a table between its markers in a file, or at its end."""
     text = path.read_text() if path.exists() else "# Results\n"
-    old = next((m[0] for m in BLOCK.finditer(text) if m["name"] == name), None)
-    new = marked(name, table)
+    old = next((block[0] for block in blocks(text) if block["name"] == name), None)
+    new = f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
     path.write_text(text.replace(old, new) if old else f"{text.rstrip()}\n\n{new}\n")
+
+
+def rewrite(path: Path, first: str = "") -> None:
+    """Make the tables of a document again, or those alone whose name begins with this word."""
+    for name in [block["name"] for block in blocks(path.read_text())]:
+        if name.split()[0] == (first or name.split()[0]):
+            write_block(path, name, generated(name))
 
 
 def stale(path: Path) -> list[str]:
     """Names of the tables of a document that are not what their rows give."""
-    return [found["name"] for found in BLOCK.finditer(path.read_text()) if found["inside"] != generated(found["name"]) + "\n"]
+    return [block["name"] for block in blocks(path.read_text()) if block["inside"] != generated(block["name"]) + "\n"]
 
 
 def main() -> int:

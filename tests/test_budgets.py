@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_allocator(name: str):
     run = op_cases()[name].work(2)
     torch.use_deterministic_algorithms(False)
     with ops.use_backend("reference"):
-        allocated = peak_bytes(lambda: run(lambda: None), "cpu")
+        allocated = peak_bytes(lambda: run(lambda: None))
     assert allocated == pytest.approx(today(f"{name}, second derivatives", "reference").figures["peak_bytes"], rel=0.01)
 
 
