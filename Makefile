@@ -35,21 +35,21 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Registers, spills and shared memory of every CUDA kernel within their budgets; needs nvcc, no GPU.
+# Every CUDA kernel for every chip, without spills on sm_90; needs nvcc, no GPU.
 cuda: install
-	$(BIN)/python csrc/check_cuda.py --budgets benchmarks/budgets/cuda.csv $(ARGS)
+	$(BIN)/python csrc/check_cuda.py $(ARGS)
 
 # Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install
-	$(BIN)/python benchmarks/recovery.py $(ARGS)
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
 # SAMI, a beta-VAE and a diffusion autoencoder on disks and sprites, three seeds each: writes docs/results.md. About two hours on two cores.
 methods: install
-	$(BIN)/python benchmarks/methods.py $(ARGS)
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 # Encoders on a pretrained diffusers UNet against the joint run, three seeds: writes docs/results.md. About fifteen minutes.
 pretrained: install
-	$(BIN)/python benchmarks/pretrained.py $(ARGS)
+	$(BIN)/python -m benchmarks.pretrained $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

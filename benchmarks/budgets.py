@@ -1,18 +1,25 @@
-"""Budgets for what noise cannot blur: FLOPs, operator calls, bytes and launches of the ops, the encoder's score and a training step.
+"""Budgets of what can be counted, and is the same on every machine: FLOPs, operator calls, bytes and launches, of the ops, the encoder's
+score and a training step.
 
-python benchmarks/budgets.py            # every budget of benchmarks/budgets/counted.csv beside today's figure; no GPU needed
-python benchmarks/budgets.py --write    # today's figures become the budgets
+python -m benchmarks.budgets            # every budget of benchmarks/budgets/counted.csv beside today's figure; no GPU needed
+python -m benchmarks.budgets --write    # today's figures become the budgets
 
-Exit status 1 when a figure exceeds its budget, or has none; 2 when the file cannot be read. Registers, spills and shared memory of the
-kernels have budgets too, which `python -m sami_fast.kernels.aot` and `python csrc/check_cuda.py` compare as they compile.
+Exit status 1 when a figure exceeds its budget, or has none; 2 when the file cannot be read.
+
+A line of the file names a computation and a backend, holds what was counted, and says with which version of torch: with another one most
+figures differ without our doing. An empty cell: not counted.
 """
 
 import argparse
+import csv
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +28,6 @@ import torch
 if not torch.cuda.is_available() or __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its launchers then take CPU tensors
 
-from counting import Counts, count
-from sami_fast.kernels.budgets import BudgetError, Budgets, Row, Table
 from torch import Tensor
 
 from sami_fast import ops, score
@@ -31,15 +36,135 @@ from sami_fast.data import open_dataset
 from sami_fast.methods.build import build_model
 from sami_fast.models import Encoder
 from sami_fast.ops.backend import refusal
-from sami_fast.step import Draw, Objective, training_step
+from sami_fast.step import Objective
+
+from .counting import Counts, count
+from .steps import SCORE_METHODS, Step
 
 FILE = Path(__file__).with_name("budgets") / "counted.csv"
-TABLE = Table(("what", "backend"), tuple(field.name for field in fields(Counts)), exact=frozenset({"convolution_flops", "launches"}))
 BACKENDS = ("cpp", "triton", "reference")
-METHODS = ("reverse", "sweeps", "dual")
 VERSION = "torch " + ".".join(torch.__version__.split(".")[:2])
+KINDS = tuple(field.name for field in fields(Counts))
+EXACT = ("convolution_flops", "launches")  # that no version of torch changes
+COLUMNS = ["what", "backend", *KINDS, "made_with"]
 
 Work = Callable[[Callable[[], None]], object]  # a computation as `counting.count` takes it
+
+
+# ---- the file
+
+
+class BudgetError(Exception):
+    """A file of budgets that cannot be used, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One computation, counted; figures by KINDS, those that were not counted are absent."""
+
+    what: str
+    backend: str
+    figures: dict[str, int]
+    version: str = VERSION
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.what, self.backend
+
+    def __str__(self) -> str:
+        return ", ".join(self.name)
+
+    @property
+    def cells(self) -> list[str]:
+        return [*self.name, *(str(self.figures.get(kind, "")) for kind in KINDS), self.version]
+
+
+@dataclass
+class Verdict:
+    """What a comparison found, in sentences: what is wrong, and what is only worth knowing."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        BudgetError: there is none, or it is no such table.
+    """
+    try:
+        lines = list(csv.reader(StringIO(path.read_text(encoding="utf-8")), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BudgetError(f"{path}: no table of budgets can be read from it ({error}); where there is no file, --write makes one") from None
+    if not lines or lines[0] != COLUMNS:
+        raise BudgetError(f"{path}: expected the columns {','.join(COLUMNS)}, found {','.join(lines[0]) if lines else 'none'}")
+    rows: dict[tuple[str, str], Row] = {}
+    for place, cells in enumerate(lines[1:], 2):
+        if len(cells) != len(COLUMNS):
+            raise BudgetError(f"{path}, line {place}: expected {len(COLUMNS)} cells, found {len(cells)}")
+        what, backend, *counted, version = cells
+        for kind, cell in zip(KINDS, counted, strict=True):
+            if not re.fullmatch(r"[0-9]*", cell):
+                raise BudgetError(f"{path}, line {place}: {kind}: expected a whole number or nothing, found {cell!r}")
+        figures = {kind: int(cell) for kind, cell in zip(KINDS, counted, strict=True) if cell}
+        row = Row(what, backend, figures, version)
+        if row.name in rows:
+            raise BudgetError(f"{path}, line {place}: a second line for {row}")
+        rows[row.name] = row
+    return list(rows.values())
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(row.cells for row in sorted(rows, key=lambda row: row.name))])
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def table(rows: Iterable[Row], budgets: Iterable[Row] = ()) -> str:
+    """For a terminal: a line per row; a figure that differs from its budget as "budget -> figure"."""
+    before, lines = {row.name: row.cells for row in budgets}, [COLUMNS]
+    for row in rows:
+        pairs = zip(before.get(row.name, row.cells), row.cells, strict=True)
+        lines.append([f"{old} -> {new}" if old != new else new for old, new in pairs])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in lines)
+
+
+def compare(budgets: Iterable[Row], found: Iterable[Row], command: str) -> Verdict:
+    """Today's figures against their budgets.
+
+    Args:
+        budgets: Of what was counted now: those of other computations are left out.
+        found: Today's.
+        command: The one that writes the file, for messages.
+    """
+    verdict, lower, versions = Verdict(), [], Counter[tuple[str, str]]()
+    before = {row.name: row for row in budgets}
+    for row in found:
+        budget = before.pop(row.name, None)
+        if budget is None:
+            verdict.faults.append(f"{row}: has no budget; `{command}` writes it")
+            continue
+        same = budget.version == row.version
+        if not same:
+            versions[budget.version, row.version] += 1
+        for kind in KINDS if same else EXACT:
+            old, new = budget.figures.get(kind), row.figures.get(kind)
+            change = f"{row}: {kind} {'none' if old is None else old} -> {'none' if new is None else new}"
+            if old != new and (old is None or new is None or new > old):
+                verdict.faults.append(change)
+            elif old != new:
+                lower.append(change)
+    verdict.faults += [f"{row}: has a budget and is not there any more; `{command}` takes it out" for row in before.values()]
+    for (old, new), number in versions.items():
+        verdict.notes.append(f"{number} budgets were made with {old}, and here is {new}: nothing but {', '.join(EXACT)} is compared")
+    if lower:
+        verdict.notes.append(f"figures below their budget: {len(lower)}, such as {lower[0]}; `{command}` tightens them")
+    return verdict
+
+
+# ---- what is counted
 
 
 def normal(*shape: int) -> Tensor:
@@ -72,35 +197,23 @@ class Score:
         return work
 
 
-class Step:
-    """The built-in disks run: a batch, and its networks."""
+def disks_step() -> Step:
+    """A batch of the built-in disks run, and its networks."""
+    config = load_config("disks")
+    dataset = open_dataset(config.data, config.seed)
+    x_0 = dataset.images(torch.arange(config.train.batch_size))
+    return Step(build_model(config, dataset.image_shape), x_0, Objective(**asdict(config.objective)), config.kl_weight.start)
 
-    def __init__(self) -> None:
-        config = load_config("disks")
-        dataset = open_dataset(config.data, config.seed)
-        self.sami = build_model(config, dataset.image_shape)
-        index = torch.arange(config.train.batch_size)
-        self.x_0 = dataset.images(index)
-        self.draw = Draw(seed=1, step=2, index=index, global_batch=len(index))
-        self.objective = Objective(**asdict(config.objective))
-        self.kl_weight = config.kl_weight.start
 
-    def by(self, method: str) -> Work:
-        """The loss, and the gradients of both networks' parameters."""
-        sami = self.sami
-        parameters = list(sami.parameters())
-
-        def work(keep: Callable[[], None]) -> object:
-            networks = sami.encoder, sami.denoiser, sami.schedule
-            loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, score_method=method)
-            keep()
-            return torch.autograd.grad(loss, parameters)
-
-        return work
+def step_gradients(step: Step, method: str, keep: Callable[[], None]) -> object:
+    """The loss, and the gradients of both networks' parameters."""
+    loss, _terms = step.loss(method)  # the terms stay until the end, as in training
+    keep()
+    return torch.autograd.grad(loss, list(step.sami.parameters()))
 
 
 @dataclass(frozen=True)
-class Op:
+class OpCase:
     """An op with its arguments, and how often a training step differentiates it in those that need a gradient."""
 
     call: Callable[..., Any]
@@ -113,9 +226,9 @@ class Op:
 
         def work(keep: Callable[[], None]) -> object:
             results = [self._tuple(self.call(*self.tensors))]
-            for level in range(order):
+            for done in range(order):
                 loss = sum(t.square().sum() / 2 for t in results[-1] if t.requires_grad)
-                results.append(torch.autograd.grad(loss, wrt, create_graph=level + 1 < self.order))
+                results.append(torch.autograd.grad(loss, wrt, create_graph=done + 1 < self.order))
             keep()
             return results
 
@@ -126,7 +239,7 @@ class Op:
         return out if isinstance(out, tuple) else (out,)
 
 
-def op_cases() -> dict[str, Op]:
+def op_cases() -> dict[str, OpCase]:
     """[B, S, N, D] = [4, 64, 4, 32] for attention, [4, 64, 16, 16] for features, [64, 8] for latents, [64, 1, 16, 16] for images."""
 
     def leaves(number: int, *shape: int) -> list[Tensor]:
@@ -137,18 +250,18 @@ def op_cases() -> dict[str, Op]:
     z, mu, raw_var = leaves(3, 64, 8)
     var = (raw_var.detach().square() + 0.1).requires_grad_()
 
-    def noise(x_0: Tensor, level: Tensor, index: Tensor) -> Any:
-        return ops.noise_sample(x_0, level, level, index, seed=1, step=2)
+    def noise(x_0: Tensor, amplitude: Tensor, index: Tensor) -> Any:
+        return ops.noise_sample(x_0, amplitude, amplitude, index, seed=1, step=2)
 
     return {
-        "attention": Op(ops.attention, leaves(3, 4, 64, 4, 32), 2),
-        "attention_dual": Op(ops.attention_dual, leaves(6, 4, 64, 4, 32), 1),
-        "conv2d": Op(partial(ops.conv2d, padding=1), [*leaves(1, *features), *leaves(1, 64, 64, 3, 3), parameters[0]], 2),
-        "gaussian_log_prob": Op(ops.gaussian_log_prob, [z, mu, var], 2),
-        "group_norm_silu": Op(partial(ops.group_norm_silu, num_groups=4), [*leaves(1, *features), *parameters], 2),
-        "group_norm_silu_dual": Op(partial(ops.group_norm_silu_dual, num_groups=4), [*leaves(2, *features), *parameters], 1),
-        "guided_loss": Op(ops.guided_loss, [normal(*images), *leaves(2, *images), amplitude, amplitude, amplitude], 2),
-        "noise_sample": Op(noise, [normal(*images), amplitude[:, None], torch.arange(64)], 0),
+        "attention": OpCase(ops.attention, leaves(3, 4, 64, 4, 32), 2),
+        "attention_dual": OpCase(ops.attention_dual, leaves(6, 4, 64, 4, 32), 1),
+        "conv2d": OpCase(partial(ops.conv2d, padding=1), [*leaves(1, *features), *leaves(1, 64, 64, 3, 3), parameters[0]], 2),
+        "gaussian_log_prob": OpCase(ops.gaussian_log_prob, [z, mu, var], 2),
+        "group_norm_silu": OpCase(partial(ops.group_norm_silu, num_groups=4), [*leaves(1, *features), *parameters], 2),
+        "group_norm_silu_dual": OpCase(partial(ops.group_norm_silu_dual, num_groups=4), [*leaves(2, *features), *parameters], 1),
+        "guided_loss": OpCase(ops.guided_loss, [normal(*images), *leaves(2, *images), amplitude, amplitude, amplitude], 2),
+        "noise_sample": OpCase(noise, [normal(*images), amplitude[:, None], torch.arange(64)], 0),
     }
 
 
@@ -159,16 +272,15 @@ def cases() -> Iterator[tuple[str, Work]]:
     for name, op in op_cases().items():
         for order in range(op.order + 1):
             yield f"{name}, {ORDERS[order]}", op.work(order)
-    of_score, step = Score(), Step()
+    of_score, step = Score(), disks_step()
     yield "encoder, forward", of_score.forward
-    for method in METHODS:
+    for method in SCORE_METHODS:
         yield f"score, {method}", of_score.by(method)
-        yield f"step, {method}", step.by(method)
+        yield f"step, {method}", partial(step_gradients, step, method)
 
 
 def row(what: str, backend: str, work: Work) -> Row:
-    counts = {kind: value for kind, value in asdict(count(work, backend)).items() if value is not None}
-    return Row((what, backend), counts, VERSION)
+    return Row(what, backend, {kind: value for kind, value in asdict(count(work, backend)).items() if value is not None})
 
 
 def refusals() -> dict[str, str]:
@@ -184,10 +296,15 @@ def measure() -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Budgets.add_options(parser, FILE)
+    parser.add_argument("--budgets", type=Path, metavar="FILE", default=FILE, help="fail where a figure is above its budget there")
+    usage = "write the figures there instead; those of what is not counted now stay"
+    parser.add_argument("--write", type=Path, metavar="FILE", nargs="?", const=FILE, help=usage)
     arguments = parser.parse_args(argv)
+    file = arguments.write or arguments.budgets
     try:
-        budgets = Budgets(TABLE, arguments, "python benchmarks/budgets.py")
+        if arguments.write is not None and not file.absolute().parent.is_dir():
+            raise BudgetError(f"--write: no folder {file.absolute().parent}")
+        known = read(file) if arguments.write is None or file.exists() else []
     except BudgetError as error:
         print(error, file=sys.stderr)
         return 2
@@ -195,9 +312,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, reason in missing.items():
         print(f"{name} is not counted here: {reason}")
     found = measure()
-    faults = budgets.settle(found, lambda row: row.name[-1] not in missing)
-    print(f"{len(found)} computations counted with {VERSION}, {faults} faults")
-    return 1 if faults else 0
+    names = {row.name for row in found}
+    others = [row for row in known if row.backend in missing and row.name not in names]
+    budgets = [row for row in known if row not in others]
+    print(table(found, budgets))
+    verdict = Verdict()
+    if arguments.write is None:
+        verdict = compare(budgets, found, f"python -m benchmarks.budgets --write {file}")
+    else:
+        write(file, [*others, *found])
+    print("".join(f"{note}\n" for note in verdict.notes), end="")
+    print("".join(f"{fault}\n" for fault in verdict.faults), end="", file=sys.stderr)
+    print(f"{len(found)} computations counted with {VERSION}, {len(verdict.faults)} faults")
+    return 1 if verdict.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chart in docs/performance.md, from rows: python benchmarks/chart.py benchmarks/results/cpu.jsonl docs/performance.svg
+"""The chart in docs/performance.md, from rows: python -m benchmarks.chart benchmarks/results/cpu.jsonl docs/performance.svg
 
 Every comparison is a line; on it stand all implementations by their speed relative to the plain torch that is the baseline.
 """
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from table import Row, comparisons, is_ours, read, shape_label
+
+from .rows import Row, read
+from .table import comparisons, is_ours, shape_label
 
 mpl.use("svg")
 import matplotlib.pyplot as plt

@@ -1,8 +1,8 @@
 """Two commits on this machine, or two files of rows: by how much each of our implementations got faster or slower.
 
-python benchmarks/compare.py HEAD~3                                  # that commit against this tree, everything
-python benchmarks/compare.py v0.1 --repeats 3 -- benchmarks/test_ops.py -k "attention and bwd_bwd"
-python benchmarks/compare.py first.jsonl second.jsonl --within 0.15  # exit status 1 where a ratio moved by more
+python -m benchmarks.compare HEAD~3                                  # that commit against this tree, everything
+python -m benchmarks.compare v0.1 --repeats 3 -- benchmarks/test_ops.py -k "attention and bwd_bwd"
+python -m benchmarks.compare first.jsonl second.jsonl --within 0.15  # exit status 1 where a ratio moved by more
 
 Both commits are built and installed apart, and this tree's benchmarks measure the one and the other in turn, each in a process of its own.
 What is compared is the ratio to the baseline that stood beside it: plain torch, the same on both sides.
@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from table import COLUMNS, Row, comparison, is_ours, lines, read
+from .rows import Row, read
+from .table import COLUMNS, comparison, is_ours, lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("old", "new")
@@ -32,8 +33,8 @@ def install(source: Path, target: Path) -> None:
 def measure(site: Path, rows: Path, arguments: Sequence[str]) -> None:
     """This tree's benchmarks on the package of `site`."""
     environment = os.environ | {"PYTHONPATH": str(site)}
-    # -P: the tree that the command is started in must not come before it.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--rows", str(rows), *arguments]
+    # -P, pythonpath: this tree in the path would hide that package.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-o", "pythonpath=tests", "--rows", str(rows), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     if done.returncode not in (0, 1) or not rows.exists():
         raise ValueError(f"the benchmarks of this tree do not run on {site.name}: exit status {done.returncode}")

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rivals
 import torch
-from machine import address, keep_memory
-from measure import SECONDS, Contestant, Rounds, rows_of
-from table import is_ours, read, shape_label, short, table, to_csv
+
+from . import rivals
+from .machine import address, keep_memory
+from .measure import SECONDS, Contestant, Rounds, rows_of
+from .rows import read
+from .table import is_ours, shape_label, short, table, to_csv
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 LEFT_OUT = pytest.StashKey[list[str]]()
@@ -70,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _command(config: pytest.Config) -> str:
     """What makes the rows again: where they are written is no part of it."""
-    return re.sub(r" --(rows|durations)[= ]\S+| --resume", "", shlex.join(["pytest", *config.invocation_params.args]))
+    return re.sub(r" --(rows|durations)[= ]\S+| --resume| -o pythonpath=\S+", "", shlex.join(["pytest", *config.invocation_params.args]))
 
 
 @pytest.fixture(scope="session")

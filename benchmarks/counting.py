@@ -1,4 +1,4 @@
-"""What can be counted of a computation and is the same on every machine: operators, FLOPs, bytes of tensors, Triton kernels."""
+"""What can be counted of a computation and is the same on every machine: operator calls, FLOPs, bytes of tensors, launches of Triton."""
 
 import gc
 from collections import Counter
@@ -29,6 +29,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         calls: How often each operator was called.
         flops: FLOPs of the convolutions and matrix products, by operator; torch's formulas, algorithms that save some count in full.
+        convolutions: How often torch was asked for each convolution, by operator and arguments; of a tensor its shape and dtype.
         held, peak: Bytes alive now, and the most there were at once.
     """
 
@@ -36,6 +37,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.convolutions: Counter[tuple[Any, ...]] = Counter()
         self.held = self.peak = 0
 
     @property
@@ -46,6 +48,9 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = str(func.overloadpacket)
         self.calls[name] += 1
+        if func in (aten.convolution.default, aten.convolution_backward.default):
+            described = ((a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args)
+            self.convolutions[(func, *described)] += 1
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func.namespace in ("sami_fast", "sami_fast_C"):
             with self:
@@ -116,7 +121,7 @@ class Counts:
 
 
 def count(work: Callable[[Callable[[], None]], object], backend: str) -> Counts:
-    """Count one computation on CPU tensors. Its values mean nothing where the backend is "triton": there no kernel runs.
+    """Count one computation on CPU tensors. With the backend "triton" launches are recorded and no kernel runs, so values mean nothing.
 
     Args:
         work: Is given a function to call where kept bytes are to be taken; called twice, the first time to warm up.
@@ -157,7 +162,7 @@ def _launches(backend: str) -> Iterator[list[str]]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Tensors in reference cycles stay: when they would go is a matter of chance."""
+    """Python's garbage collector stands still: when it would free tensors in reference cycles is a matter of chance."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
 """Train the networks of configs/celeba64.yaml for some steps through the real launcher, at every ZeRO stage, on generated 64x64 images.
 
-python benchmarks/deepspeed_steps.py --rows deepspeed.jsonl [--steps 60] [--stages 0 1 2 3] [--tiny]
+python -m benchmarks.deepspeed_steps --rows deepspeed.jsonl [--steps 60] [--stages 0 1 2 3] [--tiny]
 
 A row per stage: images per second, as metrics.jsonl has them, and the most memory that the GPU had in use. Stages that have a row of this
 commit and device are left out. Exit status 0 also where DeepSpeed is not installed, which is said; 1 when a stage fails.

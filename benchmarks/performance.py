@@ -1,21 +1,13 @@
-"""The tables of docs/performance.md, from the rows of `make bench`: written by `python benchmarks/figures.py --write`.
+"""The tables of docs/performance.md, from the rows of `make bench`: written by `python -m benchmarks.tables`.
 
 Ratios, shares and memory; no times, which mean nothing on another machine or another day.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from chart import MODES
-from figures import RESULTS, CitationError, read_rows
-from table import Row, against_best_rival, best_of, comparisons, shape_label
-
-ROWS = "cpu.jsonl"
-
-
-def _markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    rows = [titles, ["---"] * len(titles), *cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+from .chart import MODES
+from .rows import Row, committed
+from .table import Columns, against_best_rival, best_of, comparisons, markdown, page_table, shape_label
 
 
 def _ratio(row: Row) -> str:
@@ -24,6 +16,10 @@ def _ratio(row: Row) -> str:
 
 def _peak(row: Row | None) -> str:
     return f"{row['peak_bytes'] / 2**20:.2f}" if row and row.get("peak_bytes") else ""
+
+
+def _target(row: Row) -> str:
+    return f"{row['target']:g}, {'met' if row['ratio'] >= row['target'] else 'missed'}" if row.get("target") else ""
 
 
 def _bound(row: Row) -> str:
@@ -49,30 +45,35 @@ def ops(rows: Sequence[Row]) -> str:
         against = f"{against_best_rival(group):.2f} {rival['implementation']}"
         cells.append([*what, first["baseline"], _ratio(ours), against, _bound(ours), _peak(ours), _peak(rival)])
     titles = ["op", "shape", "through", "plain torch", "ours to it (20 to 80 %)", "ours to the best rival", "bound", "MiB", "rival's MiB"]
-    return _markdown(titles, cells)
+    return markdown(titles, cells)
 
 
 def networks(rows: Sequence[Row]) -> str:
     """Steps, samples and other people's networks: everybody against the baseline."""
-    cells = []
-    for group in comparisons(rows):
-        if "images" not in group[0] or group[0]["mode"] == "feed":
-            continue
-        for row in group:
-            if row["implementation"] != row["baseline"]:
-                target = f"{row['target']:g}, {'met' if row['ratio'] >= row['target'] else 'missed'}" if row.get("target") else ""
-                what = [row["op"], shape_label(row["shape"]), MODES[row["mode"]]]
-                cells.append([*what, row["implementation"], row["baseline"], _ratio(row), target, _bound(row), _peak(row)])
-    return _markdown(["what", "shape", "through", "who", "to", "ratio (20 to 80 %)", "target", "bound", "MiB"], cells)
+    columns: Columns = {
+        "what": ("op", ""),
+        "shape": (lambda row: shape_label(row["shape"]), ""),
+        "through": (lambda row: MODES[row["mode"]], ""),
+        "who": ("implementation", ""),
+        "to": ("baseline", ""),
+        "ratio (20 to 80 %)": (_ratio, ""),
+        "target": (_target, ""),
+        "bound": (_bound, ""),
+        "MiB": (_peak, ""),
+    }
+    found = [row for group in comparisons(rows) for row in group if "images" in row and row["mode"] != "feed"]
+    return page_table([row for row in found if row["implementation"] != row["baseline"]], columns)
 
 
 def feed(rows: Sequence[Row]) -> str:
-    cells = []
-    for row in rows:
-        if row["mode"] == "feed" and row["implementation"] != row["baseline"]:
-            target = f"{row['target']:g}, {'met' if row['ratio'] >= row['target'] else 'missed'}" if row.get("target") else ""
-            cells.append([row["op"].removeprefix("feed "), row["implementation"], row["baseline"], _ratio(row), target])
-    return _markdown(["files", "feed", "to", "ratio (20 to 80 %)", "target"], cells)
+    columns: Columns = {
+        "files": (lambda row: row["op"].removeprefix("feed "), ""),
+        "feed": ("implementation", ""),
+        "to": ("baseline", ""),
+        "ratio (20 to 80 %)": (_ratio, ""),
+        "target": (_target, ""),
+    }
+    return page_table([row for row in rows if row["mode"] == "feed" and row["implementation"] != row["baseline"]], columns)
 
 
 def slower(rows: Sequence[Row]) -> str:
@@ -83,17 +84,30 @@ def slower(rows: Sequence[Row]) -> str:
         if group[0]["mode"] != "feed" and ratio is not None and ratio < 1:
             what = [group[0]["op"], shape_label(group[0]["shape"]), MODES.get(group[0]["mode"], group[0]["mode"])]
             cells.append([*what, rival["implementation"], f"{ratio:.2f}", _peak(ours), _peak(rival)])
-    return _markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)
+    return markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)
 
 
 def cold(rows: Sequence[Row]) -> str:
     """Seconds until the first result of what has to be compiled."""
-    cells = [
-        [row["op"], MODES.get(row["mode"], row["mode"]), row["implementation"], f"{row['first_seconds']:.1f}"]
-        for row in rows
-        if row["implementation"].startswith("torch.compile") and row.get("first_seconds") and not row.get("from_cache")
-    ]
-    return _markdown(["what", "through", "who", "s"], cells)
+    columns: Columns = {
+        "what": ("op", ""),
+        "through": (lambda row: MODES.get(row["mode"], row["mode"]), ""),
+        "who": ("implementation", ""),
+        "s": ("first_seconds", ".1f"),
+    }
+    compiled = [row for row in rows if row["implementation"].startswith("torch.compile") and row.get("first_seconds")]
+    return page_table([row for row in compiled if not row.get("from_cache")], columns)
+
+
+def repeats() -> str:
+    """How many ratios of two runs agree."""
+    columns: Columns = {
+        **{key: (key, "") for key in ("threads", "ratios")},
+        "within 15 %": ("within_15", ""),
+        "within 8 %": ("within_8", ""),
+        "largest change": ("largest", ".0%"),
+    }
+    return page_table(committed("repeat.jsonl", what="ops"), columns)
 
 
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -106,13 +120,10 @@ BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def generated(name: str, results: Path = RESULTS) -> str:
-    """Text of a generated block.
-
-    Raises:
-        CitationError: no rows, or there is no such block.
-    """
-    rows = read_rows(results / ROWS)
-    if not rows or name not in BLOCKS:
-        raise CitationError(f"{ROWS}: no rows, or no block named {name!r}; blocks: {', '.join(BLOCKS)}")
-    return BLOCKS[name](rows)
+def generated(name: str) -> str:
+    """A table by its name. ValueError: there is no such table."""
+    if name == "repeats":
+        return repeats()
+    if name not in BLOCKS:
+        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats'])}")
+    return BLOCKS[name](committed("cpu.jsonl"))

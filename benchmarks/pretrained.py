@@ -1,7 +1,7 @@
 """How soon do latents arrive on a denoiser that is trained already? Against the joint run, seed by seed, losers included.
 
-python benchmarks/pretrained.py                        # results/pretrained.jsonl and docs/results.md
-python benchmarks/pretrained.py --seeds 0 --denoiser-steps 500 --output try.md          # try.md and try.jsonl
+python -m benchmarks.pretrained                        # results/pretrained.jsonl and docs/results.md
+python -m benchmarks.pretrained --seeds 0 --denoiser-steps 500 --output try.md          # try.md and try.jsonl
 
 Trains a diffusers UNet2DModel with diffusers' own scheduler and pipeline, then encoders beside it, frozen. The time of each frozen run is
 set beside the time in which the joint run of the same seed gets its worst factor as far. Runs take turns, one thread each.
@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
@@ -25,6 +24,10 @@ from sami_fast.environment import describe
 from sami_fast.latents.sampling import encode
 from sami_fast.metrics.identifiability import linear_r2
 from sami_fast.train import Trainer
+
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .table import Columns, page_table
+from .tables import rewrite, write_block
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
 # What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
@@ -143,16 +146,22 @@ def row_of(seed: int, frozen: Reached, same: Reached | None, last: Reached) -> R
     }
 
 
-def generated(what: str, results: Path = RESULTS) -> str:
-    """The block of docs/results.md; its name says `disks`."""
-    return table(select(results / "pretrained.jsonl", data=what, settings=""))
+def generated(data: str) -> str:
+    """The table of docs/results.md, by what follows `pretrained` in its name: `disks`."""
+    return table(committed("pretrained.jsonl", data=data, settings=""))
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: a row per seed."""
     first, unet = rows[0], rows[0]["denoiser"]
-    passed, factors = sum(row["passes"] for row in rows), list(rows[0]["r2"])
-    header = ["seed", *(f"R2 {factor}" for factor in factors), "frozen, s", "joint to the same R2, s", "share", "passes"]
+    columns: Columns = {
+        "seed": ("seed", ""),
+        **{f"R2 {factor}": (f"r2.{factor}", ".3f") for factor in first["r2"]},
+        "frozen, s": ("frozen_seconds", ".0f"),
+        "joint to the same R2, s": (_joint, ""),
+        "share": ("share", ".2f"),
+        "passes": (lambda row: "yes" if row["passes"] else "**no**", ""),
+    }
     lines = [
         f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread, "
         f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
@@ -160,23 +169,21 @@ def table(rows: list[Row]) -> str:
         f"The denoiser: a diffusers `UNet2DModel` with `DDPMScheduler`, {unet['steps']} steps of 64 disks in {unet['seconds']:.0f} s, "
         f"mean squared error {unet['loss']:.4f} per pixel.",
         "",
-        f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the frozen run, in less than a "
-        "third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores are from sampled z; "
-        "seconds are processor time of training alone.",
+        f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the "
+        "frozen run, in less than a third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores "
+        "are from sampled z; seconds are processor time of training alone.",
         "",
-        "| " + " | ".join(header) + " |",
-        "| " + " | ".join("---" for _ in header) + " |",
     ]
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        seconds = f"{row['joint_seconds']:.0f}"
-        joint = f"{seconds}, step {row['joint_step']}" if row["joint_as_far"] else f"not in {seconds}"
-        cells = [str(row["seed"]), *(f"{value:.3f}" for value in row["r2"].values()), f"{row['frozen_seconds']:.0f}", joint]
-        lines.append("| " + " | ".join([*cells, f"{row['share']:.2f}", "yes" if row["passes"] else "**no**"]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, page_table(sorted(rows, key=lambda row: row["seed"]), columns)])
+
+
+def _joint(row: Row) -> str:
+    seconds = f"{row['joint_seconds']:.0f}"
+    return f"{seconds}, step {row['joint_step']}" if row["joint_as_far"] else f"not in {seconds}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/pretrained.py --seeds 0 1")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.pretrained --seeds 0 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--denoiser-steps", type=int, default=2500, help="steps of the UNet; one that is there is taken as it is")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/pretrained", help="where the UNet and the run folders go")
@@ -191,14 +198,14 @@ def main() -> int:
         facts.write_text(json.dumps({"steps": arguments.denoiser_steps, "loss": loss, "seconds": time.process_time() - start}))
     unet = json.loads(facts.read_text())
     settings = " ".join(arguments.overrides)
-    where = address(describe(), f"python benchmarks/pretrained.py {settings}".strip(), str(datetime.now(UTC).date()))
+    where = address(describe(), f"python -m benchmarks.pretrained {settings}".strip(), str(datetime.now(UTC).date()))
     rows = []
     for seed in arguments.seeds:
         rows.append({"data": "disks", "settings": settings, **row_of(seed, *compare(arguments, seed)), "denoiser": unet, **where})
         print(json.dumps(rows[-1]), flush=True)
     if arguments.output:
         write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-        write_generated(arguments.output, "pretrained disks", table(rows))
+        write_block(arguments.output, "pretrained disks", table(rows))
     else:
         write_rows(RESULTS / "pretrained.jsonl", rows, KEY)
         rewrite(ROOT / "docs/results.md", "pretrained")

@@ -1,8 +1,8 @@
 """Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes rows and a table, losers included.
 
-python benchmarks/recovery.py                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
-python benchmarks/recovery.py --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
-python benchmarks/recovery.py --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
+python -m benchmarks.recovery                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
+python -m benchmarks.recovery --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
+python -m benchmarks.recovery --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
 """
 
 import argparse
@@ -11,15 +11,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 
 import torch
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_generated, write_rows
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
+
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .table import Columns, page_table
+from .tables import rewrite, write_block
 
 MIN_R2, MIN_MCC = 0.95, 0.9
 KEY = ("config", "settings", "seed")  # two runs that agree in these are the same
@@ -81,53 +86,90 @@ def passes(scores: dict) -> bool:
     return min(r2.values()) >= MIN_R2 and scores["mcc"] >= MIN_MCC and scores["active_dims"] == len(r2)
 
 
-def generated(what: str, results: Path = RESULTS) -> str:
-    """A block of docs/results.md, by what follows `recovery` in its name: a config, or a config and "variants"."""
+def generated(what: str) -> str:
+    """A table of docs/results.md, by what follows `recovery` in its name: `train`, a config, or a config and `variants`."""
+    if what == "train":
+        return train_table(committed("train.jsonl"))
     config, _, variants = what.partition(" ")
     if variants:
-        return variants_table(select(results / "recovery.jsonl", config=config, source=None))
-    return seeds_table(select(results / "recovery.jsonl", config=config, settings=""))
+        return variants_table(committed("recovery.jsonl", config=config))
+    return seeds_table(committed("recovery.jsonl", config=config, settings=""))
+
+
+def _factors(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    return {f"R2 {factor}": (f"linear_r2.{factor}", ".3f") for factor in rows[0]["linear_r2"]}
 
 
 def seeds_table(rows: list[Row]) -> str:
     """Markdown: a row per seed, and the untrained encoder of the same seed below it."""
     first, factors = rows[0], list(rows[0]["linear_r2"])
-    passed = sum(row["passes"] for row in rows)
-    each = [*(f"R2 {f}" for f in factors), *(f"MCC {f}" for f in factors)]
+    both = []
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        both += [row, row["untrained"] | {"seed": f"{row['seed']}, untrained"}]
+    columns: Columns = {
+        "seed": ("seed", ""),
+        **_factors(rows),
+        **{f"MCC {factor}": (f"mcc_per_factor.{factor}", ".3f") for factor in factors},
+        **{"MCC": ("mcc", ".3f"), "MIG": ("mig", ".2f"), "live dims": ("active_dims", ""), "KL, nats": ("kl_nats", ".1f")},
+        "passes": (lambda row: _yes(row["passes"]), ""),
+        "minutes": (lambda row: row["wall_seconds"] / 60, ".1f"),
+    }
     lines = [
         f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread per run, "
         f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
         "",
-        f"**{passed} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
+        f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
         "exactly as many live dimensions (KL > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
-        "",
-        _line(["seed", *each, "MCC", "MIG", "live dims", "KL, nats", "passes", "minutes"]),
-        _line(["---"] * (len(each) + 7)),
     ]
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        for label, scores in ((f"{row['seed']}", row), (f"{row['seed']}, untrained", row["untrained"])):
-            cells = [label, *(f"{scores[key][f]:.3f}" for key in ("linear_r2", "mcc_per_factor") for f in factors)]
-            cells += [f"{scores['mcc']:.3f}", f"{scores['mig']:.2f}", f"{scores['active_dims']}", f"{scores['kl_nats']:.1f}"]
-            cells += [_yes(row["passes"]), f"{row['wall_seconds'] / 60:.1f}"] if scores is row else ["", ""]
-            lines.append(_line(cells))
-    return "\n".join(lines)
+    if "pixel_energy" in first:
+        energies = (f"{factor} {mean(row['pixel_energy'][factor] for row in rows):.1f}" for factor in factors)
+        lines[-1] += f" Pixel energies: {', '.join(energies)}."
+    return "\n".join([*lines, "", page_table(both, columns)])
 
 
 def variants_table(rows: list[Row]) -> str:
-    """Markdown: a row per setting that was tried on a seed that the config itself was run with."""
-    tried = {row["seed"] for row in rows if row["settings"]}
-    lines = [_line(["settings", "seed", "lowest R2", "lowest MCC", "MCC", "MIG", "KL, nats", "passes"]), _line(["---"] * 8)]
-    for row in sorted(rows, key=lambda row: (row["seed"], bool(row["settings"]))):
-        if row["seed"] in tried:
-            scores = (min(row["linear_r2"].values()), min(row["mcc_per_factor"].values()), row["mcc"])
-            label = f"`{row['settings']}`" if row["settings"] else "as configured"
-            cells = [f"{row['seed']}", *(f"{score:.3f}" for score in scores), f"{row['mig']:.2f}", f"{row['kl_nats']:.1f}"]
-            lines.append(_line([label, *cells, _yes(row["passes"])]))
-    return "\n".join(lines)
+    """Markdown: a row per setting that was tried, and before it the config itself on the same seeds; means where these are several."""
+    by_settings: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_settings.setdefault(row["settings"], {})[row["seed"]] = row
+    configured = by_settings.pop("")
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for settings, found in by_settings.items():
+        seeds = tuple(sorted(found))
+        group = groups.setdefault(seeds, [{"settings": "as configured", "rows": [configured[seed] for seed in seeds]}])
+        group.append({"settings": f"`{settings}`", "rows": list(found.values())})
+    for seeds, group in groups.items():
+        for line in group:
+            line["seeds"] = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+
+    def over_seeds(value: Callable[[Row], float]) -> Callable[[Row], float]:
+        return lambda line: mean(map(value, line["rows"]))
+
+    columns: Columns = {
+        "settings": ("settings", ""),
+        "seeds": ("seeds", ""),
+        "lowest R2": (over_seeds(lambda row: min(row["linear_r2"].values())), ".3f"),
+        "lowest MCC": (over_seeds(lambda row: min(row["mcc_per_factor"].values())), ".3f"),
+        "MCC": (over_seeds(lambda row: row["mcc"]), ".3f"),
+        "MIG": (over_seeds(lambda row: row["mig"]), ".2f"),
+        "KL, nats": (over_seeds(lambda row: row["kl_nats"]), ".1f"),
+        "KL weight at step 800": (over_seeds(lambda row: row["kl_weight"]["800"]), ".2f"),
+        "passes": (lambda line: f"{sum(row['passes'] for row in line['rows'])} of {len(line['rows'])}", ""),
+    }
+    return page_table([line for group in groups.values() for line in group], columns)
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def train_table(rows: list[Row]) -> str:
+    """Markdown: runs of make train."""
+    columns: Columns = {
+        **{name: (name, "") for name in ("command", "run", "seed", "threads")},
+        "minutes": (lambda row: row["make_seconds"] / 60, ".1f"),
+        "of these training": (lambda row: row["wall_seconds"] / 60, ".1f"),
+        **_factors(rows),
+        **{"MCC": ("mcc", ".3f"), "MIG": ("mig", ".2f"), "live dims": ("active_dims", ""), "KL, nats": ("kl_nats", ".1f")},
+        "commit": (lambda row: row["commit"][:10], ""),
+    }
+    return page_table(rows, columns)
 
 
 def _yes(passed: bool) -> str:
@@ -135,7 +177,7 @@ def _yes(passed: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/recovery.py --seeds 0 1")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.recovery --seeds 0 1")
     parser.add_argument("--config", default="disks", help="name of a config that comes with the package")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
@@ -150,7 +192,7 @@ def main() -> None:
         write_rows(RESULTS / "train.jsonl", [row], ("run",))
         return
     settings = " ".join(arguments.overrides)
-    command = " ".join(["python benchmarks/recovery.py", *(["--config", arguments.config] if arguments.config != "disks" else [])])
+    command = " ".join(["python -m benchmarks.recovery", *(["--config", arguments.config] if arguments.config != "disks" else [])])
 
     def one(seed: int) -> Row:
         start = time.monotonic()
@@ -162,7 +204,7 @@ def main() -> None:
         rows = list(pool.map(one, arguments.seeds))
     if arguments.output:
         write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-        write_generated(arguments.output, f"recovery {arguments.config}", seeds_table(rows))
+        write_block(arguments.output, f"recovery {arguments.config}", seeds_table(rows))
     else:
         write_rows(RESULTS / "recovery.jsonl", rows, KEY)
         rewrite(ROOT / "docs/results.md", "recovery")

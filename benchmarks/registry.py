@@ -11,30 +11,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Self
 
-import rivals
 import torch
 import torch.nn.functional as F
-from measure import Contestant
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sami_fast import ops, reference
 from sami_fast.ops.backend import refusal
 
+from . import rivals
+from .measure import FLOOR, Contestant, Incorrect, check_close, relative_error
+
 MODES = ("fwd", "bwd", "bwd_bwd")
 Shape = dict[str, int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, keyword
-
-# Errors are root mean squares relative to the float64 reference, in units of the dtype's rounding step. The reference in the same
-# dtype sets the scale; FLOOR forgives a lucky reference, CAP catches a broken one. Largest errors seen of the reference (x86, AVX512):
-# ops 3.3 units in float32 and 1.1 in bfloat16, step 1032 (the sines of the time embedding, whose angles reach 1600 radians).
-ERROR_FACTOR = {"fwd": 2.0, "bwd": 3.0, "bwd_bwd": 3.0, "step": 3.0, "sample": 3.0}
-FLOOR = 4.0
-CAP = {"fwd": 16.0, "bwd": 16.0, "bwd_bwd": 16.0, "step": 2.0**14, "sample": 4096.0}
-
-
-class Incorrect(AssertionError):
-    """An implementation computes something else than its op: it gets no row."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +101,6 @@ class Op:
     flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)
     verify: Callable[[Implementation, tuple[Any, ...], Sequence[Tensor], Sequence[Tensor]], None] | None = None
     targets: dict[str, float] = field(default_factory=dict)
-
-
-def dtype_label(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -245,40 +231,11 @@ class Problem:
 
         def check(found: Sequence[Tensor]) -> None:
             if not implementation.own_noise:
-                compare(f"{self.op.name} {self.mode}: {name}", self.mode, found, self.truth, self.yardstick)
+                check_close(f"{self.op.name} {self.mode}: {name}", self.mode, found, self.truth, self.yardstick)
             if self.op.verify is not None:
                 self.op.verify(implementation, self.args, found, self.truth)
 
         return Contestant.ready(name, partial(self.runner, implementation), check, self.yardstick[0].device.type)
-
-
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
-
-
-def relative_error(found: Tensor, truth: Tensor, least: float = 0.0) -> float:
-    """Root mean square of the difference over that of the truth, or over `least` where that is more."""
-    return _rms(found.double() - truth.double()) / max(_rms(truth), least, torch.finfo(torch.float64).tiny)
-
-
-def compare(
-    what: str, mode: str, found: Sequence[Tensor], truth: Sequence[Tensor], same_dtype: Sequence[Tensor], unit: float | None = None
-) -> None:
-    """Raise Incorrect unless every tensor is as close to the float64 truth as the reference in the same precision, by ERROR_FACTOR.
-
-    `unit` is that precision's rounding step; the dtype's own where it is None. The gradients of a step belong together: those that are
-    zero but for rounding errors, as of a bias before a norm, are held against the others.
-    """
-    least = 1e-3 * max(_rms(t) for t in truth[1:]) if mode == "step" else 0.0
-    forms, expected = ([(list(t.shape), dtype_label(t.dtype)) for t in tensors] for tensors in (found, same_dtype))
-    if forms != expected:
-        raise Incorrect(f"{what}: expected {expected}, found {forms}")
-    for place, (value, exact, yardstick) in enumerate(zip(found, truth, same_dtype, strict=True)):
-        step = unit or torch.finfo(value.dtype).eps
-        allowed = step * min(ERROR_FACTOR[mode] * relative_error(yardstick, exact, least) / step + FLOOR, CAP[mode])
-        error = relative_error(value, exact, least)
-        if not error <= allowed:  # also true for NaN
-            raise Incorrect(f"{what}, tensor {place}: relative error {error:.2e}, allowed {allowed:.2e}")
 
 
 # --- noise_sample, random_normal, stratified_uniform --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What runs on many GPUs would cost, as `sami-fast plan` derives it: writes results/plan.jsonl and the plans of docs/scaling.md.
 
-python benchmarks/scaling.py
-python benchmarks/scaling.py --configs celeba64
+python -m benchmarks.scaling
+python -m benchmarks.scaling --configs celeba64
 
 No GPU is asked and nothing is measured. The plan of celebahq256 needs its denoiser: a UNet of the published architecture with fresh weights
 is made for it, since a plan depends on shapes alone.
@@ -11,15 +11,15 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from figures import RESULTS, ROOT, Row, address, rewrite, select, write_rows
 
 from sami_fast import plan
 from sami_fast.cli.plan import _lines
 from sami_fast.config import Config, load_config
 from sami_fast.environment import describe
+
+from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .tables import rewrite
 
 GPUS, GPU = (8, 64, 512), "h100-sxm"
 CONFIGS = {"celeba64": "data.path=celeba", "celebahq256": "data.path=faces", "imagenet64": "data.path=imagenet"}
@@ -61,9 +61,9 @@ def row_of(name: str) -> Row:
     return found | address(describe(), command, str(datetime.now(UTC).date()))
 
 
-def generated(name: str, results: Path = RESULTS) -> str:
+def generated(name: str) -> str:
     """A block of docs/scaling.md, by what follows `plan` in its name: a config. What the command prints, indented."""
-    (row,) = select(results / "plan.jsonl", config=name)
+    (row,) = committed("plan.jsonl", config=name)
     return "\n".join(f"    {line}".rstrip() for line in _lines(plan_of(row)))
 
 
@@ -86,7 +86,7 @@ def plan_of(row: Row) -> plan.Plan:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/scaling.py --configs celeba64")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.scaling --configs celeba64")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     write_rows(RESULTS / "plan.jsonl", map(row_of, parser.parse_args().configs), ("config",))
     rewrite(ROOT / "docs/scaling.md", "plan")

@@ -1,26 +1,26 @@
-"""A training step of a named configuration: its batch, noise and networks, and the ways through it that the benchmarks compare."""
+"""A training step: its batch, noise and networks, and the ways through it that the benchmarks compare."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from counting import Meter
-from machine import best_seconds
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sami_fast import ops
 from sami_fast.config import Config, load_config
 from sami_fast.engine.compiled import compiled_parts
 from sami_fast.methods.build import build_model
+from sami_fast.methods.sami import Sami
 from sami_fast.reference import gaussian_kl, gaussian_log_prob, gaussian_reparameterize, guided_loss
 from sami_fast.reference.step import step as reference_step
-from sami_fast.step import Draw, Objective, training_step
+from sami_fast.step import Draw, Objective, StepTerms, training_step
+
+from .counting import Meter
+from .machine import best_seconds
 
 CONFIGS = {
     "disks": ("disks", ["data.image_size=32", "train.batch_size=32"]),
@@ -43,31 +43,35 @@ CONFIGS = {
 }
 SHAPES = {"disks": (1, 32), "faces": (3, 64), "celeba64": (3, 64)}  # channels, size
 TINY = ["train.batch_size=2", "encoder.channels=[32,32]", "denoiser.channels=[32,32]", "encoder.attention=[4]", "denoiser.attention=[4]"]
-TINY += ["encoder.groups=4", "denoiser.groups=4"]  # one channel in 4 positions, as 32 groups would leave, is no norm to compare by
+TINY += ["encoder.groups=4", "denoiser.groups=4"]  # with 32 groups a group would hold 4 numbers, too few for a norm
 BASELINE = "reference"
+SCORE_METHODS = ("reverse", "sweeps", "dual")  # ways to differentiate the encoder's score; `auto` is sweeps
 
 Gradients = Sequence[Tensor]  # the loss, then one per parameter
+Run = Callable[[], Gradients]
 
 
 class Step:
-    """One batch of a config: images, noise, networks, and the ways through it."""
+    """One batch: images, noise, networks, and the ways through a step.
 
-    def __init__(self, name: str, device: str, tiny: bool = False) -> None:
-        file, overrides = CONFIGS[name]
-        self.channels, self.size = (SHAPES[name][0], 8) if tiny else SHAPES[name]
-        self.config: Config = load_config(file, [*overrides, *(TINY if tiny else ())])
-        torch.manual_seed(0)
-        sami = build_model(self.config, (self.channels, self.size, self.size))
-        # The denoiser starts as zero, where almost all of its gradients are zero too.
-        torch.nn.init.normal_(sami.denoiser.out.weight, std=0.02)
-        self.device, self.sami, self.tiny = device, sami.to(device), tiny
-        self.objective = Objective(**asdict(self.config.objective))
-        self.kl_weight = self.config.kl_weight.start
-        batch = self.config.train.batch_size
-        index = torch.arange(batch, device=device)
-        self.x_0 = (torch.rand(batch, self.channels, self.size, self.size) * 2 - 1).to(device)
-        self.draw = Draw(seed=1, step=2, index=index, global_batch=batch)
-        self.shape = {"B": batch, "K": self.objective.noise_levels, "C": self.channels, "H": self.size, "W": self.size}
+    Args:
+        sami: The networks, on the device of the images.
+        x_0: The images. [B, C, H, W].
+        objective, kl_weight: Of the loss.
+    """
+
+    def __init__(self, sami: Sami, x_0: Tensor, objective: Objective, kl_weight: float) -> None:
+        self.sami, self.x_0, self.objective, self.kl_weight = sami, x_0, objective, kl_weight
+        self.device = x_0.device.type
+        self.draw = Draw(seed=1, step=2, index=torch.arange(len(x_0), device=x_0.device), global_batch=len(x_0))
+        self.shape = dict(zip("BKCHW", (len(x_0), objective.noise_levels, *x_0.shape[1:]), strict=True))
+
+    def loss(
+        self, method: str = "auto", denoiser: Callable[[Tensor, Tensor], Tensor] | None = None, **parts: Any
+    ) -> tuple[Tensor, StepTerms]:
+        """The engine's, which draws its noise; with another denoiser, and with `parts` as arguments of `training_step`."""
+        networks = self.sami.encoder, denoiser or self.sami.denoiser, self.sami.schedule
+        return training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, score_method=method, **parts)
 
     def noise(self) -> tuple[Tensor, Tensor, Tensor]:
         """t [B, K], eps [B, K, C, H, W] and eps_z [B, Z] of our step."""
@@ -75,21 +79,21 @@ class Step:
         t = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=self.objective.time_power)
         ones = torch.ones_like(t)
         _, eps = ops.noise_sample(self.x_0, ones, ones, draw.index, seed=draw.seed, step=draw.step)
-        eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.encoder.latent_size)
+        eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.latent_size)
         return t, eps.unflatten(0, t.shape), eps_z
 
-    def ours(self, backend: str, method: str, *, compiled: bool = False, bf16: bool = False) -> Callable[[], Gradients]:
-        """Draws its noise inside the clock."""
-        sami, parameters = self.sami, list(self.sami.parameters())
-        engine = replace(self.config.engine, score=method, compile="step" if compiled else "none")
-        parts = compiled_parts(sami, replace(self.config, engine=engine))
-        settings = {"score_method": parts.score_method, "clean_encoder": parts.encoder, "terms_of": parts.guided_terms}
+    def ours(self, backend: str, method: str = "auto", *, compile_for: Config | None = None, bf16: bool = False) -> Run:
+        """The engine's step, eager or, with a config, as `engine.compile=step` has it. Draws its noise inside the clock."""
+        parameters, parts = list(self.sami.parameters()), {}
+        if compile_for is not None:
+            engine = replace(compile_for.engine, score=method, compile="step")
+            compiled = compiled_parts(self.sami, replace(compile_for, engine=engine))
+            parts = {"denoiser": compiled.denoiser, "clean_encoder": compiled.encoder, "terms_of": compiled.guided_terms}
 
         def run() -> Gradients:
-            networks = sami.encoder, parts.denoiser, sami.schedule
             with ops.use_backend(backend):
                 with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
-                    loss, _ = training_step(*networks, self.x_0, self.draw, self.objective, self.kl_weight, **settings)
+                    loss, _ = self.loss(method, **parts)
                 return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         return run
@@ -101,7 +105,7 @@ class Step:
         weight = schedule.weight(t, objective.weighting, objective.time_power)
         return self.x_0.to(dtype), t, schedule.logsnr(t), weight, eps, eps_z
 
-    def reference(self, dtype: torch.dtype = torch.float32, *, bf16: bool = False) -> Callable[[], Gradients]:
+    def reference(self, dtype: torch.dtype = torch.float32, *, bf16: bool = False) -> Run:
         """Plain eager torch all through. Is given the noise that ours would draw."""
         sami = copy.deepcopy(self.sami).to(dtype)
         parameters, given = list(sami.parameters()), self._given(dtype)
@@ -114,7 +118,7 @@ class Step:
 
         return run
 
-    def compiled_torch(self, *, bf16: bool = False) -> Callable[[], Gradients]:
+    def compiled_torch(self, *, bf16: bool = False) -> Run:
         """The same plain torch as one graph of torch.compile, built on torch.func.grad; its noise is given too."""
         sami = copy.deepcopy(self.sami)
         given = self._given(torch.float32)
@@ -153,41 +157,45 @@ class Step:
 
         return run
 
-    def bytes(self) -> int:
-        """What a step cannot do without: images and weights read, gradients written."""
-        weights = sum(p.numel() * p.element_size() for p in self.sami.parameters())
-        return self.x_0.numel() * self.x_0.element_size() + 2 * weights
-
     @cache  # noqa: B019  a step lives as long as its test
     def flops(self, method: str) -> dict[str, int]:
         """Multiplications and additions of a step: of the convolutions, and of all matrix products; counted for one image on the CPU."""
-        sami = copy.deepcopy(self.sami).cpu()
-        draw = Draw(seed=1, step=2, index=torch.arange(1), global_batch=1)
-        arguments = sami.encoder, sami.denoiser, sami.schedule, self.x_0[:1].cpu(), draw, self.objective, self.kl_weight
-        with ops.use_backend("reference" if method == BASELINE else "auto"), Meter() as meter:
-            loss, _ = training_step(*arguments, score_method="reverse" if method == BASELINE else method)
-            torch.autograd.grad(loss, list(sami.parameters()))
-        images = self.shape["B"]
-        return {"flops": images * meter.flops.total(), "convolution_flops": images * meter.convolution_flops}
+        one = Step(copy.deepcopy(self.sami).cpu(), self.x_0[:1].cpu(), self.objective, self.kl_weight)
+        plain = method == BASELINE
+        with Meter() as meter:
+            one.ours("reference" if plain else "auto", "reverse" if plain else method)()
+        return {name: self.shape["B"] * count for name, count in _flops(meter).items()}
 
 
-class Convolutions(TorchDispatchMode):
-    """Notes every convolution that torch is asked for, by what decides how long it takes."""
+def named_step(name: str, device: str, tiny: bool = False) -> tuple[Step, Config]:
+    """The step of one of CONFIGS on random images."""
+    file, overrides = CONFIGS[name]
+    shape = (SHAPES[name][0], *[8 if tiny else SHAPES[name][1]] * 2)
+    config = load_config(file, [*overrides, *(TINY if tiny else ())])
+    torch.manual_seed(0)
+    sami = build_model(config, shape)
+    # The denoiser starts as zero, where almost all of its gradients are zero too.
+    torch.nn.init.normal_(sami.denoiser.out.weight, std=0.02)
+    x_0 = torch.rand(config.train.batch_size, *shape) * 2 - 1
+    return Step(sami.to(device), x_0.to(device), Objective(**asdict(config.objective)), config.kl_weight.start), config
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[Any, ...]] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward):
-            shapes = ((a.shape, a.dtype) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args)
-            self.calls[(func, *shapes)] += 1
-        return func(*args, **(kwargs or {}))
+def least_bytes(images: Tensor, networks: nn.Module) -> int:
+    """What gradients cannot do without: images and weights read, gradients written."""
+    weights = sum(p.numel() * p.element_size() for p in networks.parameters())
+    return images.numel() * images.element_size() + 2 * weights
 
 
-def convolutions_seconds(run: Callable[[], object], device: str) -> float:
-    """What the convolutions of a step take by themselves, each in the layout that suits it better: the bound for torch's library."""
-    with Convolutions() as noted:
+def _flops(meter: Meter) -> dict[str, int]:
+    return {"flops": meter.flops.total(), "convolution_flops": meter.convolution_flops}
+
+
+def convolution_bound(run: Callable[[], object], device: str) -> dict[str, Any]:
+    """Fields of a row: the FLOPs of a call, and the least time that torch's library needs for the convolutions of it.
+
+    That is what they take by themselves, each in the layout that suits it better.
+    """
+    with Meter() as meter:
         run()
 
     def tensor(argument: Any, layout: torch.memory_format) -> Any:
@@ -198,18 +206,10 @@ def convolutions_seconds(run: Callable[[], object], device: str) -> float:
         return made.contiguous(memory_format=layout) if len(shape) == 4 else made
 
     total = 0.0
-    for (func, *arguments), count in noted.calls.items():
+    for (func, *arguments), count in meter.convolutions.items():
         best = float("inf")
         for layout in (torch.contiguous_format, torch.channels_last):
             given = [tensor(a, layout) for a in arguments]
             best = min(best, best_seconds(partial(func, *given), device, budget=0.01))
         total += count * best
-    return total
-
-
-def convolution_bound(run: Callable[[], object], device: str) -> dict[str, Any]:
-    """That bound as fields of a row, and the FLOPs of the call."""
-    with Meter() as meter:
-        run()
-    seconds = convolutions_seconds(run, device)
-    return {"bound": "convolutions", "bound_ms": 1e3 * seconds, "flops": meter.flops.total(), "convolution_flops": meter.convolution_flops}
+    return {"bound": "convolutions", "bound_ms": 1e3 * total, **_flops(meter)}

@@ -1,8 +1,8 @@
 """Rows as a table that a person can read, as JSON lines and as CSV.
 
-python benchmarks/table.py rows.jsonl [more.jsonl ...]               # the table
-python benchmarks/table.py rows.jsonl --short                        # ours against the best rival, a line per comparison
-python benchmarks/table.py rows.jsonl --where op=attention mode=bwd_bwd
+python -m benchmarks.table rows.jsonl [more.jsonl ...]               # the table
+python -m benchmarks.table rows.jsonl --short                        # ours against the best rival, a line per comparison
+python -m benchmarks.table rows.jsonl --where op=attention mode=bwd_bwd
 """
 
 import argparse
@@ -11,12 +11,18 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from .rows import Row, read
+
 OURS = ("triton", "cuda", "cpp", "sami-fast")  # implementations that are ours begin with one of these words
 COMPARISON = ("device", "op", "shape", "dtype", "mode")  # rows that agree in these were measured against each other
+
+
+# Of a page's table: by title, the field of a row ("linear_r2.x" is nested) or a function of it, and the format.
+Columns = dict[str, tuple[str | Callable[[Row], Any], str]]
 
 
 def shape_label(shape: dict[str, int]) -> str:
@@ -101,6 +107,25 @@ def lines(titles: Sequence[str], groups: Sequence[Sequence[Sequence[str]]], text
     return text
 
 
+def markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for a page; columns that are empty throughout fall away."""
+    used = [place for place in range(len(titles)) if any(line[place] for line in cells)]
+    return "\n".join("| " + " | ".join(line[place] for place in used) + " |" for line in (titles, ["---"] * len(titles), *cells))
+
+
+def page_table(rows: Iterable[Row], columns: Columns) -> str:
+    """A line per row; what a row does not say stays empty."""
+
+    def cell(row: Row, field: str | Callable[[Row], Any], form: str) -> str:
+        try:
+            value = field(row) if callable(field) else reduce(lambda inside, key: inside[key], field.split("."), row)
+        except (KeyError, TypeError):  # absent, or none of None
+            return ""
+        return "" if value is None else format(value, form)
+
+    return markdown(list(columns), [[cell(row, *column) for column in columns.values()] for row in rows])
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """Every row; above a comparison's ratios stands 1 for the baseline, marked by *."""
     groups = [[[cell(row) for _, cell in COLUMNS] for row in group] for group in comparisons(rows)]
@@ -136,21 +161,6 @@ def short(rows: Sequence[Row]) -> list[str]:
             ]
         )
     return lines(titles, [[line] for line in cells])
-
-
-def read(files: Iterable[Path]) -> list[Row]:
-    """The rows of JSON-lines files. ValueError names a file and line that holds no row."""
-    rows = []
-    for file in files:
-        for number, text in enumerate(file.read_text().splitlines(), 1):
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not a row ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: not a row")
-            rows.append(row)
-    return rows
 
 
 def select(rows: Iterable[Row], conditions: Iterable[str]) -> list[Row]:

@@ -7,19 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from measure import Contestant
-from registry import compare
-from steps import convolution_bound
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sami_fast import ops
 from sami_fast.accelerate import accelerate
+from sami_fast.methods.sami import Sami
 from sami_fast.ops.backend import refusal
 from sami_fast.pretrained import DiscreteTimeDenoiser, timestep_levels
-from sami_fast.reference.step import step as reference_step
 from sami_fast.schedule import Discrete
-from sami_fast.step import Draw, Objective, training_step
+from sami_fast.step import Objective
+
+from .measure import Contestant, check_close
+from .steps import Run, Step, convolution_bound, least_bytes
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -28,7 +28,7 @@ IMPLEMENTATIONS = (BASELINE, "reference", "cpp")
 SHAPE = {"B": 1, "C": 3, "H": 32, "W": 32}
 
 
-class Problem:
+class UNetGradients:
     """A small UNet with attention among 1024 and 256 positions, its input and a cotangent of its result."""
 
     def __init__(self) -> None:
@@ -77,11 +77,6 @@ def _together(gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     return of_x, torch.cat([g.flatten() for g in of_parameters if g is not None])
 
 
-def least_bytes(images: Tensor, *networks: nn.Module) -> int:
-    """Images and weights read, gradients of the weights written: float32."""
-    return 4 * (images.numel() + 2 * sum(p.numel() for network in networks for p in network.parameters()))
-
-
 def contestants(
     runner: Callable[[str], Callable[[], Sequence[Tensor]]], exact: Sequence[Tensor], rival: Sequence[Tensor]
 ) -> list[Contestant]:
@@ -89,14 +84,14 @@ def contestants(
     ready = []
     for name in IMPLEMENTATIONS:
         if name == BASELINE or refusal(name, "cpu", torch.float32) is None:
-            check = partial(compare, name, "step", truth=exact, same_dtype=rival)
+            check = partial(check_close, name, "step", truth=exact, same_dtype=rival)
             ready.append(Contestant.ready(name, partial(runner, name), check, "cpu"))
     return ready
 
 
 @pytest.mark.parametrize("mode", ["bwd", "bwd_bwd"])
 def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
-    problem = Problem()
+    problem = UNetGradients()
     exact, rival = problem.runner(BASELINE, mode, torch.float64)(), problem.runner(BASELINE, mode)()
     ready = contestants(lambda name: problem.runner(name, mode), exact, rival)
     described = {"op": "diffusers UNet, accelerated", "shape": SHAPE, "dtype": "float32", "mode": mode, "images": SHAPE["B"]}
@@ -104,6 +99,7 @@ def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
     compete(described | convolution_bound(problem.runner(BASELINE, mode), "cpu"), ready, BASELINE)
 
 
+LATENTS = 8
 FOREIGN = {"B": 16, "K": 1, "C": 3, "H": 32, "W": 32}
 
 
@@ -116,7 +112,7 @@ class TheirEncoder(nn.Module):
         for before, after in ((3, 32), (32, 64), (64, 64)):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.body, self.heads = nn.Sequential(*layers, nn.Flatten()), nn.Linear(64 * 16, 2 * 8)
+        self.body, self.heads = nn.Sequential(*layers, nn.Flatten()), nn.Linear(64 * 16, 2 * LATENTS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, raw_var = self.heads(self.body(x)).chunk(2, 1)
@@ -139,49 +135,29 @@ class TheirUNet(nn.Module):
         return self.last(h + self.up(self.middle(self.down(h))))
 
 
-class ForeignStep:
-    """One batch for networks in plain torch: the method by autograd alone, and the engine's step with both accelerated."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.alphas = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
-        self.schedule = Discrete(timestep_levels(self.alphas).tolist())
-        self.encoder, self.unet = TheirEncoder(), TheirUNet(1000)
-        index = torch.arange(FOREIGN["B"])
-        self.x_0, self.draw = torch.randn(*(FOREIGN[letter] for letter in "BCHW")).clamp(-1, 1), Draw(1, 2, index, len(index))
-
-    def run(self, name: str, dtype: torch.dtype = torch.float32) -> Callable[[], Sequence[Tensor]]:
-        encoder, unet = (copy.deepcopy(network).to(dtype) for network in (self.encoder, self.unet))
-        denoiser = DiscreteTimeDenoiser(unet, self.alphas, self.schedule, fractional=False)
-        parameters, x_0 = [*encoder.parameters(), *unet.parameters()], self.x_0.to(dtype)
-        if name == BASELINE:  # is given the noise that the engine draws inside the clock
-            t = self.schedule.sample(self.draw.index, 1, len(x_0), seed=1, step=2)
-            ones = torch.ones_like(t)
-            _, eps = ops.noise_sample(self.x_0, ones, ones, self.draw.index, seed=1, step=2)
-            eps_z = ops.random_normal(1, 2, ops.Stream.EPS_Z, self.draw.index, 8)
-            t, eps, eps_z = (value.to(dtype) for value in (t, eps[:, None], eps_z))
-            given = (x_0, t, self.schedule.logsnr(t), self.schedule.weight(t, "elbo"), eps, eps_z, 0.1)
-
-            def loss() -> Tensor:
-                return reference_step(encoder, denoiser, *given)
-        else:
-            accelerate(encoder)
-            accelerate(unet)
-
-            def loss() -> Tensor:
-                with ops.use_backend(name):
-                    return training_step(encoder, denoiser, self.schedule, x_0, self.draw, Objective(), 0.1)[0]
-
-        def run() -> Sequence[Tensor]:
-            value = loss()
-            return value.detach(), *torch.autograd.grad(value, parameters)
-
-        return run
+def foreign_step() -> Step:
+    """One batch for networks in plain torch."""
+    torch.manual_seed(0)
+    alphas = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
+    schedule = Discrete(timestep_levels(alphas).tolist())
+    encoder, unet = TheirEncoder(), TheirUNet(1000)
+    x_0 = torch.randn(*(FOREIGN[letter] for letter in "BCHW")).clamp(-1, 1)
+    sami = Sami(encoder, DiscreteTimeDenoiser(unet, alphas, schedule, fractional=False), schedule, latent_size=LATENTS)
+    return Step(sami, x_0, Objective(), 0.1)
 
 
 def test_foreign_step(compete: Callable[..., None]) -> None:
-    step = ForeignStep()
-    ready = contestants(step.run, step.run(BASELINE, torch.float64)(), step.run(BASELINE)())
+    """The method by autograd alone, and the engine's step with both networks accelerated."""
+    step = foreign_step()
+    accelerated = copy.deepcopy(step.sami)
+    accelerate(accelerated.encoder)
+    accelerate(accelerated.denoiser.network)
+    fast = Step(accelerated, step.x_0, step.objective, step.kl_weight)
+
+    def runner(name: str) -> Run:
+        return step.reference() if name == BASELINE else fast.ours(name)
+
+    ready = contestants(runner, step.reference(torch.float64)(), step.reference()())
     described = {"op": "foreign step, accelerated", "shape": FOREIGN, "dtype": "float32", "mode": "step", "images": FOREIGN["B"]}
-    described["bytes"] = least_bytes(step.x_0, step.encoder, step.unet)
-    compete(described | convolution_bound(step.run(BASELINE), "cpu"), ready, BASELINE)
+    described["bytes"] = least_bytes(step.x_0, step.sami)
+    compete(described | convolution_bound(step.reference(), "cpu"), ready, BASELINE)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure import Contestant
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -28,6 +27,8 @@ from sami_fast.engine.processes import set_threads
 from sami_fast.methods.build import build_model
 from sami_fast.step import Draw
 from sami_fast.train import TrainingModule
+
+from .measure import Contestant
 
 pytest.importorskip("nvidia.dali", reason="needs DALI: pip install 'sami-fast[feed]'")
 av = pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'")
@@ -63,7 +64,7 @@ def image_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module", params=CODECS)
 def video_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    from write_video import available_codecs, write_video
+    from .write_video import available_codecs, write_video
 
     if request.param not in available_codecs():
         pytest.skip(f"this PyAV has no encoder for {request.param}")
@@ -239,7 +240,7 @@ def test_videos(video_folder: tuple[str, Path], compete: Callable[..., None], tm
 
 def test_shuffled_frames(tmp_path: Path, compete: Callable[..., None]) -> None:
     """Against a random access for every frame, which is how shuffled frames are usually read."""
-    from write_video import write_video
+    from .write_video import write_video
 
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from measure import gather, peak_bytes
-from registry import ATTENTION, GAUSSIAN_LOG_PROB, NOISE_SAMPLE, OPS, Implementation, Incorrect, Op, Problem, Shape, dtype_label
-from table import is_ours, shape_label
 from torch import Tensor
 
 from sami_fast import ops, reference
 from sami_fast.ops.backend import refusal
+
+from .measure import Incorrect, dtype_label, gather, peak_bytes
+from .registry import ATTENTION, GAUSSIAN_LOG_PROB, NOISE_SAMPLE, OPS, Implementation, Op, Problem, Shape
+from .table import is_ours, shape_label
 
 
 def names_of(op: Op, shape: Shape, dtype: torch.dtype, mode: str, device: str) -> list[str]:

@@ -6,11 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from measure import Contestant
-from registry import compare
-from rivals import missing
-from steps import BASELINE, Step, convolution_bound
-from table import OURS
 from torch import Tensor
 
 from sami_fast import ops
@@ -19,6 +14,11 @@ from sami_fast.methods.sami import Sami
 from sami_fast.ops.backend import AUTO, refusal
 from sami_fast.reference import gaussian_log_prob
 from sami_fast.schedule import alpha_sigma
+
+from .measure import Contestant, check_close
+from .rivals import missing
+from .steps import BASELINE, convolution_bound, named_step
+from .table import OURS
 
 IMAGES = 8
 STEPS = 4  # evaluations of the denoiser; deterministic (eta 0), so that all end at the same images
@@ -76,7 +76,7 @@ def with_backend(backend: str, call: Callable[[], Tensor]) -> Callable[[], Seque
 
 @pytest.mark.parametrize("name", ["disks", "faces"])
 def test_sample(name: str, device: str, compete: Callable[..., None], request: pytest.FixtureRequest) -> None:
-    step = Step(name, device, request.config.getoption("--tiny"))
+    step, _ = named_step(name, device, request.config.getoption("--tiny"))
     sami = step.sami.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(IMAGES, *step.x_0.shape[1:], generator=generator).to(device)
@@ -91,7 +91,7 @@ def test_sample(name: str, device: str, compete: Callable[..., None], request: p
     exact = with_backend("reference", partial(in_plain_torch, copy.deepcopy(sami).double(), x_T.double(), z.double()))()
     yardstick, ready = runs[BASELINE](), []
     for contestant, run in runs.items():
-        check = partial(compare, f"sample {name}: {contestant}", "sample", truth=exact, same_dtype=yardstick)
+        check = partial(check_close, f"sample {name}: {contestant}", "sample", truth=exact, same_dtype=yardstick)
         ready.append(Contestant.ready(contestant, lambda run=run: run, check, device))
     shape = {"B": IMAGES} | {letter: step.shape[letter] for letter in "CHW"}
     described = {"op": f"sample {name}", "shape": shape, "dtype": "float32", "mode": "sample", "images": len(x_T), "num_steps": STEPS}

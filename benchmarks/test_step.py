@@ -10,21 +10,21 @@ from functools import partial
 
 import pytest
 import torch
-from machine import peak_rate
-from measure import Contestant, gather
-from registry import compare
-from steps import BASELINE, CONFIGS, Gradients, Step, convolutions_seconds
 
+from sami_fast.config import Config
 from sami_fast.ops.backend import AUTO, refusal
+
+from .machine import peak_rate
+from .measure import Contestant, check_close, gather
+from .steps import BASELINE, CONFIGS, SCORE_METHODS, Run, Step, convolution_bound, least_bytes, named_step
 
 ON = {"disks": ("cpu", "cuda"), "faces": ("cpu", "cuda"), "celeba64": ("cuda",)}
 COMPILED = {"cpu": (), "cuda": ("disks", "faces", "celeba64")}  # where our own compiled step is measured too: a CPU gains nothing by it
-METHODS = ("reverse", "sweeps", "dual")  # by which the encoder's score is differentiated; `auto` is sweeps
 TARGETS = {"cpp sweeps": 2.0}  # our own choice on a CPU, over the eager reference
 UNITS = {"float32": 2**-23, "bfloat16": 2**-8}
 
 
-def contestants(step: Step, name: str, bf16: bool, part: str) -> Iterator[tuple[str, str, Callable[[], Callable[[], Gradients]]]]:
+def contestants(step: Step, config: Config, name: str, tiny: bool, bf16: bool, part: str) -> Iterator[tuple[str, str, Callable[[], Run]]]:
     """Name, method that its FLOPs are counted by, and what makes its call."""
     device = step.device
     yield BASELINE, BASELINE, lambda: step.reference(bf16=bf16)
@@ -32,13 +32,13 @@ def contestants(step: Step, name: str, bf16: bool, part: str) -> Iterator[tuple[
         yield "torch.compile", BASELINE, lambda: step.compiled_torch(bf16=bf16)
     backends = [b for b in AUTO[device] if b != "reference" and refusal(b, device, torch.bfloat16 if bf16 else torch.float32) is None]
     for backend in backends:
-        for method in METHODS if part == "eager" else ():
+        for method in SCORE_METHODS if part == "eager" else ():
             yield f"{backend} {method}", method, lambda b=backend, m=method: step.ours(b, m, bf16=bf16)
-        if part == "compiled" and (name in COMPILED[device] or step.tiny):
-            yield f"{backend} dual, compiled", "dual", lambda b=backend: step.ours(b, "dual", compiled=True, bf16=bf16)
+        if part == "compiled" and (name in COMPILED[device] or tiny):
+            yield f"{backend} dual, compiled", "dual", lambda b=backend: step.ours(b, "dual", compile_for=config, bf16=bf16)
 
 
-@pytest.mark.parametrize("part", ["eager", "compiled"])  # minutes go into compiling: what is eager has its rows before
+@pytest.mark.parametrize("part", ["eager", "compiled"])  # compiling takes minutes: eager rows are written before it
 @pytest.mark.parametrize("precision", UNITS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step(name: str, precision: str, part: str, device: str, compete: Callable[..., None], request: pytest.FixtureRequest) -> None:
@@ -49,25 +49,23 @@ def test_step(name: str, precision: str, part: str, device: str, compete: Callab
     if bf16 and device == "cpu" and not tiny:
         pytest.skip("nobody trains in bfloat16 there")
     torch._dynamo.reset()
-    step = Step(name, device, tiny)
+    step, config = named_step(name, device, tiny)
     exact, yardstick = step.reference(torch.float64)(), step.reference(bf16=bf16)()
-    bound = 1e3 * convolutions_seconds(step.reference(bf16=bf16), device)
 
-    def ready(contestant: str, method: str, make: Callable[[], Callable[[], Gradients]]) -> Contestant:
-        check = partial(compare, f"step {name} {precision}", "step", truth=exact, same_dtype=yardstick, unit=UNITS[precision])
+    def ready(contestant: str, method: str, make: Callable[[], Run]) -> Contestant:
+        check = partial(check_close, f"step {name} {precision}", "step", truth=exact, same_dtype=yardstick, unit=UNITS[precision])
         return Contestant.ready(contestant, make, check, device, **step.flops(method))
 
-    found, wrong = gather({c[0]: partial(ready, *c) for c in contestants(step, name, bf16, part)})
+    found, wrong = gather({c[0]: partial(ready, *c) for c in contestants(step, config, name, tiny, bf16, part)})
     described = {
         "op": f"step {name}",
         "shape": step.shape,
         "dtype": precision,
         "mode": "step",
         "images": step.shape["B"],
-        "bytes": step.bytes(),
-        "bound": "convolutions",
-        "bound_ms": bound,
-        "config": {section: asdict(getattr(step.config, section)) for section in ("encoder", "denoiser", "schedule", "objective")},
+        "bytes": least_bytes(step.x_0, step.sami),
+        "config": {section: asdict(getattr(config, section)) for section in ("encoder", "denoiser", "schedule", "objective")},
+        **convolution_bound(step.reference(bf16=bf16), device),
     }
     if (peak := peak_rate(precision) if device == "cuda" else None) is not None:
         # Everybody is credited with the same work, that of the cheapest method: doing more of it is no merit.

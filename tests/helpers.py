@@ -1,13 +1,12 @@
 """What several test files share: random inputs, relative errors, tiny networks."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.ops.backend import refusal
@@ -79,18 +78,6 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
     for name, want in expected.items():
         error = (found[name] - want).abs().max().item()
         assert error <= rtol * want.abs().max().item() + floor, f"{name}: off by {error:.3g} of {want.abs().max().item():.3g}"
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held during a call, over what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
 
 
 def largest(tensors: Iterable[Tensor]) -> float:

@@ -5,11 +5,12 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import normal, peak_bytes, relative_error
+from helpers import normal, relative_error
 from sami_fast.kernels import attention as kernels
 from sami_fast.kernels._common import recording
 from torch.autograd import gradcheck, gradgradcheck
 
+from benchmarks.measure import peak_bytes
 from sami_fast.ops import attention
 
 twins = import_module("sami_fast.reference.attention")  # the package's own name of it is the op

@@ -1,41 +1,30 @@
-"""What noise cannot blur stays within its budget, and a deliberate regression of each kind is noticed, with the old figure and the new."""
+"""What is counted stays within its budget, and a deliberate regression of each kind is noticed, with the old figure and the new."""
 
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib import util
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import budgets
 import pytest
 import torch
-from budgets import FILE, TABLE, cases, main, op_cases
-from helpers import peak_bytes
-from sami_fast.kernels import aot
-from sami_fast.kernels.budgets import BudgetError, Row, Table
 from torch import Tensor
 
+from benchmarks import budgets
+from benchmarks.budgets import COLUMNS, FILE, KINDS, BudgetError, Row, cases, compare, main, op_cases
+from benchmarks.measure import peak_bytes
 from sami_fast import ops, reference, score, step
 
-ROOT = Path(__file__).resolve().parents[1]
-TRITON, CUDA = (ROOT / "benchmarks/budgets" / name for name in ("triton.csv", "cuda.csv"))
 needs_core = pytest.mark.skipif("cpp" in budgets.refusals(), reason="the compiled core is not built")
 needs_interpreter = pytest.mark.skipif("triton" in budgets.refusals(), reason="Triton does not interpret here")
 
 
-def budget_of(table: Table, file: Path, *name: str) -> Row:
-    (found,) = (row for row in table.read(file) if row.name == name)
+def budget_of(*name: str) -> Row:
+    (found,) = (row for row in budgets.read(FILE) if row.name == name)
     return found
 
 
-def faults(budget: Row, found: Row, table: Table = TABLE) -> list[str]:
-    return table.compare([budget], [found], "write").faults
+def faults(budget: Row, found: Row) -> list[str]:
+    return compare([budget], [found], "write").faults
 
 
 def today(what: str, backend: str) -> Row:
@@ -44,9 +33,9 @@ def today(what: str, backend: str) -> Row:
 
 def exceeded(what: str, backend: str) -> dict[str, tuple[int, int]]:
     """{kind: (budget, figure)} of what the comparison complains about; its sentences say the same."""
-    budget, found = budget_of(TABLE, FILE, what, backend), today(what, backend)
+    budget, found = budget_of(what, backend), today(what, backend)
     said, pairs = faults(budget, found), {}
-    for kind in TABLE.kinds:
+    for kind in KINDS:
         if any(f": {kind} " in sentence for sentence in said):
             pairs[kind] = budget.figures[kind], found.figures[kind]
             assert f"{what}, {backend}: {kind} {pairs[kind][0]} -> {pairs[kind][1]}" in said
@@ -65,7 +54,7 @@ def test_budgets_hold(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(("method", "expected"), [("reverse", 6), ("sweeps", 6), ("dual", 8)])
 def test_schedules_do_the_work_they_promise(method: str, expected: int, backend: str):
     """6F, 6F, 8F; without the stem's input gradient in the last pass, which is why the image has few channels."""
-    forward, whole = (budget_of(TABLE, FILE, what, backend).figures for what in ("encoder, forward", f"score, {method}"))
+    forward, whole = (budget_of(what, backend).figures for what in ("encoder, forward", f"score, {method}"))
     assert whole["convolution_flops"] / forward["convolution_flops"] == pytest.approx(expected, rel=0.02)
 
 
@@ -96,7 +85,7 @@ def test_an_extra_convolution(monkeypatch: pytest.MonkeyPatch):
         return plain(encoder, x, z)
 
     monkeypatch.setattr(score, "sweeps", again)
-    forward = budget_of(TABLE, FILE, "encoder, forward", "reference").figures["convolution_flops"]
+    forward = budget_of("encoder, forward", "reference").figures["convolution_flops"]
     old, new = exceeded("score, sweeps", "reference")["convolution_flops"]
     assert new == old + forward
 
@@ -172,118 +161,71 @@ def test_an_operator_inside_an_operator(monkeypatch: pytest.MonkeyPatch):
     assert found["peak_bytes"][1] - found["peak_bytes"][0] == 64 * 8 * 4
 
 
-# Compiled kernels. No GPU needed.
+# The file
 
-VARIANT = """
-from dataclasses import replace
-from sami_fast.kernels import aot
-source = next(s for s in aot.sources("random") if s.label == "normals")
-for changes in ({}, {"num_warps": 1}):
-    row = aot.build(replace(source, **changes), 90)
-    print(row.version, *row.name, *row.figures.values(), sep="|")
-"""
+A = Row("a", "cpp", {"convolution_flops": 0, "operator_calls": 3, "kept_bytes": 64, "peak_bytes": 64, "launches": 1}, "torch 2.13")
 
 
-def test_a_triton_kernel_of_another_shape():
-    """The same tile for one warp instead of four: a thread holds four times as much."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", VARIANT], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    plain, changed = (
-        Row(tuple(name), dict(zip(aot.TABLE.kinds, map(int, figures), strict=True)), version)
-        for version, *cells in (line.split("|") for line in done.stdout.splitlines())
-        for name, figures in [(cells[:3], cells[3:])]
-    )
-    budget = budget_of(aot.TABLE, TRITON, "_random_kernel", "normals", "sm_90")
-    if budget.version == plain.version:
-        assert faults(budget, plain, aot.TABLE) == []
-    old, new = plain.figures["registers"], changed.figures["registers"]
-    assert new > old
-    assert f"_random_kernel, normals, sm_90: registers {old} -> {new}" in faults(plain, changed, aot.TABLE)
-
-
-@cache
-def check_cuda() -> ModuleType:
-    spec = util.spec_from_file_location("check_cuda", ROOT / "csrc/check_cuda.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in the path")
-def test_a_cuda_kernel_that_takes_more_shared_memory(tmp_path: Path):
-    home = check_cuda()
-    (tmp_path / "launch.h").write_text((ROOT / "csrc/cuda/launch.h").read_text())
-    source = (ROOT / "csrc/cuda/random.cu").read_text()
-    assert "int TILE = 128;" in source
-    (tmp_path / "random.cu").write_text(source.replace("int TILE = 128;", "int TILE = 256;"))
-    rows = home.compile_file(tmp_path / "random.cu", "9.0", home.compiler_version())
-    (found,) = (row for row in rows if row.name == ("stratified_uniform_kernel", "sm_90"))
-    budget = budget_of(home.TABLE, CUDA, *found.name)
-    assert found.figures["shared"] == 2 * budget.figures["shared"] > 0
-    said = f"stratified_uniform_kernel, sm_90: shared {budget.figures['shared']} -> {found.figures['shared']}"
-    assert said in faults(replace(budget, version=found.version), found, home.TABLE)
-
-
-def test_a_cuda_kernel_that_spills():
-    budget = check_cuda().TABLE.read(CUDA)[0]
-    found = replace(budget, figures={**budget.figures, "spilled": 8})
-    assert faults(budget, found, check_cuda().TABLE) == [f"{budget}: spilled {budget.figures['spilled']} -> 8"]
-
-
-# The files
-
-SMALL = Table(("what",), ("calls", "bytes"), note="remark", exact=frozenset({"calls"}))
-A = Row(("a",), {"calls": 3, "bytes": 64}, "torch 2.13", "why")
+def changed(row: Row, **figures: int) -> Row:
+    return replace(row, figures=row.figures | figures)
 
 
 def test_what_is_written_is_read(tmp_path: Path):
-    rows = [replace(A, name=("b, 100",)), A, replace(A, name=("b, 90",), figures={"bytes": 0})]
-    SMALL.write(tmp_path / "x.csv", rows)
-    assert SMALL.read(tmp_path / "x.csv") == [rows[1], rows[2], rows[0]]  # 90 before 100
-    assert (tmp_path / "x.csv").read_text().splitlines()[:2] == ["what,remark,calls,bytes,made_with", "a,why,3,64,torch 2.13"]
+    rows = [replace(A, what="c, 90"), A, replace(A, what="b", figures={"peak_bytes": 0})]
+    budgets.write(tmp_path / "x.csv", rows)
+    assert budgets.read(tmp_path / "x.csv") == [rows[1], rows[2], rows[0]]
+    assert (tmp_path / "x.csv").read_text().splitlines()[:2] == [",".join(COLUMNS), "a,cpp,0,3,64,64,1,torch 2.13"]
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("figures", "expected"),
     [
-        ({"calls": 3, "bytes": 64}, []),
-        ({"calls": 2, "bytes": 0}, []),
-        ({"calls": 4, "bytes": 65}, ["a: calls 3 -> 4", "a: bytes 64 -> 65"]),
-        ({"calls": 3}, ["a: bytes 64 -> none"]),
+        ({}, []),
+        ({"operator_calls": 2, "peak_bytes": 0}, []),
+        ({"operator_calls": 4, "peak_bytes": 65}, ["a, cpp: operator_calls 3 -> 4", "a, cpp: peak_bytes 64 -> 65"]),
     ],
 )
-def test_comparison(found: dict[str, int], expected: list[str]):
-    assert SMALL.compare([A], [replace(A, figures=found)], "write").faults == expected
+def test_comparison(figures: dict[str, int], expected: list[str]):
+    assert faults(A, changed(A, **figures)) == expected
+
+
+def test_a_figure_that_is_not_counted_any_more():
+    found = replace(A, figures={kind: value for kind, value in A.figures.items() if kind != "peak_bytes"})
+    assert faults(A, found) == ["a, cpp: peak_bytes 64 -> none"]
 
 
 def test_a_lower_figure_is_reported():
-    verdict = SMALL.compare([A], [replace(A, figures={"calls": 3, "bytes": 60})], "write")
+    verdict = compare([A], [changed(A, peak_bytes=60)], "write")
     assert verdict.faults == []
-    assert verdict.notes == ["figures below their budget: 1, such as a: bytes 64 -> 60; `write` tightens them"]
+    assert verdict.notes == ["figures below their budget: 1, such as a, cpp: peak_bytes 64 -> 60; `write` tightens them"]
 
 
 def test_another_version():
     """Only what no version changes is compared."""
-    other = replace(A, version="torch 2.12", figures={"calls": 3, "bytes": 100})
-    verdict = SMALL.compare([A], [other], "write")
+    other = replace(changed(A, peak_bytes=100), version="torch 2.12")
+    verdict = compare([A], [other], "write")
     assert verdict.faults == []
-    assert verdict.notes == ["1 budgets were made with torch 2.13, and here is torch 2.12: nothing but calls is compared"]
-    assert SMALL.compare([A], [replace(other, figures={"calls": 5, "bytes": 64})], "write").faults == ["a: calls 3 -> 5"]
+    said = "1 budgets were made with torch 2.13, and here is torch 2.12: nothing but convolution_flops, launches is compared"
+    assert verdict.notes == [said]
+    assert compare([A], [changed(other, launches=5)], "write").faults == ["a, cpp: launches 1 -> 5"]
 
 
 def test_unknown_and_gone():
-    verdict = SMALL.compare([A], [replace(A, name=("b",))], "make it")
-    assert verdict.faults == ["b: has no budget; `make it` writes it", "a: has a budget and is not there any more; `make it` takes it out"]
+    verdict = compare([A], [replace(A, what="b")], "make it")
+    assert verdict.faults == [
+        "b, cpp: has no budget; `make it` writes it",
+        "a, cpp: has a budget and is not there any more; `make it` takes it out",
+    ]
 
 
+TITLES = ",".join(COLUMNS)
 MALFORMED = {
-    "": "expected the columns what,remark,calls,bytes,made_with, found none",
-    "what,calls\n": "expected the columns what,remark,calls,bytes,made_with, found what,calls",
-    "what,remark,calls,bytes,made_with\na,,3\n": "line 2: expected 5 cells, found 3",
-    "what,remark,calls,bytes,made_with\na,,3,-1,x\n": "line 2: bytes: expected a whole number or nothing, found '-1'",
-    "what,remark,calls,bytes,made_with\na,,3,1,x\na,,3,1,x\n": "line 3: a second line for a",
-    'what,remark,calls,bytes,made_with\n"a': "no table of budgets can be read from it",
+    "": f"expected the columns {TITLES}, found none",
+    "what,calls\n": f"expected the columns {TITLES}, found what,calls",
+    f"{TITLES}\na,cpp,3\n": "line 2: expected 8 cells, found 3",
+    f"{TITLES}\na,cpp,1,3,-1,1,,x\n": "line 2: kept_bytes: expected a whole number or nothing, found '-1'",
+    f"{TITLES}\na,cpp,1,3,1,1,,x\na,cpp,1,3,1,1,,x\n": "line 3: a second line for a, cpp",
+    f'{TITLES}\n"a': "no table of budgets can be read from it",
 }
 
 
@@ -291,16 +233,14 @@ MALFORMED = {
 def test_malformed_file(text: str, tmp_path: Path):
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(BudgetError) as raised:
-        SMALL.read(tmp_path / "x.csv")
+        budgets.read(tmp_path / "x.csv")
     assert str(tmp_path / "x.csv") in str(raised.value)
     assert MALFORMED[text] in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("command", ["counted", "triton", "cuda"])
-def test_commands_say_so_before_any_work(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run: dict[str, Callable[[list[str]], int]] = {"counted": main, "triton": aot.main, "cuda": lambda argv: check_cuda().main(argv)}
-    assert run[command](["--budgets", str(tmp_path / "none.csv")]) == 2
+def test_the_command_says_so_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--budgets", str(tmp_path / "none.csv")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
@@ -316,19 +256,19 @@ def test_command_fails_and_rewrites(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """One line with a budget too low, one without a budget; --write mends both and leaves those of another backend alone."""
     file, what = tmp_path / "counted.csv", "gaussian_log_prob, forward"
     found = today(what, "reference")
-    elsewhere = Row(("encoder, forward", "elsewhere"), {}, "torch 2.13")
+    elsewhere = Row("encoder, forward", "elsewhere", {}, "torch 2.13")
     monkeypatch.setattr(budgets, "measure", lambda: [found])
     monkeypatch.setattr(budgets, "refusals", lambda: dict.fromkeys(("cpp", "triton", "elsewhere"), "it is not there"))
     calls = found.figures["operator_calls"]
-    TABLE.write(file, [replace(found, figures={**found.figures, "operator_calls": calls - 1}), elsewhere])
+    budgets.write(file, [replace(found, figures={**found.figures, "operator_calls": calls - 1}), elsewhere])
     assert main(["--budgets", str(file)]) == 1
     said = capsys.readouterr()
     assert said.err == f"{what}, reference: operator_calls {calls - 1} -> {calls}\n"
     assert f"{calls - 1} -> {calls}" in said.out
     assert "cpp is not counted here: it is not there" in said.out
-    TABLE.write(file, [elsewhere])
+    budgets.write(file, [elsewhere])
     assert main(["--budgets", str(file)]) == 1
-    assert f"{what}, reference: has no budget; `python benchmarks/budgets.py --write {file}` writes it" in capsys.readouterr().err
+    assert f"{what}, reference: has no budget; `python -m benchmarks.budgets --write {file}` writes it" in capsys.readouterr().err
     assert main(["--write", str(file)]) == 0
-    assert TABLE.read(file) == [elsewhere, found]
+    assert budgets.read(file) == [elsewhere, found]
     assert main(["--budgets", str(file)]) == 0

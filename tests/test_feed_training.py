@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from write_video import available_codecs, write_video
 
+from benchmarks.write_video import available_codecs, write_video
 from sami_fast.data import Feed, ImageFolder, Sprites, VideoFolder
 from sami_fast.train import main
 

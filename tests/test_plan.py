@@ -12,11 +12,10 @@ from pathlib import Path
 import plan_worker
 import pytest
 import torch
-from helpers import peak_bytes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from benchmarks.counting import Meter
+from benchmarks.measure import peak_bytes
 from sami_fast import cli, plan
 from sami_fast.config import load_config
 from sami_fast.engine.compiled import recomputing
@@ -30,20 +29,6 @@ SMALL = [
     *("data.image_size=16", "data.channels=3", "train.batch_size=6", "objective.noise_levels=2"),
     *("encoder.channels=[8,16]", "encoder.blocks=1", "denoiser.channels=[8,16]", "denoiser.embedding_size=16"),
 ]
-
-
-class Counter(TorchDispatchMode):
-    """FLOPs of whatever runs inside, by torch's formulas."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @cache
@@ -90,13 +75,13 @@ def test_flops_of_a_step(method):
     """Exactly, layer by layer: 3F of the denoiser, 3F and 6F or 8F of the encoder, less what an image's gradient would have cost."""
     flops = plan.step_flops(*counted(), method)
     config = counted()[0]
-    with Counter() as real:
+    with Meter() as real:
         real_step(config, method)()
     # torch's own double backward of a strided convolution computes a weight gradient somewhat larger than the weight, and cuts it
-    assert sum(flops.values()) == pytest.approx(real.total, rel=0.005 if method == "reverse" else 0)
-    with Counter() as warmup:
+    assert sum(flops.values()) == pytest.approx(real.flops.total(), rel=0.005 if method == "reverse" else 0)
+    with Meter() as warmup:
         real_step(config, "warmup")()
-    assert flops["denoiser"] == warmup.total
+    assert flops["denoiser"] == warmup.flops.total()
 
 
 def test_the_score_costs_6f_or_8f():
@@ -107,9 +92,9 @@ def test_the_score_costs_6f_or_8f():
 
 def test_flops_of_a_baseline():
     config, encoder, partner = counted("method=diffae")
-    with Counter() as real:
+    with Meter() as real:
         real_step(config, "")()
-    assert sum(plan.step_flops(config, encoder, partner, "sweeps").values()) == real.total
+    assert sum(plan.step_flops(config, encoder, partner, "sweeps").values()) == real.flops.total()
 
 
 def test_flops_of_a_frozen_denoiser():
@@ -121,9 +106,9 @@ def test_flops_of_a_frozen_denoiser():
 def test_recomputing_costs_flops_and_keeps_less():
     again, encoder, twice = counted("engine.checkpoint_activations=true")
     _, _, once = counted()
-    with Counter() as real:
+    with Meter() as real:
         real_step(again, "sweeps")()
-    assert sum(plan.step_flops(again, encoder, twice, "sweeps").values()) == real.total
+    assert sum(plan.step_flops(again, encoder, twice, "sweeps").values()) == real.flops.total()
     assert 0 == once.again < twice.again < once.forward
     assert twice.kept < 0.6 * once.kept
 

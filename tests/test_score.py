@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import gradients, normal, peak_bytes, relative_error, tiny_denoiser, tiny_encoder
+from helpers import gradients, normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from benchmarks.counting import Meter
+from benchmarks.measure import peak_bytes
 from sami_fast import ops, score
 from sami_fast.models import Encoder
 from sami_fast.models.layers import STYLES, AttentionBlock, ResBlock
@@ -270,28 +270,6 @@ def test_layer_by_layer(name: str, need_input: bool):
 # Work: convolutions, counted by torch's own formula in units of one encoder forward.
 
 
-class ConvolutionFlops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
-            self.total += self._products(out.shape, args[1].shape, args[8])
-        elif func is torch.ops.aten.convolution_backward.default:
-            asked = args[10][0] + args[10][1]  # of input and weight; each as much work as the forward
-            self.total += asked * self._products(args[0].shape, args[2].shape, args[9])
-        elif func.namespace == "sami_fast" and "conv2d" in func.name():
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    @staticmethod
-    def _products(out: torch.Size, weight: torch.Size, groups: int) -> int:
-        # A double backward by autograd uses the image as a kernel: the same number of products, counted from its own shapes.
-        return 2 * out.numel() * weight[1:].numel()
-
-
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize(("method", "expected"), [("reverse", 6), ("dual", 8), ("sweeps", 6)])
 def test_convolution_flops(method: str, expected: int, backend: str):
@@ -300,11 +278,11 @@ def test_convolution_flops(method: str, expected: int, backend: str):
     encoder = Encoder(1, 16, 4, [16, 24], blocks=1, attention=[8])
     x, z = normal(2, 1, 16, 16, dtype=torch.float32), normal(2, 4, seed=3, dtype=torch.float32)
     with ops.use_backend(backend):
-        with ConvolutionFlops() as forward, torch.no_grad():
+        with Meter() as forward, torch.no_grad():
             encoder(x)
-        with ConvolutionFlops() as whole:
+        with Meter() as whole:
             score_and_gradients(method, encoder, x, z)
-    assert whole.total / forward.total == pytest.approx(expected, rel=0.05)
+    assert whole.convolution_flops / forward.convolution_flops == pytest.approx(expected, rel=0.05)
 
 
 # The whole step

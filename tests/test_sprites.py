@@ -11,10 +11,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import write_video as writing
 from helpers import relative_error
-from write_video import available_codecs, write_sprite_videos, write_video
 
+from benchmarks import write_video as writing
+from benchmarks.write_video import available_codecs, write_sprite_videos, write_video
 from sami_fast import files
 from sami_fast.data.sprites import Sprites
 from sami_fast.errors import UserError

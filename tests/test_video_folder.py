@@ -13,9 +13,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from write_video import available_codecs, write_video
 
 import sami_fast.data.video_folder as video_folder
+from benchmarks.write_video import available_codecs, write_video
 from sami_fast.data import Feed, Sprites, VideoFolder
 from sami_fast.data.dali import available as dali_available
 from sami_fast.data.decode import DALI_CODECS, BadFile, Video, _packets, cut_out, decode_frames, video_facts
