@@ -1,12 +1,13 @@
 """The denoiser eps_theta(x_t, t): an ordinary U-Net. SAMI's is unconditional and never sees z; a diffusion autoencoder's does."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import AttentionBlock, ResBlock, Upsample, checked_sides, conv, norm_act
+from .layers import AttentionBlock, Conv2d, ResBlock, Upsample, checked_sides, conv, norm_act
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:
@@ -16,11 +17,20 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def way_down(net: nn.Module, x: Tensor, embedding: Tensor, recompute: bool = False) -> tuple[Tensor, list[Tensor]]:
+class FirstHalf(Protocol):
+    """Layers of the first half of a U-Net: a denoiser has them, and the copy that an encoder is made of."""
+
+    stem: Conv2d
+    down: nn.ModuleList
+    shrink: nn.ModuleList
+    middle: ResBlock
+
+
+def way_down(net: FirstHalf, x: Tensor, embedding: Tensor, recompute: bool = False) -> tuple[Tensor, list[Tensor]]:
     """The first half of a U-Net: features after the middle, and what each resolution left for the way up.
 
     Args:
-        net: Has stem, down, shrink and middle.
+        net: Its layers.
         x: [B, C, H, W].
         embedding: Of the noise level. [B, E].
         recompute: As in `Denoiser`.
@@ -35,8 +45,8 @@ def way_down(net: nn.Module, x: Tensor, embedding: Tensor, recompute: bool = Fal
     return net.middle(h, embedding=embedding), skips
 
 
-def _run(stage: nn.ModuleList, h: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
-    for layer in stage:
+def _run(stage: nn.Module, h: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
+    for layer in stage.children():
         if recompute and torch.is_grad_enabled():
             # use_reentrant=False would check that every tensor saved has its size of the forward pass again. Under ZeRO-3 weights do not:
             # they have size 0 whenever they are not in use.

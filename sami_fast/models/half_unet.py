@@ -15,9 +15,8 @@ class DenoiserTrunk(nn.Module):
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.stem, self.down, self.shrink, self.middle = map(
-            copy.deepcopy, (denoiser.stem, denoiser.down, denoiser.shrink, denoiser.middle)
-        )
+        self.stem, self.down = copy.deepcopy(denoiser.stem), copy.deepcopy(denoiser.down)
+        self.shrink, self.middle = copy.deepcopy(denoiser.shrink), copy.deepcopy(denoiser.middle)
         weight = denoiser.stem.weight
         with torch.no_grad():
             clean = denoiser.embed(time_embedding(weight.new_zeros(1), denoiser.embedding_size))
