@@ -122,7 +122,7 @@ class SelfAttention(Layer[Tensor]):
         q, k, v = self._split(x)
         launchers, settings = ops.AttentionLaunchers.in_force(q), (q.shape[-1] ** -0.5, False)  # scale, causal
         out, lse = launchers.fwd(q, k, v, *settings)
-        tape.note(self, launchers=launchers, settings=settings, like=x, saved=(q, k, v, out, lse))
+        tape.note(self, launchers=launchers, settings=settings, saved=(q, k, v, out, lse))
         return self._image(out, x)
 
     def sweep_adjoint(self, grad_y: Tensor, tape: Tape) -> Tensor:

@@ -4,11 +4,11 @@
 functions below autograd (forward, derivative, tangent, second derivative), for those who order the derivatives themselves.
 """
 
-from ..reference import EVALUATION_STEP, Stream, random_permutation
+from ..reference import EVALUATION_STEP, Stream, gaussian_kl, gaussian_reparameterize, random_permutation
 from .attention import AttentionLaunchers, attention, attention_dual
 from .backend import BackendError, check_backend, describe, use_backend
 from .conv2d import conv2d, conv2d_backward
-from .gaussian_log_prob import gaussian_kl, gaussian_launchers, gaussian_log_prob, gaussian_reparameterize
+from .gaussian_log_prob import gaussian_launchers, gaussian_log_prob
 from .group_norm_silu import GroupNormSiLULaunchers, group_norm_silu, group_norm_silu_dual
 from .guided_loss import guided_loss
 from .noise_sample import Noise, noise_sample

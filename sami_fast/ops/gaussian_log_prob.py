@@ -1,26 +1,17 @@
-"""Diagonal Gaussians: log density, KL divergence from the prior, reparameterised sample; all can be differentiated twice.
+"""Log density of a diagonal Gaussian that can be differentiated twice.
 
-The log density is `sami_fast::gaussian_log_prob` -> `gaussian_log_prob_bwd` -> `gaussian_log_prob_bwd_bwd`, three chained operators, each
-the derivative of the one before. KL and sample are elementwise on [B, Z]: plain torch, which a compiler fuses.
+`sami_fast::gaussian_log_prob` -> `gaussian_log_prob_bwd` -> `gaussian_log_prob_bwd_bwd`: three chained operators, each the derivative of
+the one before. KL divergence and reparameterised sample are elementwise on [B, Z]: plain torch of the reference, which a compiler fuses.
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.gaussian_log_prob import (
-    check_gaussian,
-    gaussian_kl,
-    gaussian_log_prob_bwd,
-    gaussian_log_prob_bwd_bwd,
-    gaussian_log_prob_fwd,
-    gaussian_reparameterize,
-)
+from ..reference.gaussian_log_prob import check_gaussian, gaussian_log_prob_bwd, gaussian_log_prob_bwd_bwd, gaussian_log_prob_fwd
 from .arguments import check_together
 from .define import define, no_third_derivative, saved_arguments
 from .launchers import Launcher, Launchers
-
-__all__ = ["GaussianLaunchers", "gaussian_kl", "gaussian_launchers", "gaussian_log_prob", "gaussian_reparameterize"]
 
 
 class GaussianLaunchers(Launchers):
