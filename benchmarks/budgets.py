@@ -33,10 +33,8 @@ from torch import Tensor
 from sami_fast import ops, score
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
-from sami_fast.methods.build import build_model
 from sami_fast.models import Encoder
 from sami_fast.ops.backend import refusal
-from sami_fast.step import Objective
 
 from .counting import Counts, count
 from .steps import SCORE_METHODS, Step
@@ -200,9 +198,7 @@ class Score:
 def disks_step() -> Step:
     """A batch of the built-in disks run, and its networks."""
     config = load_config("disks")
-    dataset = open_dataset(config.data, config.seed)
-    x_0 = dataset.images(torch.arange(config.train.batch_size))
-    return Step(build_model(config, dataset.image_shape), x_0, Objective(**asdict(config.objective)), config.kl_weight.start)
+    return Step.of(config, open_dataset(config.data, config.seed).images(torch.arange(config.train.batch_size)))
 
 
 def step_gradients(step: Step, method: str, keep: Callable[[], None]) -> object:

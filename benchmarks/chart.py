@@ -16,6 +16,7 @@ from .table import comparisons, is_ours, shape_label
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 
 MODES = {"fwd": "forward", "bwd": "first gradients", "bwd_bwd": "second gradients", "step": "training step", "sample": "sampling"}
 RIVALS = {  # colour and sign of everybody who is not us; others are grey
@@ -36,7 +37,7 @@ def draw(rows: Sequence[Row], output: Path, source: str) -> None:
     """Write the chart; `source` names the rows' digest."""
     groups = [group for group in comparisons(rows) if group[0]["mode"] in MODES]
     figure, axis = plt.subplots(figsize=(9, 0.24 * len(groups) + 1.6))
-    seen: dict[str, object] = {}
+    seen: dict[str, Artist] = {}
     for place, group in enumerate(groups):
         axis.axhline(place, color="#eeeeee", linewidth=0.8, zorder=0)
         for row in sorted(group, key=is_ours):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from .rows import Row, read
 from .table import COLUMNS, comparison, is_ours, lines
@@ -77,21 +78,16 @@ def changes(found: dict[str, list[list[Row]]], everybody: bool) -> list[tuple[Ro
     return [(row, ratios["old"][key], ratios["new"][key]) for key, row in first.items() if all(key in ratios[side] for side in SIDES)]
 
 
-def _middle(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
 def _text(values: Sequence[float]) -> str:
     spread = f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else ""
-    return f"{_middle(values):.2f}{spread}"
+    return f"{median(values):.2f}{spread}"
 
 
 def report(changed: Sequence[tuple[Row, list[float], list[float]]], within: float) -> tuple[list[str], int]:
     """The table, and how many moved by more than `within`; below it a mark stands only where the repeats of the sides do not overlap."""
     titles, cells, moved = ("op", "shape", "dtype", "mode", "implementation", "old", "new", "new / old", ""), [], 0
     for row, old, new in changed:
-        change = _middle(new) / _middle(old)
+        change = median(new) / median(old)
         apart = max(old) < min(new) or max(new) < min(old)
         beyond = not 1 / (1 + within) <= change <= 1 + within
         moved += beyond

@@ -108,40 +108,29 @@ def compete(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iter
         if baseline not in [c.name for c in contestants]:
             pytest.fail("; ".join(faults))  # nothing to divide by
         if not benchmark.disabled:  # else correctness was all that was asked
-            timed(described, contestants, baseline, dtype, peak, targets or {}, what)
+            # pytest-benchmark clocks ours, or whoever stands last, each time after all the others had their turn.
+            contestants = sorted(contestants, key=lambda c: is_ours({"implementation": c.name}))
+            rounds, last = Rounds(contestants, device, config.getoption("--seconds")), len(contestants) - 1
+
+            def others() -> None:
+                for place in range(last):
+                    rounds.time(place)
+
+            benchmark.group = what
+            benchmark.pedantic(rounds.time, args=(last,), setup=others, rounds=rounds.rounds)
+            rows = rows_of(rounds, described, baseline, dtype, peak)
+            for row in rows:
+                if target := (targets or {}).get(row["implementation"]):
+                    row["target"] = target
+                row |= {"test": request.node.nodeid, **config.stash[ADDRESS]}
+            benchmark.extra_info["rows"] = rows
+            config.stash[ROWS].extend(rows)
+            for file in config.getoption("--rows"):
+                if file.suffix == ".jsonl":  # at once: a run that is cut off keeps what it has
+                    with file.open("a") as out:
+                        out.writelines(json.dumps(row) + "\n" for row in rows)
         if faults:
             pytest.fail("; ".join(faults))
-
-    def timed(
-        described: dict[str, Any],
-        contestants: Sequence[Contestant],
-        baseline: str,
-        dtype: torch.dtype,
-        peak: bool,
-        targets: dict[str, float],
-        what: str,
-    ) -> None:
-        # pytest-benchmark clocks ours, or whoever stands last, each time after all the others had their turn.
-        contestants = sorted(contestants, key=lambda c: is_ours({"implementation": c.name}))
-        rounds, last = Rounds(contestants, device, config.getoption("--seconds")), len(contestants) - 1
-
-        def others() -> None:
-            for place in range(last):
-                rounds.time(place)
-
-        benchmark.group = what
-        benchmark.pedantic(rounds.time, args=(last,), setup=others, rounds=rounds.rounds)
-        rows = rows_of(rounds, described, baseline, dtype, peak)
-        for row in rows:
-            if row["implementation"] in targets:
-                row["target"] = targets[row["implementation"]]
-            row |= {"test": request.node.nodeid, **config.stash[ADDRESS]}
-        benchmark.extra_info["rows"] = rows
-        config.stash[ROWS].extend(rows)
-        for file in config.getoption("--rows"):
-            if file.suffix == ".jsonl":  # at once: a run that is cut off keeps what it has
-                with file.open("a") as out:
-                    out.writelines(json.dumps(row) + "\n" for row in rows)
 
     yield measure
     if benchmark.disabled or not asked:

@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .machine import address
+from .rows import read
+
 TINY = ["encoder.channels=[32,32,32]", "encoder.attention=[16]", "denoiser.channels=[32,32]", "denoiser.attention=[]"]
 TINY += ["engine.precision=fp32"]
 
@@ -120,16 +123,10 @@ def main() -> int:
     if find_spec("deepspeed") is None:
         print("not installed: deepspeed")
         return 0
-    cuda = torch.cuda.is_available()
-    address = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "tiny": arguments.tiny,
-        "torch": torch.__version__,
-        "deepspeed": metadata.version("deepspeed"),
-        "commit": os.environ.get("SAMI_FAST_COMMIT"),
-    }
-    known = [json.loads(line) for line in arguments.rows.read_text().splitlines()] if arguments.rows.exists() else []
-    here = [row for row in known if all(row.get(name) == address[name] for name in ("device", "tiny", "commit"))]
+    where = address("cuda" if torch.cuda.is_available() else "cpu", "python -m benchmarks.deepspeed_steps --rows FILE")
+    where |= {"tiny": arguments.tiny, "deepspeed": metadata.version("deepspeed")}
+    known = read([arguments.rows]) if arguments.rows.exists() else []
+    here = [row for row in known if all(row.get(name) == where[name] for name in ("device", "tiny", "commit"))]
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
         data = images(Path(folder), 64 if arguments.tiny else 2048)
@@ -137,7 +134,7 @@ def main() -> int:
             if any(row["zero_stage"] == stage for row in here):
                 continue
             try:
-                row = {"op": "deepspeed celeba64", "zero_stage": stage, **run(stage, arguments, data, Path(folder)), **address}
+                row = {"op": "deepspeed celeba64", "zero_stage": stage, **run(stage, arguments, data, Path(folder)), **where}
             except RuntimeError as error:
                 faults += 1
                 print(f"ZeRO {stage} failed:\n{error}", file=sys.stderr, flush=True)

@@ -26,9 +26,9 @@ from sami_fast.latents.discovery import discover
 from sami_fast.metrics.identifiability import mcc
 
 from .recovery import pixel_energy
-from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .rows import ROOT, Row, address, committed
 from .table import Columns, page_table
-from .tables import rewrite, write_block
+from .tables import publish
 
 # beta of the beta-VAE: the best MCC of 0.1, 0.3, 1, 3 on seed 0 of disks (docs/results.md); of the stochastic diffusion autoencoder:
 # where SAMI's ends.
@@ -231,16 +231,8 @@ def main() -> None:
         evaluated = evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first)
         rows.append(row_of(evaluated, data, method, settings, further_scores(folder, arguments.images)))
         print(f"{run_name(data, method, seed, settings)}: scored", flush=True)
-    if arguments.output:
-        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-    else:
-        write_rows(RESULTS / "methods.jsonl", rows, KEY)
-        rewrite(ROOT / "docs/results.md", "methods")
-    for data in arguments.data:
-        text = table([row for row in rows if row["data"] == data])
-        if arguments.output:
-            write_block(arguments.output, f"methods {data}", text)
-        print(text)
+    found = {f"methods {data}": table([row for row in rows if row["data"] == data]) for data in arguments.data}
+    publish(rows, KEY, "methods", arguments.output, found)
 
 
 if __name__ == "__main__":

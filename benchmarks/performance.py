@@ -81,7 +81,7 @@ def slower(rows: Sequence[Row]) -> str:
     cells = []
     for group in comparisons(rows):
         (ours, rival), ratio = best_of(group), against_best_rival(group)
-        if group[0]["mode"] != "feed" and ratio is not None and ratio < 1:
+        if rival and ratio is not None and ratio < 1 and group[0]["mode"] != "feed":
             what = [group[0]["op"], shape_label(group[0]["shape"]), MODES.get(group[0]["mode"], group[0]["mode"])]
             cells.append([*what, rival["implementation"], f"{ratio:.2f}", _peak(ours), _peak(rival)])
     return markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)

@@ -25,24 +25,14 @@ from sami_fast.latents.sampling import encode
 from sami_fast.metrics.identifiability import linear_r2
 from sami_fast.train import Trainer
 
-from .rows import RESULTS, ROOT, Row, address, committed, write_rows
+from .rows import ROOT, Row, address, committed
 from .table import Columns, page_table
-from .tables import rewrite, write_block
+from .tables import publish
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
 # What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
-FROZEN = [
-    "train.mode=frozen",
-    "train.steps=300",
-    "encoder.start=denoiser",
-    "objective.time_power=2",
-    "kl_weight.start=0.05",
-    "kl_weight.end=0.005",
-    "optimizer.encoder_lr=0.002",
-    "optimizer.warmup_steps=100",
-    "optimizer.clip=3",
-    "optimizer.ema_decay=0.95",
-]
+FROZEN = ["train.mode=frozen", "train.steps=300", "encoder.start=denoiser", "objective.time_power=2", "optimizer.encoder_lr=0.002"]
+FROZEN += ["kl_weight.start=0.05", "kl_weight.end=0.005", "optimizer.warmup_steps=100", "optimizer.clip=3", "optimizer.ema_decay=0.95"]
 IMAGES = 4000
 KEY = ("settings", "seed")  # two rows that agree in these are the same
 
@@ -66,10 +56,10 @@ def train_denoiser(folder: Path, steps: int) -> float:
         sample_size=16,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(8, 16, 32),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
+        block_out_channels=(8, 16, 32),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )
@@ -203,13 +193,7 @@ def main() -> int:
     for seed in arguments.seeds:
         rows.append({"data": "disks", "settings": settings, **row_of(seed, *compare(arguments, seed)), "denoiser": unet, **where})
         print(json.dumps(rows[-1]), flush=True)
-    if arguments.output:
-        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-        write_block(arguments.output, "pretrained disks", table(rows))
-    else:
-        write_rows(RESULTS / "pretrained.jsonl", rows, KEY)
-        rewrite(ROOT / "docs/results.md", "pretrained")
-    print(table(rows))
+    publish(rows, KEY, "pretrained", arguments.output, {"pretrained disks": table(rows)})
     return 0 if all(row["passes"] for row in rows) else 1
 
 

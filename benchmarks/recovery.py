@@ -21,10 +21,11 @@ import torch
 
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
+from sami_fast.data.disks import Disks
 
 from .rows import RESULTS, ROOT, Row, address, committed, write_rows
 from .table import Columns, page_table
-from .tables import rewrite, write_block
+from .tables import publish
 
 MIN_R2, MIN_MCC = 0.95, 0.9
 KEY = ("config", "settings", "seed")  # two runs that agree in these are the same
@@ -45,6 +46,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> Path:
 def pixel_energy(config: Config) -> dict[str, float]:
     """How much each factor of the disks moves the pixels: mean squared norm of the image's derivative in it, times its variance."""
     disks = open_dataset(config.data, config.seed)
+    assert isinstance(disks, Disks)
     index = torch.arange(ENERGY_IMAGES)
     drawn = disks._draw(index).double()
     energy = {}
@@ -76,7 +78,7 @@ def row_of(folder: Path, **more: object) -> Row:
         **{key: value for key, value in scores.items() if key not in curves},
         **({"pixel_energy": pixel_energy(config)} if config.data.kind == "disks" else {}),
         "kl_weight": {str(row["step"]): row["kl_weight"] for row in log if "kl_weight" in row and row["step"] % 400 == 0},
-        **address(environment, more.get("command", ""), str(written)),
+        **address(environment, str(more.get("command", "")), str(written)),
     }
 
 
@@ -202,13 +204,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(one, arguments.seeds))
-    if arguments.output:
-        write_rows(arguments.output.with_suffix(".jsonl"), rows, KEY)
-        write_block(arguments.output, f"recovery {arguments.config}", seeds_table(rows))
-    else:
-        write_rows(RESULTS / "recovery.jsonl", rows, KEY)
-        rewrite(ROOT / "docs/results.md", "recovery")
-    print(seeds_table(rows))
+    publish(rows, KEY, "recovery", arguments.output, {f"recovery {arguments.config}": seeds_table(rows)})
 
 
 if __name__ == "__main__":

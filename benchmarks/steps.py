@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,12 @@ from sami_fast.step import Draw, Objective, StepTerms, training_step
 from .counting import Meter
 from .machine import best_seconds
 
+# Colour images as faces come, attention in both networks.
+FACES = ["data.image_size=64", "data.channels=3", "train.batch_size=16", "encoder.channels=[32,64]", "encoder.attention=[16]"]
+FACES += ["denoiser.channels=[32,64,64]", "denoiser.attention=[16]", "denoiser.blocks=1", "objective.unconditional_weight=0.1"]
 CONFIGS = {
     "disks": ("disks", ["data.image_size=32", "train.batch_size=32"]),
-    # Colour images as faces come, attention in both networks.
-    "faces": (
-        None,
-        [
-            "data.image_size=64",
-            "data.channels=3",
-            "encoder.channels=[32,64]",
-            "encoder.attention=[16]",
-            "denoiser.channels=[32,64,64]",
-            "denoiser.attention=[16]",
-            "denoiser.blocks=1",
-            "train.batch_size=16",
-            "objective.unconditional_weight=0.1",
-        ],
-    ),
+    "faces": (None, FACES),
     "celeba64": ("celeba64", ["data.path=celeba", "train.batch_size=64"]),
 }
 SHAPES = {"disks": (1, 32), "faces": (3, 64), "celeba64": (3, 64)}  # channels, size
@@ -65,6 +54,14 @@ class Step:
         self.device = x_0.device.type
         self.draw = Draw(seed=1, step=2, index=torch.arange(len(x_0), device=x_0.device), global_batch=len(x_0))
         self.shape = dict(zip("BKCHW", (len(x_0), objective.noise_levels, *x_0.shape[1:]), strict=True))
+
+    @classmethod
+    def of(cls, config: Config, x_0: Tensor) -> Self:
+        """The networks of a config, fresh."""
+        _, channels, height, width = x_0.shape
+        sami = build_model(config, (channels, height, width))
+        assert isinstance(sami, Sami)
+        return cls(sami.to(x_0.device), x_0, Objective(**asdict(config.objective)), config.kl_weight.start)
 
     def loss(
         self, method: str = "auto", denoiser: Callable[[Tensor, Tensor], Tensor] | None = None, **parts: Any
@@ -98,7 +95,7 @@ class Step:
 
         return run
 
-    def _given(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _given(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_0, t, logsnr, weight, eps and eps_z for those whose noise is drawn beforehand."""
         t, eps, eps_z = (noise.to(dtype) for noise in self.noise())
         objective, schedule = self.objective, self.sami.schedule
@@ -170,14 +167,14 @@ class Step:
 def named_step(name: str, device: str, tiny: bool = False) -> tuple[Step, Config]:
     """The step of one of CONFIGS on random images."""
     file, overrides = CONFIGS[name]
-    shape = (SHAPES[name][0], *[8 if tiny else SHAPES[name][1]] * 2)
+    channels, size = SHAPES[name]
     config = load_config(file, [*overrides, *(TINY if tiny else ())])
     torch.manual_seed(0)
-    sami = build_model(config, shape)
+    shape = (config.train.batch_size, channels, *[8 if tiny else size] * 2)
+    step = Step.of(config, (torch.rand(shape) * 2 - 1).to(device))
     # The denoiser starts as zero, where almost all of its gradients are zero too.
-    torch.nn.init.normal_(sami.denoiser.out.weight, std=0.02)
-    x_0 = torch.rand(config.train.batch_size, *shape) * 2 - 1
-    return Step(sami.to(device), x_0.to(device), Objective(**asdict(config.objective)), config.kl_weight.start), config
+    torch.nn.init.normal_(step.sami.denoiser.out.weight, std=0.02)
+    return step, config
 
 
 def least_bytes(images: Tensor, networks: nn.Module) -> int:

@@ -10,10 +10,11 @@ here writes it, the rest is what its function `generated` is given.
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from .rows import ROOT
+from .rows import RESULTS, ROOT, Row, write_rows
 
 WRITERS = {"recovery": "recovery", "methods": "methods", "pretrained": "pretrained", "plan": "scaling", "performance": "performance"}
 BLOCK = re.compile(r"^<!-- (?P<name>[\w -]+?) -->\n(?P<inside>(?:.*\n)*?)<!-- end of (?P=name) -->$", re.MULTILINE)
@@ -52,6 +53,24 @@ def rewrite(path: Path, first: str = "") -> None:
     for name in [block["name"] for block in blocks(path.read_text())]:
         if name.split()[0] == (first or name.split()[0]):
             write_block(path, name, generated(name))
+
+
+def publish(rows: list[Row], key: Sequence[str], file: str, output: Path | None, blocks: dict[str, str]) -> None:
+    """Rows of a command into a file of RESULTS, and the tables of docs/results.md made again; or both beside `output`, for a trial.
+
+    Args:
+        rows, key: As `write_rows`.
+        file: Name of the file without its ending, and first word of the tables' names.
+        output: Markdown file of a trial.
+        blocks: Its tables by name.
+    """
+    write_rows(output.with_suffix(".jsonl") if output else RESULTS / f"{file}.jsonl", rows, key)
+    if output is None:
+        rewrite(ROOT / "docs/results.md", file)
+    for name, text in blocks.items():
+        if output is not None:
+            write_block(output, name, text)
+        print(text)
 
 
 def stale(path: Path) -> list[str]:

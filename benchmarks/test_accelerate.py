@@ -37,10 +37,10 @@ class UNetGradients:
             sample_size=32,
             in_channels=3,
             out_channels=3,
-            block_out_channels=(32, 64),
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=32,
+            block_out_channels=(32, 64),
             down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
         ).eval()

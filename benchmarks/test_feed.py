@@ -64,19 +64,24 @@ def image_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module", params=CODECS)
 def video_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    from .write_video import available_codecs, write_video
+    from .write_video import available_codecs
 
     if request.param not in available_codecs():
         pytest.skip(f"this PyAV has no encoder for {request.param}")
     folder, random = tmp_path_factory.mktemp(request.param), np.random.default_rng(0)
-    photograph = photographs()[0]
-    room = np.array(photograph.shape[:2]) - (HEIGHT, WIDTH)
+    room = np.array(photographs()[0].shape[:2]) - (HEIGHT, WIDTH)
     for n in range(CLIPS):
-        ends = random.uniform(0, 1, (2, 2)) * room
-        corners = np.linspace(*ends, FRAMES).astype(int)
-        frames = np.stack([photograph[top : top + HEIGHT, left : left + WIDTH] for top, left in corners])
-        write_video(folder / f"{n}.mkv", frames, codec=request.param, keyframe_interval=60)
+        write_wandering(folder / f"{n}.mkv", request.param, random.uniform(0, 1, (2, 2)) * room)
     return request.param, folder
+
+
+def write_wandering(file: Path, codec: str, ends: Any) -> None:
+    """A clip of a window that wanders over a photograph between two corners."""
+    from .write_video import write_video
+
+    corners = np.linspace(*ends, FRAMES).astype(int)
+    frames = np.stack([photographs()[0][top : top + HEIGHT, left : left + WIDTH] for top, left in corners])
+    write_video(file, frames, codec=codec, keyframe_interval=60)
 
 
 # Rivals
@@ -240,14 +245,10 @@ def test_videos(video_folder: tuple[str, Path], compete: Callable[..., None], tm
 
 def test_shuffled_frames(tmp_path: Path, compete: Callable[..., None]) -> None:
     """Against a random access for every frame, which is how shuffled frames are usually read."""
-    from .write_video import write_video
-
     folder = tmp_path / "videos"
     folder.mkdir()
     for n in range(CLIPS):
-        corners = np.linspace((0, n * 20), (150, 300 - n * 20), FRAMES).astype(int)
-        frames = np.stack([photographs()[0][top : top + HEIGHT, left : left + WIDTH] for top, left in corners])
-        write_video(folder / f"{n}.mkv", frames, codec="vp9", keyframe_interval=60)
+        write_wandering(folder / f"{n}.mkv", "vp9", ((0, n * 20), (150, 300 - n * 20)))
 
     def make() -> VideoFolder:
         return VideoFolder(str(folder), holdout=0.0, pool=4 * BATCH, cache_dir=str(tmp_path), cache_gib=0.0, workers=WORKERS)
