@@ -54,12 +54,13 @@ class Launcher(Generic[P, R]):
         return _find(self.twin, self.file, backend)(*rest)
 
 
-@cache
 def _find(twin: Callable[..., Any], file: str, backend: str) -> Callable[..., Any]:
-    if backend == "reference":
-        return twin
-    home = import_module(f"sami_fast.kernels.{file}") if backend == "triton" else torch.ops.sami_fast_C
-    return getattr(home, twin.__name__)
+    return twin if backend == "reference" else getattr(_home(file, backend), twin.__name__)
+
+
+@cache
+def _home(file: str, backend: str) -> Any:
+    return import_module(f"sami_fast.kernels.{file}") if backend == "triton" else torch.ops.sami_fast_C
 
 
 class Launchers:
