@@ -106,7 +106,7 @@ class Contestant:
 
 
 def gather(makers: dict[str, Callable[[], Contestant]]) -> tuple[list[Contestant], dict[str, str]]:
-    """Those that are right; and of the others, by name, what was wrong. One's failure takes nobody else's row."""
+    """Those that are right; and of the others, by name, what was wrong. One that fails does not keep the others from their rows."""
     ready, wrong = [], {}
     for name, make in makers.items():
         try:

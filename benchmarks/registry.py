@@ -468,7 +468,7 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
 
 
 def fused_attention(name: str, backend: SDPBackend, dtype: torch.dtype | None, device: str) -> dict[str, Implementation]:
-    return {name: Implementation(_sdpa(backend), ("fwd", "bwd"), dtypes=dtype and (dtype,), devices=(device,))}
+    return {name: Implementation(_sdpa(backend), ("fwd", "bwd"), dtypes=None if dtype is None else (dtype,), devices=(device,))}
 
 
 def _attention_product(s: Shape) -> int:

@@ -68,6 +68,6 @@ def test_step(name: str, precision: str, part: str, device: str, compete: Callab
         **convolution_bound(step.reference(bf16=bf16), device),
     }
     if (peak := peak_rate(precision) if device == "cuda" else None) is not None:
-        # Everybody is credited with the same work, that of the cheapest method: doing more of it is no merit.
+        # All rows count the same work, that of the cheapest method: one that does more gains nothing by it.
         described |= {"model_flops": step.flops("sweeps")["flops"], "peak_flops_per_second": peak}
     compete(described, found, BASELINE, targets=TARGETS, wrong=wrong, forgiven=["torch.compile"])
