@@ -30,7 +30,7 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --summary=none --baseline kernels/pyrefly.json --error-stale-baseline
+	$(BIN)/pyrefly check --summary=none --error-stale-baseline
 
 # The documentation site, into build/site; nothing is fetched, and a warning is an error.
 docs: install

@@ -555,9 +555,7 @@ def _override(override: str) -> dict[str, Any]:
             values = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-    for name in reversed(key.split(".")):
-        values = {name: values}
-    return _checked(values, "command line")
+    return _checked({key: values}, "command line")
 
 
 def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
