@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard, get_args
@@ -555,7 +556,7 @@ def _override(override: str) -> dict[str, Any]:
             values = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-    return _checked({key: values}, "command line")
+    return _checked(reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), values), "command line")
 
 
 def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
