@@ -46,7 +46,7 @@ def untrained(run: Run) -> LatentModel:
     Half of a denoiser that was then fine-tuned is half of the denoiser as it is now.
     """
     model = run.model
-    assert model.architecture is not None  # it was read from a folder that says it
+    assert model.architecture is not None  # a saved model says it
     partner = model.networks[model.partner]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
