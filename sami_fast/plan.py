@@ -321,9 +321,9 @@ class Memory:
         return Memory(*(mine + others for mine, others in zip((*self.on_gpu, self.host), (*other.on_gpu, other.host), strict=True)))
 
 
-def part(elements: int, ranks: int, granule: int = 2) -> int:
-    """The elements of one rank, all ranks having equally many and each a multiple of `granule`."""
-    return granule * math.ceil(elements / (granule * ranks))
+def part(elements: int, ranks: int) -> int:
+    """The elements of one rank, all ranks having equally many, which is an even number."""
+    return 2 * math.ceil(elements / (2 * ranks))
 
 
 def touched(sizes: Sequence[int], ranks: int) -> int:

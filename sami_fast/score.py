@@ -82,7 +82,7 @@ def grad_log_q(
 
 def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by reverse-mode autograd through any encoder; every operation in it must be differentiable twice."""
-    if torch.compiler.is_compiling() or _inside_a_transform():  # where torch.autograd.grad has no place
+    if torch.compiler.is_compiling() or _inside_a_transform():  # where torch.autograd.grad cannot be used
         return torch.func.grad(lambda x: ops.gaussian_log_prob(z, *encoder(x)).sum())(x_t.detach())
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -217,7 +217,7 @@ class Trainer:
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
 
     def update(self) -> tuple[float, Measurement]:
-        """One optimiser step, the one that `step` counts as next: its beta and what it measured."""
+        """Take the optimiser step that is number `step`. Returns its beta and what it measured."""
         phase = self.config.phase(self.step)
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
         return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))

@@ -49,7 +49,7 @@ UNDECIDED = 0.25
 
 @dataclass(frozen=True)
 class Discovered:
-    """A axes, A the number of live latent dimensions; the others are 0 in directions and readouts.
+    """As many axes as there are live latent dimensions, A of them; directions and readouts are 0 in the other dimensions.
 
     coordinates(z) = readouts (z - center),   readouts directions^T = I
     """
@@ -245,11 +245,11 @@ def shares(withins: np.ndarray, readouts: np.ndarray) -> np.ndarray:
     return np.einsum("az,lzy,ay->la", readouts, withins, readouts)
 
 
-def _joint_rotation(matrices: np.ndarray, sweeps: int = 100) -> np.ndarray:
+def _joint_rotation(matrices: np.ndarray) -> np.ndarray:
     """V that makes the V^T M_l V as diagonal as can be: the least sum of ln (V^T M_l V)_aa. [L, A, A] symmetric -> [A, A]"""
     matrices = matrices.copy()
     rotation = np.eye(matrices.shape[1])
-    for _ in range(sweeps):
+    for _ in range(100):
         largest = 0.0
         for p in range(len(rotation)):
             for q in range(p + 1, len(rotation)):
