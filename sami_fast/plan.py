@@ -278,13 +278,13 @@ def step_flops(config: Config, encoder: Network, partner: Network, method: str) 
     Args:
         method: How the score is differentiated, one of `KEPT_BY_SCORE`.
     """
-    trained, images = METHODS[config.method], config.train.batch_size
+    kind, images = METHODS[config.method], config.train.batch_size
     copies = images * noisy_copies(config)
     flops = {"encoder": images * PASSES["trained"].flops(encoder)}  # of the clean images, for z and its KL
-    if trained.guides:
+    if kind.guides:
         flops["score"] = copies * PASSES[method].flops(encoder)
     of_one = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
-    return flops | {trained.partner: copies * of_one}
+    return flops | {kind.partner: copies * of_one}
 
 
 def noisy_copies(config: Config) -> int:
