@@ -46,10 +46,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
 
 def interval(low: float, high: float) -> Check:
     """A [low, high] pair inside bounds."""
-    return (
-        f"two numbers [low, high] with {low:g} <= low <= high <= {high:g}",
-        lambda v: len(v) == 2 and low <= v[0] <= v[1] <= high,
-    )
+    return f"two numbers [low, high] with {low:g} <= low <= high <= {high:g}", lambda v: len(v) == 2 and low <= v[0] <= v[1] <= high
 
 
 PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
@@ -208,9 +205,7 @@ class DenoiserConfig(Section):
 class ScheduleConfig(Section):
     section = "schedule"
     kind: str = setting(
-        "uniform_logsnr",
-        "noise levels over t; discrete: a pretrained denoiser's timesteps, none between",
-        one_of(*SCHEDULE_KINDS),
+        "uniform_logsnr", "noise levels over t; discrete: a pretrained denoiser's timesteps, none between", one_of(*SCHEDULE_KINDS)
     )
     logsnr_min: float = setting(-7.0, "noisiest level, ln(alpha^2 / sigma^2)", number(-30, 30))
     logsnr_max: float = setting(5.0, "cleanest level, ln(alpha^2 / sigma^2)", number(-30, 30))
@@ -619,7 +614,7 @@ def settings_table() -> str:
     """Every setting with default, meaning and unit, one per line."""
     lines = []
     for key, item in setting_keys().items():
-        default = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[truthy-function]
+        default = item.default_factory() if callable(item.default_factory) else item.default
         expected = "" if item.metadata["check"] is ANYTHING else f" ({item.metadata['check'][0]})"
         unit = f", in {item.metadata['unit']}" if item.metadata["unit"] else ""
         lines.append(f"{key}={default}\n    {item.metadata['help']}{unit}{expected}")

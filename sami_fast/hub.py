@@ -37,6 +37,6 @@ def _fetched(hub_id: str) -> Path:
         raise UserError(f"{hub_id}: no such folder; loading a hub id needs `pip install huggingface_hub`") from None
     try:
         return Path(snapshot_download(hub_id, allow_patterns=FILES + FOLDERS))
-    except Exception as error:  # offline, unknown id, no permission: many kinds, one meaning
+    except Exception as error:  # offline, unknown id, no permission: each has a kind of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({reason})") from None

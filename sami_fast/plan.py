@@ -278,13 +278,13 @@ def step_flops(config: Config, encoder: Network, partner: Network, method: str) 
     Args:
         method: How the score is differentiated, one of `KEPT_BY_SCORE`.
     """
-    trained, images = METHODS[config.method], config.train.batch_size
+    kind, images = METHODS[config.method], config.train.batch_size
     copies = images * noisy_copies(config)
     flops = {"encoder": images * PASSES["trained"].flops(encoder)}  # of the clean images, for z and its KL
-    if trained.guides:
+    if kind.guides:
         flops["score"] = copies * PASSES[method].flops(encoder)
     of_one = PASSES["trained"].flops(partner) + partner.again if partner.trained else PASSES["forward"].flops(partner)
-    return flops | {trained.partner: copies * of_one}
+    return flops | {kind.partner: copies * of_one}
 
 
 def noisy_copies(config: Config) -> int:
@@ -321,9 +321,9 @@ class Memory:
         return Memory(*(mine + others for mine, others in zip((*self.on_gpu, self.host), (*other.on_gpu, other.host), strict=True)))
 
 
-def part(elements: int, ranks: int, granule: int = 2) -> int:
-    """The elements of one rank, all ranks having equally many and each a multiple of `granule`."""
-    return granule * math.ceil(elements / (granule * ranks))
+def part(elements: int, ranks: int) -> int:
+    """The elements of one rank, all ranks having equally many, which is an even number."""
+    return 2 * math.ceil(elements / (2 * ranks))
 
 
 def touched(sizes: Sequence[int], ranks: int) -> int:

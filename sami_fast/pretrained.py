@@ -156,15 +156,17 @@ class DiffusersDenoiser(DiscreteTimeDenoiser):
             prediction=settings.config.prediction_type,
             fractional=unet.config.time_embedding_type == "positional",
         )
-        self.image_shape = shape
+        self.image_shape, self._recomputes = shape, False
         self.architecture = {"unet": _plain(unet.config), "scheduler": _plain(scheduler)}
 
     def forward(self, x_t: Tensor, t: Tensor, *, recompute: bool = False) -> Tensor:
         """With `recompute`, backward computes the blocks again instead of keeping what is inside them: by `backward()` alone, and once."""
-        if recompute and not self.network.is_gradient_checkpointing:
-            self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
-        elif self.network.is_gradient_checkpointing and not recompute:
-            self.network.disable_gradient_checkpointing()
+        if recompute != self._recomputes:  # the network's own answer would take a walk through all its modules at every call
+            self._recomputes = recompute
+            if recompute:
+                self.network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=True))
+            else:
+                self.network.disable_gradient_checkpointing()
         return super().forward(x_t, t)
 
 

@@ -1,7 +1,7 @@
 """grad_x log q(z|x_t), the encoder's own score, and its gradients: the one place where an inner gradient is taken.
 
     reverse   autograd, twice; any encoder                                                            6F
-    sweeps    four passes written out, no double backward; encoders made of `models.sweeps` layers    6F, the least memory and time
+    sweeps    four passes written out, no double backward; encoders made of the layers of sweeps.py  6F, the least memory and time
     dual      the score as a constant, and its gradient through dual numbers: autograd once, so it    8F
               compiles as one graph and works where parameters are partitioned
 
@@ -82,7 +82,7 @@ def grad_log_q(
 
 def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by reverse-mode autograd through any encoder; every operation in it must be differentiable twice."""
-    if torch.compiler.is_compiling() or _inside_a_transform():  # where torch.autograd.grad has no place
+    if torch.compiler.is_compiling() or _inside_a_transform():  # where torch.autograd.grad cannot be used
         return torch.func.grad(lambda x: ops.gaussian_log_prob(z, *encoder(x)).sum())(x_t.detach())
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -65,6 +65,7 @@ def noised(
 
 
 def per_image(per_sample: Tensor, levels: int) -> Tensor:
+    """The sum over the noise levels of each image. [B*K] -> [B]."""
     return per_sample.view(-1, levels).sum(1)
 
 
@@ -182,8 +183,15 @@ def denoising_step(
         loss: scalar, nats per image.
         unguided: [B] the same per image, without gradient.
     """
+    unguided = unguided_error(denoiser, schedule, x_0, draw, objective, store_eps)
+    return unguided.mean(), unguided.detach()
+
+
+def unguided_error(
+    denoiser: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective, store_eps: bool
+) -> Tensor:
+    """The denoising term of each image by the denoiser alone, in nats, with its gradient; arguments as in `denoising_step`. [B]."""
     x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
     per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-    unguided = per_image(per_sample, objective.noise_levels)
-    return unguided.mean(), unguided.detach()
+    return per_image(per_sample, objective.noise_levels)

@@ -217,7 +217,7 @@ class Trainer:
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
 
     def update(self) -> tuple[float, Measurement]:
-        """One optimiser step, the one that `step` counts as next: its beta and what it measured."""
+        """Take the optimiser step that is number `step`. Returns its beta and what it measured."""
         phase = self.config.phase(self.step)
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
         return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))
@@ -273,15 +273,14 @@ class Trainer:
         if self.chief:
             self.run_folder.append({**row, "kl_per_dim": kl_per_dim})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
-        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}" + (
-            f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
-        )
+        waits = f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         state = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
         state = "deterministic encoder" if self.model.deterministic else state
+        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}{waits}"
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
-        if self.model.deterministic:
+        if self.model.deterministic or self.warned:
             return
-        if not self.warned and joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
+        if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
             self.warned = True
             self.say(
                 f"warning: the posterior has collapsed (KL {kl:.3f} nats), the latents carry nothing; "
@@ -296,11 +295,7 @@ class Trainer:
             validation_nats = self._validate()
         if validation_nats is not None and not math.isfinite(validation_nats):
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
-        facts = {
-            "architecture": self.model.architecture,
-            "settings": self.lasting,
-            "validation_nats": validation_nats,
-        }
+        facts = {"architecture": self.model.architecture, "settings": self.lasting, "validation_nats": validation_nats}
         assert self.pending is not None  # the step just taken
         step, measured = self.pending
         state = {

@@ -841,7 +841,7 @@ def test_a_video_that_changes_between_index_and_read(tmp_path, codec, how, still
     write_video(folder / "a.mkv", bars(40, 8), codec=codec, keyframe_interval=10)
     facts = opened(folder, tmp_path).index  # before
     spoil(folder / "a.mkv", how)
-    monkeypatch.setattr(video_folder, "build_index", lambda *_, **__: facts)
+    monkeypatch.setattr("sami_fast.data.decoded.build_index", lambda *_, **__: facts)
 
     def read(world: int, micro_batches: int, first: int = 0, max_bad: float = 0.5, workers: int = 2) -> dict:
         found = {}
@@ -902,7 +902,7 @@ def test_stills_before_the_damage_are_used(tmp_path, stills, monkeypatch):
     v, index = dataset.index.names.index("a.mkv"), dataset.index
     alone = [dataset.decode([int(dataset.offsets[v]) + n])[0] is not None for n in (5, 29, 45, 6)]
     assert alone == ([True, True, False, True] if stills else [False] * 4)
-    monkeypatch.setattr(video_folder, "build_index", lambda *_, **__: index)
+    monkeypatch.setattr("sami_fast.data.decoded.build_index", lambda *_, **__: index)
     again = opened(folder, tmp_path, stills=stills, max_bad=0.5, decoder="torch")
     together = [frame is not None for frame in again.decode([int(again.offsets[v]) + n for n in (5, 29, 45, 6)])]
     assert together == alone

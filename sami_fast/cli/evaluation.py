@@ -64,12 +64,11 @@ def run_axes(arguments: argparse.Namespace) -> None:
 
     from ..evaluation import encode, known_factors, open_run
     from ..latents.discovery import NUM_LEVELS, discover
-    from ..methods.sami import Sami
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
     run = open_run(Path(arguments.run))
-    if not isinstance(run.model, Sami):
+    if not run.model.guides:
         raise UserError(f"{arguments.run}: expected a SAMI run, whose denoiser can be asked, found one of method {run.model.method}")
     count = min(arguments.images, run.count)
     with tqdm(total=count * NUM_LEVELS, desc="draws", unit="image", leave=False) as bar:

@@ -165,13 +165,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 def add_commands(command: AddCommand) -> None:
     drawing = model_options(), data_options(), sampler_options()
-    sample = command(
-        "sample",
-        run_sample,
-        "draw new images",
-        "sample runs/disks --count 64 --output samples.png",
-        *drawing,
-    )
+    sample = command("sample", run_sample, "draw new images", "sample runs/disks --count 64 --output samples.png", *drawing)
     sample.add_argument("--count", type=at_least(1), default=16, metavar="N", help="images (%(default)s)")
     sample.add_argument(
         "--source",

@@ -39,15 +39,14 @@ class DaliDecoder:
         device_id: CUDA device; None is the CPU.
         size: Height and width that a GPU pipeline resizes to, in pixels.
         resize_inside: Crop and resize in the pipeline; always so on a GPU.
-        threads: CPU threads of each pipeline.
     Raises:
         UserError: DALI is not installed.
     """
 
-    def __init__(self, device_id: int | None, size: int, *, resize_inside: bool | None = None, threads: int = 1) -> None:
+    def __init__(self, device_id: int | None, size: int, *, resize_inside: bool | None = None) -> None:
         if not available():
             raise UserError("data.decoder: dali is asked for, but DALI is not installed; `pip install 'sami-fast[feed]'`, or decoder torch")
-        self.device_id, self.size, self.threads = device_id, size, threads
+        self.device_id, self.size = device_id, size
         self.resize_inside = device_id is not None if resize_inside is None else resize_inside
         self._pipelines = threading.local()  # a pipeline serves one thread
 
@@ -84,9 +83,7 @@ class DaliDecoder:
         fn, types = dali.fn, dali.types
         device = "cpu" if self.device_id is None else "mixed"
 
-        @dali.pipeline_def(
-            batch_size=MAX_BATCH, num_threads=self.threads, device_id=self.device_id, prefetch_queue_depth=1, exec_dynamic=True
-        )
+        @dali.pipeline_def(batch_size=MAX_BATCH, num_threads=1, device_id=self.device_id, prefetch_queue_depth=1, exec_dynamic=True)
         def decode() -> Any:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             if kind == "image":

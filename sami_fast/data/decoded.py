@@ -3,7 +3,8 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,11 @@ from .cache import PixelCache
 from .dali import DaliDecoder
 from .dali import available as dali_available
 from .dataset import EightBit
-from .index import Index, fingerprint, log, plain, report_bad, shown
+from .index import build_index, fingerprint, log, plain, report_bad, shown
 from .pixels import resize, square, with_channels
 
 GIB = 1 << 30
 SHOWN_BAD = 10  # names of unreadable files among the facts
-
-
-def dali_decoder(choice: str, size: int) -> DaliDecoder | None:
-    """The decoder that `DataConfig.decoder` asks for: DALI's on this rank's GPU or the CPU, or None for Pillow and PyAV."""
-    if choice == "torch" or (choice == "auto" and not dali_available()):
-        return None
-    return DaliDecoder(torch.cuda.current_device() if torch.cuda.is_available() else None, size)
 
 
 def sizes(found: Sequence[tuple[int, int]]) -> str:
@@ -39,52 +33,68 @@ def sizes(found: Sequence[tuple[int, int]]) -> str:
 
 
 class Decoded(EightBit):
-    """Images that have to be decoded, each once if there is room to keep them.
+    """Images that have to be decoded, each once if there is room to keep them. A subclass says by `_show` which of them a split has.
 
     An image that cannot be decoded is replaced by the one after it, logged and counted; when more files than `max_bad` are lost, reading
     ends with an error. Any number of threads may read at the same time.
 
     Args:
-        index: The files.
-        count: Images or frames in all of them.
-        image_shape: C, H, W to crop and resize to.
-        places: Which of these this dataset shows, [size] int64.
-        dali: DALI's decoder, or None for Pillow and PyAV.
-        max_bad: Largest share of unreadable files.
-        cache_gib: Room for decoded pixels.
-        variant: Name of the crop, for the cache.
-        what: "images" or "videos".
-        workers: Batches decoded at a time by the feed; 0 is the number of CPU cores per rank.
+        path: The folder.
+        inspect, suffixes, what, names: As in `build_index`.
+        image_size: Height and width to crop and resize to, in pixels; 0 is 64.
+        channels: 3 or 1; 0 is 3.
+        decoder: "auto", "dali" or "torch"; see `DataConfig.decoder`.
+        max_bad, cache_dir, cache_gib, workers: See `DataConfig`.
+    Raises:
+        UserError: no such folder, no files of the kind, too many unreadable ones, or DALI is asked for and not installed.
     """
+
+    places: np.ndarray  # [size] int64, which of all images or frames this dataset shows
+    count: int  # images or frames in all files
 
     def __init__(
         self,
-        index: Index,
-        count: int,
-        image_shape: tuple[int, int, int],
-        places: np.ndarray,
-        *,
-        dali: DaliDecoder | None,
-        max_bad: float,
-        cache_gib: float,
-        variant: str,
+        path: str,
+        inspect: Callable[[Path], Any],
+        suffixes: frozenset[str],
         what: str,
-        workers: int,
+        names: Sequence[str] | None = None,
+        *,
+        image_size: int = 0,
+        channels: int = 0,
+        decoder: str = "auto",
+        max_bad: float = 0.01,
+        cache_dir: str = "",
+        cache_gib: float = 4.0,
+        workers: int = 0,
     ) -> None:
-        self.index, self.image_shape, self.places, self.count, self.size = index, image_shape, places, count, len(places)
-        self.max_bad, self.what = max_bad, what
+        self.index = build_index(Path(path), inspect, suffixes, what=what, max_bad=max_bad, configured_cache=cache_dir, names=names)
+        size = image_size or 64
+        self.image_shape = (channels or 3, size, size)
+        self.max_bad, self.cache_gib, self.what = max_bad, cache_gib, what
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.lost: dict[str, str] = {}  # files that turned out to be unreadable while they were read
         self._lock = threading.Lock()
-        self.device = torch.device("cpu" if dali is None or dali.device_id is None else f"cuda:{dali.device_id}")
-        self.dali = dali
+        self.dali = self._dali(decoder, size)
+        self.device = torch.device("cpu" if self.dali is None or self.dali.device_id is None else f"cuda:{self.dali.device_id}")
         self.cache: PixelCache | None = None
-        if count * (int(np.prod(image_shape)) + 4) <= cache_gib * GIB:
-            channels, side, _ = image_shape
+
+    def _dali(self, choice: str, size: int) -> DaliDecoder | None:
+        """The decoder that `DataConfig.decoder` asks for: DALI's on this rank's GPU or the CPU, or None for Pillow and PyAV."""
+        if choice == "torch" or (choice == "auto" and not dali_available()):
+            return None
+        return DaliDecoder(torch.cuda.current_device() if torch.cuda.is_available() else None, size)
+
+    def _show(self, count: int, places: np.ndarray, variant: str) -> None:
+        """Show these `places` among `count` images or frames. Decoded ones are kept if there is room for all; `variant` names the crop."""
+        self.count, self.places, self.size = count, places, len(places)
+        if count * (int(np.prod(self.image_shape)) + 4) <= self.cache_gib * GIB:
+            channels, side, _ = self.image_shape
+            name = f"{self.what}_{side}x{channels}_{variant}"
             try:
-                self.cache = PixelCache.open(index.cache, f"{what}_{side}x{channels}_{variant}", index.state, count, image_shape)
+                self.cache = PixelCache.open(self.index.cache, name, self.index.state, count, self.image_shape)
             except OSError as error:
-                log.warning("%s: decoded pixels are not kept: %s", index.cache, error.strerror)
+                log.warning("%s: decoded pixels are not kept: %s", self.index.cache, error.strerror)
 
     @staticmethod
     def options(config: DataConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Prepared = tuple[Tensor, Tensor, Future[Tensor]]  # indices and epochs of a micr
 
 
 def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads whose torch operators use one thread each: teams inside teams would wait for one another."""
+    """Threads whose torch operators use one thread each, since with more these would wait for one another's cores."""
     ours, started = torch.get_num_threads(), threading.Barrier(count + 1)
     pool = ThreadPoolExecutor(count, "feed", initializer=torch.set_num_threads, initargs=(1,))
     for _ in range(count):

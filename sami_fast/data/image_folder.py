@@ -12,8 +12,7 @@ from ..config import DataConfig
 from .celeba import celeba_listing
 from .dali import MAX_BATCH
 from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
-from .decoded import Decoded, dali_decoder, sizes
-from .index import build_index
+from .decoded import Decoded, sizes
 from .pixels import square
 from .storage import held_out_places
 
@@ -27,53 +26,32 @@ class ImageFolder(Decoded):
 
     Args:
         path: The folder.
-        image_size: Height and width, in pixels; 0 is 64.
-        channels: 3 or 1; 0 is 3.
         holdout: Share of the images, a fixed random choice, that only evaluation sees.
         split: 0 for training, 1 for evaluation.
-        decoder: "auto", "dali" or "torch"; see `DataConfig.decoder`.
-        max_bad, cache_dir, cache_gib, workers: See `DataConfig`.
         names: The files of this dataset, already split, instead of all below the folder.
         part: Which part these are, for the cache.
         crop: See `square`.
-    Raises:
-        UserError: no such folder, no images, too many unreadable ones, or DALI is asked for and not installed.
+        others: Settings and errors as in `Decoded`.
     """
 
     def __init__(
         self,
         path: str,
         *,
-        image_size: int = 0,
-        channels: int = 0,
         holdout: float = 0.1,
         split: int = 0,
-        decoder: str = "auto",
-        max_bad: float = 0.01,
-        cache_dir: str = "",
-        cache_gib: float = 4.0,
-        workers: int = 0,
         names: Sequence[str] | None = None,
         part: str = "",
         crop: str = "center",
+        **others: Any,
     ) -> None:
-        index = build_index(Path(path), _facts, IMAGE_SUFFIXES, what="images", max_bad=max_bad, configured_cache=cache_dir, names=names)
-        size = image_size or 64
+        super().__init__(path, _facts, IMAGE_SUFFIXES, "images", names, **others)
         self.crop = crop
         self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
-        self.held_out = names is not None or (holdout > 0 and len(index.names) > 1)
-        super().__init__(
-            index,
-            len(index.names),
-            (channels or 3, size, size),
-            held_out_places(len(index.names), 0.0 if names is not None else holdout, split),
-            dali=dali_decoder(decoder, size),
-            max_bad=max_bad,
-            cache_gib=cache_gib,
-            variant=f"{crop}-{part}" if part else crop,
-            what="images",
-            workers=workers,
-        )
+        count = len(self.index.names)
+        self.held_out = names is not None or (holdout > 0 and count > 1)
+        places = held_out_places(count, 0.0 if names is not None else holdout, split)
+        self._show(count, places, f"{crop}-{part}" if part else crop)
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:

@@ -5,6 +5,7 @@ Also which images evaluation keeps to itself.
 
 import fcntl
 import hashlib
+import math
 import re
 import time
 import warnings
@@ -52,10 +53,8 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= int(length)  # Python's integers: a damaged header may ask for more than 64 bits
-        return size
+        # In Python's integers, since a damaged header may ask for more than 64 bits.
+        return math.prod(map(int, self.shape), start=self.dtype.itemsize)
 
 
 def load_array(path: str | Path, key: str, cache_dir: str, *, what: str = "array") -> np.ndarray:

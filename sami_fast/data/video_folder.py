@@ -17,8 +17,7 @@ from .. import ops
 from ..config import DataConfig
 from .dali import DaliDecoder
 from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
-from .decoded import Decoded, dali_decoder, sizes
-from .index import build_index
+from .decoded import Decoded, sizes
 from .order import pooled_order
 from .pixels import core, square, to_unit, with_channels, yuv_to_rgb
 from .storage import held_out_places
@@ -50,7 +49,6 @@ class VideoFolder(Decoded):
 
     Args:
         path: The folder.
-        image_size, channels, decoder, max_bad, cache_dir, cache_gib, workers: As in `ImageFolder`.
         holdout: Share of the *videos* that only evaluation sees.
         split: 0 for training, 1 for evaluation.
         stride: Frames from one used frame to the next.
@@ -58,16 +56,13 @@ class VideoFolder(Decoded):
         positions: "random": one at random in each of `stills` equal parts of a video, anew each epoch; "uniform": the middle of each.
         pool: Frames that are decoded ahead and shuffled together.
         clip_length: Frames of a clip.
-    Raises:
-        UserError: no such folder, no videos, too many unreadable ones, PyAV missing, or DALI asked for and missing.
+        others: Settings and errors as in `Decoded`; PyAV must be installed too.
     """
 
     def __init__(
         self,
         path: str,
         *,
-        image_size: int = 0,
-        channels: int = 0,
         holdout: float = 0.1,
         split: int = 0,
         stride: int = 1,
@@ -75,30 +70,14 @@ class VideoFolder(Decoded):
         positions: str = "random",
         pool: int = 4096,
         clip_length: int = 16,
-        decoder: str = "auto",
-        max_bad: float = 0.01,
-        cache_dir: str = "",
-        cache_gib: float = 4.0,
-        workers: int = 0,
+        **others: Any,
     ) -> None:
-        index = build_index(Path(path), _facts, VIDEO_SUFFIXES, what="videos", max_bad=max_bad, configured_cache=cache_dir)
-        size = image_size or 64
-        every = [_video(facts) for facts in index.facts]
+        super().__init__(path, _facts, VIDEO_SUFFIXES, "videos", **others)
+        every = [_video(facts) for facts in self.index.facts]
         offsets = np.cumsum([0] + [video.frames for video in every])  # place of a frame = offset of its video + its number
         chosen = held_out_places(len(every), holdout, split)
         ascending = np.concatenate([offsets[v] + np.arange(0, every[v].frames, stride) for v in chosen])
-        super().__init__(
-            index,
-            int(offsets[-1]),
-            (channels or 3, size, size),
-            ascending[ops.random_permutation(0, 0, ops.Stream.SHUFFLE, len(ascending)).numpy()],
-            dali=self._dali(decoder, size),
-            max_bad=max_bad,
-            cache_gib=cache_gib,
-            variant="center",
-            what="videos",
-            workers=workers,
-        )
+        self._show(int(offsets[-1]), ascending[ops.random_permutation(0, 0, ops.Stream.SHUFFLE, len(ascending)).numpy()], "center")
         self.held_out = holdout > 0 and len(every) > 1
         self.videos, self.offsets, self.chosen = every, offsets, chosen
         self.stride, self.stills, self.positions, self.pool, self.clip_length = stride, stills, positions, pool, clip_length
@@ -115,10 +94,9 @@ class VideoFolder(Decoded):
         self._broken: set[tuple[int, int]] = set()  # video and number of frames that were lost; they are not tried again
         self._claim = threading.Lock()
 
-    @staticmethod
-    def _dali(choice: str, size: int) -> DaliDecoder | None:
+    def _dali(self, choice: str, size: int) -> DaliDecoder | None:
         """On a CPU `auto` leaves DALI alone where the core converts frames: DALI writes every frame out in full resolution."""
-        dali = dali_decoder(choice, size)
+        dali = super()._dali(choice, size)
         return None if choice == "auto" and dali is not None and dali.device_id is None and core() is not None else dali
 
     def _used(self, video: int) -> int:

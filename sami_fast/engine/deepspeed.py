@@ -226,7 +226,7 @@ class Engine:
         return Measurement(mean_over_ranks(total / micro_batches))
 
     def _share_clip(self) -> None:
-        """Each engine clips by its own norm: give it the limit at which that shrinks as the norm over both would."""
+        """Each engine clips by its own norm. Set its limit so that it shrinks its gradients as much as the norm over both asks for."""
         norms = [shards.gradient_norm(engine).item() for engine in self._learning]
         both = math.hypot(*norms)
         for engine, norm in zip(self._learning, norms, strict=True):
@@ -280,7 +280,7 @@ class Engine:
     def _engine_of(self, name: str) -> Any:
         return self.engines.get(name.partition(".")[0], self._around_step)
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
+    def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write checkpoint step_<n>: whole tensors, then a manifest, then one rename. Any number of ranks can read it, at any ZeRO stage.
 
         Args:
@@ -321,7 +321,6 @@ class Engine:
         reason = next(filter(None, self._gathered(failure)), "")
         if reason:
             raise UserError(f"{folder}: cannot write a checkpoint ({reason}); the checkpoints before it are whole")
-        return final
 
     def _gathered(self, value: Any) -> list[Any]:
         """What every rank gives, so that all of them learn of what happened to one."""
@@ -355,5 +354,5 @@ def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:
     return {
         "reduce_bucket_size": bucket,
         "stage3_prefetch_bucket_size": min(50_000_000, total),
-        "stage3_param_persistence_threshold": vectors,  # biases and norms stay whole; the rest is almost everything
+        "stage3_param_persistence_threshold": vectors,  # biases and norms, a small share of all weights, stay whole
     }

@@ -51,7 +51,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
         raise UserError(f"environment variable {missing[0]}: missing while RANK is set; use a launcher, or unset RANK")
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed's own news are for its developers; these must stand before its first import.
+    # What DeepSpeed logs below errors helps its developers only. It reads these when it is first imported.
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("LOG_LEVEL", "error")
     import deepspeed
@@ -60,10 +60,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
     # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    # Not for users: torch renamed two collectives that DeepSpeed calls.
+    # torch has renamed two collectives that DeepSpeed calls; a user can do nothing about it.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
 
-    # float32 means float32: rank counts and restarts must not show. bf16 is the switch for speed.
+    # No TF32, and the same algorithm every time, so that neither a restart nor the number of ranks changes results beyond rounding.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
@@ -76,7 +76,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     if not deepspeed.comm.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
         if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment variables
-            os.environ.setdefault("LOCAL_RANK", "0")  # the one DeepSpeed insists on
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for this one all the same
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device

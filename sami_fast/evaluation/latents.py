@@ -43,10 +43,10 @@ def encode(run: Run, model: LatentModel) -> Latents:
 def untrained(run: Run) -> LatentModel:
     """The run's encoder as it was before the first step, beside its trained partner; its latents are drawn, whatever the method.
 
-    Half of a denoiser that was then fine-tuned is half of the denoiser as it is now.
+    One that started as half of a denoiser is made from the denoiser as it is now, also if that was fine-tuned.
     """
     model = run.model
-    assert model.architecture is not None  # it was read from a folder that says it
+    assert model.architecture is not None  # a saved model says it
     partner = model.networks[model.partner]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)

@@ -37,7 +37,7 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
 
     Args:
         run: Whose images and factors these are.
-        latents: *Sampled* codes are scored; `linear_r2_mu` is from their means, which no noise blurs: it shows how little that tells.
+        latents: *Sampled* codes are scored, but for `linear_r2_mu`: from means factors can be read even of an untrained encoder.
         quick: Leave out what takes long or learns.
         jobs: Processes for what takes long.
     """
@@ -118,7 +118,6 @@ def profile_scores(profile: ScaleProfile | None) -> dict[str, Any]:
     """Information and calibration over noise levels, as plain lists; what has no value is None."""
     if profile is None:
         return {}
-
     return {
         "logsnr_levels": plain(profile.logsnr),
         "information_nats": plain(profile.information.T),  # [Z][L]

@@ -18,7 +18,7 @@ DUAL_TOLERANCE = 1e-3  # of readouts @ directions.T: room for arrays kept in flo
 
 @dataclass(frozen=True)
 class Axes:
-    """A directions of latent space with their dual vectors: moving along one axis leaves the coordinates of the others as they are.
+    """Directions of latent space, A of them, with their dual vectors: moving along one leaves the coordinates of the others as they are.
 
         coordinates(z) = readouts (z - center),   readouts directions^T = I
 

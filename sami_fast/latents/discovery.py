@@ -33,7 +33,6 @@ from torch import Tensor
 
 from .. import ops
 from ..methods.latent_model import LatentModel
-from ..methods.sami import Sami
 from ..metrics.bound import Images
 from ..metrics.checks import as_table
 from ..metrics.latents import LIVE_RULE, kl_per_dim, live_dims
@@ -50,7 +49,7 @@ UNDECIDED = 0.25
 
 @dataclass(frozen=True)
 class Discovered:
-    """A axes, A the number of live latent dimensions; the others are 0 in directions and readouts.
+    """As many axes as there are live latent dimensions, A of them; directions and readouts are 0 in the other dimensions.
 
     coordinates(z) = readouts (z - center),   readouts directions^T = I
     """
@@ -71,14 +70,14 @@ class Discovered:
         return Axes(self.names, self.directions, self.readouts, self.center)
 
 
-def default_levels(schedule: Schedule, count: int = NUM_LEVELS) -> np.ndarray:
-    """Noise levels uniform in logsnr, inside the schedule's range by half a spacing at either end. [count] increasing."""
-    return schedule.logsnr_min + (schedule.logsnr_max - schedule.logsnr_min) * (np.arange(count) + 0.5) / count
+def default_levels(schedule: Schedule) -> np.ndarray:
+    """Noise levels uniform in logsnr, inside the schedule's range by half a spacing at either end. [NUM_LEVELS] increasing."""
+    return schedule.logsnr_min + (schedule.logsnr_max - schedule.logsnr_min) * (np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS
 
 
 @torch.no_grad()
 def posterior_draws(
-    model: Sami,
+    model: LatentModel,
     images: Images,
     count: int,
     logsnr: float,
@@ -103,7 +102,7 @@ def posterior_draws(
     The draws are the last estimates of x_0, which lack what the cleanest level leaves open.
 
     Args:
-        model: Its denoiser draws without latents, so it is SAMI's.
+        model: One that `guides`, since its denoiser has to draw without latents.
         images: Images by index, in [-1, 1].
         count: N.
         logsnr: Noise level of x_t, within the schedule's range, below its cleanest level.
@@ -143,7 +142,7 @@ def posterior_draws(
     return torch.cat(parts).numpy()
 
 
-def _reverse(model: Sami, x_t: Tensor, t: Tensor, index: Tensor, seed: int, clip_x_0: bool) -> Tensor:
+def _reverse(model: LatentModel, x_t: Tensor, t: Tensor, index: Tensor, seed: int, clip_x_0: bool) -> Tensor:
     """The last estimate of x_0, from x_t at level t[0] down the levels t. [S, C, H, W] -> [S, C, H, W]"""
     logsnr = model.schedule.logsnr(t)
     distinct = logsnr.diff(prepend=logsnr.new_tensor([-math.inf])) != 0  # a schedule of discrete levels may have fewer than asked for
@@ -246,11 +245,11 @@ def shares(withins: np.ndarray, readouts: np.ndarray) -> np.ndarray:
     return np.einsum("az,lzy,ay->la", readouts, withins, readouts)
 
 
-def _joint_rotation(matrices: np.ndarray, sweeps: int = 100) -> np.ndarray:
+def _joint_rotation(matrices: np.ndarray) -> np.ndarray:
     """V that makes the V^T M_l V as diagonal as can be: the least sum of ln (V^T M_l V)_aa. [L, A, A] symmetric -> [A, A]"""
     matrices = matrices.copy()
     rotation = np.eye(matrices.shape[1])
-    for _ in range(sweeps):
+    for _ in range(100):
         largest = 0.0
         for p in range(len(rotation)):
             for q in range(p + 1, len(rotation)):
@@ -344,7 +343,7 @@ def _covariance(mu: np.ndarray) -> np.ndarray:
 
 
 def discover(
-    model: Sami,
+    model: LatentModel,
     images: Images,
     count: int = 256,
     *,

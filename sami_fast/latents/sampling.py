@@ -18,8 +18,8 @@ from ..schedule import alpha_sigma
 from . import SOLVERS, STARTS, Solver, Start
 from .axes import Axes
 
-UNGUIDED_ETA = 1.0  # more narrows what the denoiser draws on its own
-GUIDANCE_CLIP = 4.0  # below 3 the pull is too weak to arrive; without a limit 4 to 7 % of far-off latents give no disk
+UNGUIDED_ETA = 1.0  # with more, what the denoiser draws on its own varies less than the data
+GUIDANCE_CLIP = 4.0  # of 16x16 disks: below 3 images miss their latents, without a limit 4 to 7 % of latents far from the data give no disk
 NUM_STEPS = 50
 
 

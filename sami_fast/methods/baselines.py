@@ -6,12 +6,11 @@ Their losses are in nats per image, as the step's (step.py); guidance, free bits
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..models import Decoder, Denoiser
-from ..step import Draw, noised, per_image
+from ..step import Draw, unguided_error
 from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
 
 COLLAPSED = (
@@ -122,11 +121,8 @@ class DiffAE(Baseline):
         return {"stochastic": not self.deterministic}
 
     def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
-        levels = parts.objective.noise_levels
-        x_t, eps, t, sigma_t, weight = noised(self.schedule, x_0, draw, parts.objective, parts.store_eps)
-        eps_pred = parts.denoiser(x_t, t, z.repeat_interleave(levels, 0)).to(x_t.dtype)
-        per_sample, _ = ops.guided_loss(eps, eps_pred, torch.zeros_like(x_t), sigma_t, weight, torch.zeros_like(weight))
-        return per_image(per_sample, levels)
+        z = z.repeat_interleave(parts.objective.noise_levels, 0)
+        return unguided_error(lambda x_t, t: parts.denoiser(x_t, t, z), self.schedule, x_0, draw, parts.objective, parts.store_eps)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """eps_theta(x_t, t, z). There is no guidance to scale and nothing to clip; both are there for `Sami.predict_eps`.

@@ -75,7 +75,8 @@ def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]
         denoiser = load_diffusers(source, schedule)
         return denoiser, denoiser.architecture, schedule
     given = Sami.from_pretrained(source)
-    denoiser, architecture = given.networks["denoiser"], (given.architecture or {})["denoiser"]
+    assert given.architecture is not None  # a saved model says it
+    denoiser, architecture = given.networks["denoiser"], given.architecture["denoiser"]
     if isinstance(denoiser, DiscreteTimeDenoiser):
         schedule = schedule_of(config, denoiser.levels.tolist())
         denoiser.use(schedule)

@@ -113,7 +113,7 @@ class LatentModel(nn.Module):
         image_shape, latent_size: (C, H, W) and Z, for encoders that do not say so themselves.
     """
 
-    method: ClassVar[str]  # its name in configs and saved files; what may be asked of it stands in capabilities.py
+    method: ClassVar[str]  # its name in configs and saved files; capabilities.py says which settings it goes with
     partner: ClassVar[str]  # attribute of the network beside the encoder
     partner_type: ClassVar[type[nn.Module]]
     label: ClassVar[str]  # its name in reports

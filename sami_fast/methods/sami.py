@@ -82,8 +82,8 @@ class Sami(LatentModel):
             clean_encoder=parts.encoder,
             terms_of=parts.guided_terms,
         )
-        learns_later = phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser."))
-        if learns_later:
+        if phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser.")):
+            # The denoiser waits for its turn; one that stays frozen has no gradients at all.
             loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
         return loss, (terms.unguided, terms.diffusion), terms.kl
 

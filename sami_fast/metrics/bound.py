@@ -46,7 +46,7 @@ class Bound:
     kl: np.ndarray
     prior: np.ndarray
     reconstruction: np.ndarray
-    unguided: np.ndarray | None  # the diffusion term without guidance: a measurement, not a part; None where nothing can be left out
+    unguided: np.ndarray | None  # the diffusion term without guidance, which is no part of the bound; None of methods that do not guide
 
     @property
     def total(self) -> np.ndarray:
@@ -138,7 +138,7 @@ def negative_elbo(
     parts = []
     for index in everything.split(batch_size):
         x_0 = images(index)
-        # Rounded to levels, uniforms over logsnr are the trapezoidal rule over these.
+        # Of a discrete schedule the nearest level: over many images their mean is then the trapezoidal rule over its levels.
         index, logsnr = index.to(x_0.device), schedule.nearest(level[index].to(x_0))
         posterior = model.encode(x_0)
         z = posterior.draw(index, seed)

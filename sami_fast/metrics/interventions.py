@@ -15,18 +15,11 @@ from .checks import as_codes_and_classes
 MIN_STD = 0.05  # a code with less is left out of the vote
 # Ratios of variances this close are a tie, and the first code wins: two codes that mix two factors equally tie in every batch.
 ROUNDING = 1e-9
+TRAIN, TEST = 10_000, 5_000  # votes, or points, that are learnt from and scored on
 VALUES_AT_ONCE = 1 << 22  # code values gathered together: 32 MiB
 
 
-def factor_vae_score(
-    codes: np.ndarray,
-    factor_classes: np.ndarray,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    train_votes: int = 10_000,
-    test_votes: int = 5_000,
-) -> tuple[float, int]:
+def factor_vae_score(codes: np.ndarray, factor_classes: np.ndarray, *, seed: int = 0, batch_size: int = 64) -> tuple[float, int]:
     """Accuracy of a majority vote that names the fixed factor from the code that varies least beside its variance over the table.
 
     Codes with a standard deviation below 0.05 do not vote: a constant one would win every time. The score is blind to further codes that
@@ -37,7 +30,6 @@ def factor_vae_score(
         factor_classes: [N, K] ints, K >= 2.
         seed: Of all draws.
         batch_size: Rows in the batch of one vote.
-        train_votes, test_votes: Number of votes that make the map from code to factor, and that it is scored on.
     Returns:
         The accuracy (chance 1 / K; 0 if no code votes), and how many codes were left out.
     Raises:
@@ -53,7 +45,7 @@ def factor_vae_score(
         return 0.0, pruned
     codes = codes[:, varies] / codes[:, varies].std(0, ddof=1)
     generator = np.random.default_rng(seed)
-    factor = generator.integers(0, classes.shape[1], train_votes + test_votes)
+    factor = generator.integers(0, classes.shape[1], TRAIN + TEST)
     first = generator.integers(0, len(codes), len(factor))
     rows = _same_class(classes, factor, np.broadcast_to(first[:, None], (len(factor), batch_size)), generator)
 
@@ -63,19 +55,11 @@ def factor_vae_score(
 
     winner = _by_chunk(steadiest, rows.shape, codes.shape[1])
     votes = np.zeros((codes.shape[1], classes.shape[1]))
-    np.add.at(votes, (winner[:train_votes], factor[:train_votes]), 1)
-    return float((votes.argmax(1)[winner[train_votes:]] == factor[train_votes:]).mean()), pruned
+    np.add.at(votes, (winner[:TRAIN], factor[:TRAIN]), 1)
+    return float((votes.argmax(1)[winner[TRAIN:]] == factor[TRAIN:]).mean()), pruned
 
 
-def beta_vae_score(
-    codes: np.ndarray,
-    factor_classes: np.ndarray,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    train_points: int = 10_000,
-    test_points: int = 5_000,
-) -> float:
+def beta_vae_score(codes: np.ndarray, factor_classes: np.ndarray, *, seed: int = 0, batch_size: int = 64) -> float:
     """Test accuracy of a logistic regression that names the fixed factor from the mean |z_1 - z_2| over pairs that share its class.
 
     A weak test: a code that misses one of the factors, or turns them into one another, can still score 1.
@@ -85,7 +69,6 @@ def beta_vae_score(
         factor_classes: [N, K] ints, K >= 2.
         seed: Of all draws.
         batch_size: Pairs that are averaged into one point.
-        train_points, test_points: Points to fit and to score on.
     Returns:
         The accuracy, chance 1 / K.
     Raises:
@@ -93,12 +76,12 @@ def beta_vae_score(
     """
     codes, classes = as_codes_and_classes(codes, factor_classes, columns=2)
     generator = np.random.default_rng(seed)
-    factor = generator.integers(0, classes.shape[1], train_points + test_points)
+    factor = generator.integers(0, classes.shape[1], TRAIN + TEST)
     first = generator.integers(0, len(codes), (len(factor), batch_size))
     second = _same_class(classes, factor, first, generator)
     points = _by_chunk(lambda part: np.abs(codes[first[part]] - codes[second[part]]).mean(1), first.shape, codes.shape[1])
-    model = LogisticRegression(max_iter=1000).fit(points[:train_points], factor[:train_points])
-    return float(model.score(points[train_points:], factor[train_points:]))
+    model = LogisticRegression(max_iter=1000).fit(points[:TRAIN], factor[:TRAIN])
+    return float(model.score(points[TRAIN:], factor[TRAIN:]))
 
 
 def _same_class(classes: np.ndarray, factor: np.ndarray, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:

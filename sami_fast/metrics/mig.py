@@ -61,7 +61,7 @@ def mig(codes: np.ndarray, factor_classes: np.ndarray, bins: int = 20) -> tuple[
     return float(gaps.mean()), gaps
 
 
-def mig_ceiling(factors: np.ndarray, factor_classes: np.ndarray, bins: int = 20) -> float:
+def mig_ceiling(factors: np.ndarray, factor_classes: np.ndarray) -> float:
     """MIG of the perfect code: one dimension per factor, equal to it, under the same binning.
 
     At most 1; less where a factor has more values than there are bins, and less by the bias of I_2 on few images.
@@ -69,8 +69,7 @@ def mig_ceiling(factors: np.ndarray, factor_classes: np.ndarray, bins: int = 20)
     Args:
         factors: [N, F] values of the factors.
         factor_classes: [N, F] ints, the classes that the codes themselves are scored against.
-        bins: As in `mig`.
     Raises:
         ValueError: as in `mig`.
     """
-    return mig(factors, factor_classes, bins)[0]
+    return mig(factors, factor_classes)[0]

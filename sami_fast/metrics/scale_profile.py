@@ -3,7 +3,7 @@
     I_d(logsnr) = E[ log q(z_d|x_t) - log p(z_d) ],   z ~ q(z|x_0),   p = N(0, 1),   nats
 
 Where z_d is distributed as p over the data, it is at most the mutual information of z_d and x_t, and equal to it if the encoder is
-calibrated. It may be negative: confident and wrong is worse than knowing nothing.
+calibrated. It is negative where the encoder is sure of a wrong value.
 """
 
 import math

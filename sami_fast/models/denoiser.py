@@ -17,6 +17,10 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
+def _two_layers(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.SiLU(), nn.Linear(outputs, outputs), nn.SiLU())
+
+
 class FirstHalf(Protocol):
     """Layers of the first half of a U-Net: a denoiser has them, and the copy that an encoder is made of."""
 
@@ -37,8 +41,8 @@ def way_down(net: FirstHalf, x: Tensor, embedding: Tensor, recompute: bool = Fal
     """
     h = net.stem(x)
     skips = []
-    for level, shrink in zip(net.down, [*net.shrink, None], strict=True):
-        h = _run(level, h, embedding, recompute)
+    for stage, shrink in zip(net.down, [*net.shrink, None], strict=True):
+        h = _run(stage, h, embedding, recompute)
         if shrink is not None:
             skips.append(h)
             h = shrink(h)
@@ -98,9 +102,7 @@ class Denoiser(nn.Module):
         sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
         self.embedding_size = embedding_size
-        self.embed = nn.Sequential(
-            nn.Linear(embedding_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
-        )
+        self.embed = _two_layers(embedding_size, embedding_size)
         self.stem = conv(image_channels, channels[0], 3, style)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
 
@@ -129,15 +131,13 @@ class Denoiser(nn.Module):
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
         if latent_size:
-            self.embed_z = nn.Sequential(
-                nn.Linear(latent_size, embedding_size), nn.SiLU(), nn.Linear(embedding_size, embedding_size), nn.SiLU()
-            )
+            self.embed_z = _two_layers(latent_size, embedding_size)
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, *, recompute: bool = False) -> Tensor:
         embedding = self.embed(time_embedding(t, self.embedding_size).to(self.stem.weight.dtype))
         if z is not None:
             embedding = embedding + self.embed_z(z.to(embedding.dtype))
         h, skips = way_down(self, x_t, embedding, recompute)
-        for grow, level in zip(self.grow, self.up, strict=True):
-            h = _run(level, torch.cat((grow(h), skips.pop()), 1), embedding, recompute)
+        for grow, stage in zip(self.grow, self.up, strict=True):
+            h = _run(stage, torch.cat((grow(h), skips.pop()), 1), embedding, recompute)
         return self.out(self.out_norm(h))

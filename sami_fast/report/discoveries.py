@@ -19,9 +19,9 @@ def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
     count = min(max(IMAGES, 4 * len(latents.live)), run.count)
     if not run.model.guides or len(latents.live) < 2 or count <= 2 * len(latents.live):
         return {}
-    settings = {"encoded": run.count, "draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
+    settings: Any = {"encoded": run.count, "draws": DRAWS, "num_steps": STEPS, "seed": run.config.seed, "batch_size": run.batch_size}
     try:
-        found = discover(run.model, run.images, count, **settings)  # pyrefly: ignore[bad-argument-type]  what guides is used as SAMI is
+        found = discover(run.model, run.images, count, **settings)
     except ValueError:  # on so few images no latent is live, or two are the same
         return {}
     return {axes.method: axes for axes in found if axes.method != "level"}  # level has a set of axes per noise level
