@@ -124,7 +124,7 @@ def further_scores(folder: Path, images: int) -> Row:
     scores: Row = {"mcc_mu": mcc(latents.mu[:, latents.live], factors)[0]}
     if run.config.data.kind == "disks":
         scores["pixel_energy"] = pixel_energy(run.config)
-    if run.model.method == "sami" and len(latents.live) > 1:
+    if run.model.guides and len(latents.live) > 1:
         settings = {"encoded": run.count, "seed": run.config.seed, "batch_size": run.batch_size}
         found = discover(run.model, run.images, AXES_IMAGES, **settings)
         scores["mcc_axes"] = {axes.method: mcc(axes.axes.coordinates(latents.z), factors)[0] for axes in found}
