@@ -19,6 +19,7 @@ import sami_fast
 from sami_fast import ops, reference
 from sami_fast.ops import BackendError, backend, use_backend
 from sami_fast.ops.backend import BACKENDS, refusal
+from sami_fast.ops.conv2d import ConvolutionLaunchers
 from sami_fast.ops.launchers import Launcher, Launchers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -416,6 +417,16 @@ def test_use_backend_nests_and_ends():
         raise ZeroDivisionError
     assert runs_kernels() == automatic
     assert sami_fast.use_backend is use_backend
+
+
+def test_a_backend_that_does_not_have_the_op(monkeypatch: pytest.MonkeyPatch):
+    """auto passes it by; asked for by name it is refused."""
+    pytest.importorskip("triton")
+    x = normal(1, 4, 4, 4, dtype=torch.float32).to(DEVICE)
+    with pytest.raises(BackendError, match=r"conv2d: triton \(backend\) cannot run here: it does not have this op; what can: reference"):
+        ConvolutionLaunchers.choose("triton", x)
+    monkeypatch.setitem(backend.OPS, "attention", ("reference",))
+    assert backend.choose("attention", None, x) == "reference"
 
 
 def test_threads_choose_for_themselves():
