@@ -18,7 +18,8 @@ from torch import Tensor
 import sami_fast
 from sami_fast import ops, reference
 from sami_fast.ops import BackendError, backend, use_backend
-from sami_fast.ops.backend import refusal
+from sami_fast.ops.backend import BACKENDS, refusal
+from sami_fast.ops.conv2d import ConvolutionLaunchers
 from sami_fast.ops.launchers import Launcher, Launchers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,15 @@ CASES = {
         lambda *args: reference.guided_loss(*args)[0],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _only_where_the_op_is(request: pytest.FixtureRequest):
+    values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if values.get("backend", "reference") not in backend.OPS.get(values.get("name"), BACKENDS):
+        pytest.skip("the op is not on it")
+
+
 CHAINED = ("attention", "group_norm_silu", "gaussian_log_prob")  # a third derivative has no formula
 
 
@@ -182,14 +192,15 @@ def test_kernels_to_second_order(name: str, backend: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_compiled_core_in_double_precision(name: str):
+@pytest.mark.parametrize("backend", ["cpp"])
+def test_compiled_core_in_double_precision(name: str, backend: str):
     """Its own first and second derivatives, exactly."""
     core_launchers()
     case = CASES[name]
     inputs = [value.requires_grad_() for value in case.inputs(torch.float64)]
 
     def op(*args: Tensor) -> Tensor:
-        return case.public(*args, backend="cpp")
+        return case.public(*args, backend=backend)
 
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
@@ -406,6 +417,16 @@ def test_use_backend_nests_and_ends():
         raise ZeroDivisionError
     assert runs_kernels() == automatic
     assert sami_fast.use_backend is use_backend
+
+
+def test_a_backend_that_does_not_have_the_op(monkeypatch: pytest.MonkeyPatch):
+    """auto passes it by; asked for by name it is refused."""
+    pytest.importorskip("triton")
+    x = normal(1, 4, 4, 4, dtype=torch.float32).to(DEVICE)
+    with pytest.raises(BackendError, match=r"conv2d: triton \(backend\) cannot run here: it does not have this op; what can: reference"):
+        ConvolutionLaunchers.choose("triton", x)
+    monkeypatch.setitem(backend.OPS, "attention", ("reference",))
+    assert backend.choose("attention", None, x) == "reference"
 
 
 def test_threads_choose_for_themselves():

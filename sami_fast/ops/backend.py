@@ -134,7 +134,7 @@ def _pick(
             able = [name for name in BACKENDS if refuses(name) is None]
             return "", f"{op}: {wanted} ({wanted_by}) cannot run here: {reason}; what can: {', '.join(able)}"
         return wanted, None
-    order = AUTO.get(device_type, ("reference",))
+    order = [name for name in AUTO.get(device_type, ("reference",)) if name in OPS.get(op, BACKENDS)]
     if order[0] == "cpp" and (reason := _missing("cpp")) is not None:
         _warn_once(f"sami-fast: ops on the CPU run on plain torch, which is slower; the compiled core: {reason}")
     chosen = next(name for name in order if refuses(name) is None)

@@ -14,6 +14,7 @@ from torch.nn.modules.utils import _pair
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from ..reference.conv2d import channels_last, conv2d_bwd_input, conv2d_bwd_weight, conv2d_fwd
+from .backend import choose
 from .define import asked_for, define
 from .launchers import Launcher, Launchers
 
@@ -93,7 +94,7 @@ def conv2d_backward(
 def _on_core(x: Tensor, backend: str | None) -> bool:
     if backend is None and (x.device.type != "cpu" or not x.dtype.is_floating_point):
         return False
-    chosen = ConvolutionLaunchers.choose(backend, x)
+    chosen = choose("conv2d", backend, x)  # not the launchers' own choice: a backend without convolutions leaves them to torch
     return chosen == "cpp" and x.dim() == 4 and x.layout == torch.strided and not torch.is_autocast_enabled("cpu")
 
 

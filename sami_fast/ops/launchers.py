@@ -89,7 +89,8 @@ class Launchers:
     @classmethod
     def choose(cls, backend: str | None, like: Tensor) -> str:
         """The backend of a call, see `backend.choose`."""
-        return choose(cls.op, backend, like, cls.limits(like))
+        absent = {name: "it does not have this op" for name in BACKENDS if name not in cls.backends}
+        return choose(cls.op, backend, like, absent | cls.limits(like))
 
     @classmethod
     def in_force(cls, like: Tensor) -> Self:
