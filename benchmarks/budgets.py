@@ -308,8 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, reason in missing.items():
         print(f"{name} is not counted here: {reason}")
     found = measure()
-    names = {row.name for row in found}
-    others = [row for row in known if row.backend in missing and row.name not in names]
+    others = [row for row in known if row.backend in missing]
     budgets = [row for row in known if row not in others]
     print(table(found, budgets))
     verdict = Verdict()

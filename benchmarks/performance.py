@@ -77,7 +77,7 @@ def feed(rows: Sequence[Row]) -> str:
 
 
 def slower(rows: Sequence[Row]) -> str:
-    """Where a rival is faster than the best of ours ; the feed has a table of its own."""
+    """Where a rival is faster than the best of ours; the feed has a table of its own."""
     cells = []
     for group in comparisons(rows):
         (ours, rival), ratio = best_of(group), against_best_rival(group)
@@ -110,14 +110,7 @@ def repeats() -> str:
     return page_table(committed("repeat.jsonl", what="ops"), columns)
 
 
-BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "where": where,
-    "ops": ops,
-    "networks": networks,
-    "feed": feed,
-    "slower": slower,
-    "cold": cold,
-}
+BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {f.__name__: f for f in (where, ops, networks, feed, slower, cold)}
 
 
 def generated(name: str) -> str:
