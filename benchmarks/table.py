@@ -130,8 +130,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def best_of(group: Sequence[Row]) -> tuple[Row | None, Row | None]:
     """Our fastest and the fastest of the others; None where there is none."""
-    sides = [[r for r in group if is_ours(r) == ours] for ours in (True, False)]
-    return tuple(min(side, key=lambda r: r["median_ms"], default=None) for side in sides)  # type: ignore[return-value]
+
+    def fastest(ours: bool) -> Row | None:
+        return min((row for row in group if is_ours(row) == ours), key=lambda row: row["median_ms"], default=None)
+
+    return fastest(True), fastest(False)
 
 
 def against_best_rival(group: Sequence[Row]) -> float | None:
