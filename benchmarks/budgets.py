@@ -38,6 +38,7 @@ from sami_fast.ops.backend import refusal
 
 from .counting import Counts, count
 from .steps import SCORE_METHODS, Step
+from .table import lines
 
 FILE = Path(__file__).with_name("budgets") / "counted.csv"
 BACKENDS = ("cpp", "triton", "reference")
@@ -121,12 +122,11 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 def table(rows: Iterable[Row], budgets: Iterable[Row] = ()) -> str:
     """For a terminal: a line per row; a figure that differs from its budget as "budget -> figure"."""
-    before, lines = {row.name: row.cells for row in budgets}, [COLUMNS]
+    before, found = {row.name: row.cells for row in budgets}, []
     for row in rows:
         pairs = zip(before.get(row.name, row.cells), row.cells, strict=True)
-        lines.append([f"{old} -> {new}" if old != new else new for old, new in pairs])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in lines)
+        found.append([[f"{old} -> {new}" if old != new else new for old, new in pairs]])
+    return "\n".join(lines(COLUMNS, found, text_columns=2))
 
 
 def compare(budgets: Iterable[Row], found: Iterable[Row], command: str) -> Verdict:
@@ -308,8 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, reason in missing.items():
         print(f"{name} is not counted here: {reason}")
     found = measure()
-    names = {row.name for row in found}
-    others = [row for row in known if row.backend in missing and row.name not in names]
+    others = [row for row in known if row.backend in missing]
     budgets = [row for row in known if row not in others]
     print(table(found, budgets))
     verdict = Verdict()

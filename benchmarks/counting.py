@@ -2,8 +2,8 @@
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
@@ -127,7 +127,7 @@ def count(work: Callable[[Callable[[], None]], object], backend: str) -> Counts:
         work: Is given a function to call where kept bytes are to be taken; called twice, the first time to warm up.
         backend: "cpp", "reference" or, in a process with TRITON_INTERPRET=1, "triton".
     """
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, deterministic, collecting = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), gc.isenabled()
     kept = 0
 
     def keep() -> None:
@@ -136,37 +136,22 @@ def count(work: Callable[[Callable[[], None]], object], backend: str) -> Counts:
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)  # other operators
+    recorded: AbstractContextManager[list[str]] = nullcontext([])
+    if backend == "triton":
+        from sami_fast.kernels._common import recording
+
+        recorded = recording(lambda launch: launch.kernel.fn.__name__)
     try:
-        with ops.use_backend(backend), _launches(backend) as launches:
+        with ops.use_backend(backend), recorded as launches:
             work(lambda: None)
             launches.clear()
-            with _no_collection(), Meter() as meter:
+            gc.disable()  # it frees tensors in reference cycles at times that differ from run to run
+            with Meter() as meter:
                 work(keep)
     finally:
+        if collecting:
+            gc.enable()
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
     started = len(launches) if backend == "triton" else None
     return Counts(meter.convolution_flops, meter.calls.total(), kept, meter.peak, started)
-
-
-@contextmanager
-def _launches(backend: str) -> Iterator[list[str]]:
-    if backend != "triton":
-        yield []
-        return
-    from sami_fast.kernels._common import recording
-
-    with recording(lambda launch: launch.kernel.fn.__name__) as launches:
-        yield launches
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's garbage collector stands still: when it would free tensors in reference cycles is a matter of chance."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

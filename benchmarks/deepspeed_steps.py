@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import sami_fast
+
 from .machine import address
 from .rows import read
 
@@ -64,7 +66,7 @@ def images(folder: Path, count: int) -> Path:
 def run(stage: int, arguments: argparse.Namespace, data: Path, folder: Path) -> dict[str, Any]:
     """One run of the launcher. RuntimeError with the end of its output when it fails."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    train = Path(find_spec("sami_fast").origin).parent / "train.py"  # type: ignore[union-attr, arg-type]
+    train = Path(sami_fast.__file__).parent / "train.py"
     batch = 4 if arguments.tiny else 64
     settings = [
         *("data.kind=array", f"data.path={data}", "data.flip=false", "data.image_size=64", f"train.batch_size={batch}"),

@@ -28,14 +28,14 @@ def address(device: str, command: str) -> dict[str, Any]:
         device: "cpu" or "cuda".
         command: What makes the row again.
     """
-    here = describe()
+    here, flags = describe(), (_cpuinfo("flags") or _cpuinfo("Features")).split()
     cuda = device == "cuda"
     return {
         "command": command,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "driver": _driver() if cuda else None,
-        "cpu": _cpu_model(),
-        "cpu_features": " ".join(f for f in CPU_FEATURES if f in _cpu_flags()),
+        "cpu": _cpuinfo("model name") or platform.processor(),
+        "cpu_features": " ".join(f for f in CPU_FEATURES if f in flags),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -60,14 +60,6 @@ def _cpuinfo(key: str) -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor()
-
-
-def _cpu_flags() -> list[str]:
-    return (_cpuinfo("flags") or _cpuinfo("Features")).split()
 
 
 def keep_memory() -> None:
@@ -109,14 +101,9 @@ def best_seconds(run: Callable[[], object], device: str, budget: float = 0.15) -
     return best
 
 
-def copy_bandwidth(moved: int, device: str) -> float:
-    """Bytes per second of a copy that moves about as many bytes, read and written: caches count for a row where they count for a copy."""
-    size = min(max(SMALLEST, 1 << (moved - 1).bit_length()), LARGEST[device])
-    return _copy_bandwidth(size, device)
-
-
 @cache
-def _copy_bandwidth(size: int, device: str) -> float:
+def copy_bandwidth(size: int, device: str) -> float:
+    """Bytes per second of a copy that moves so many bytes, read and written."""
     source = torch.ones(size // 8, device=device)  # half of the bytes, 4 each
     target = torch.empty_like(source)
     return size / best_seconds(lambda: target.copy_(source), device)
@@ -148,7 +135,9 @@ def roofline(moved: int | None, flops: int | None, dtype: torch.dtype, device: s
     """
     rates = {}
     if moved:
-        rates["memory"] = (moved, copy_bandwidth(moved, device))
+        # A copy of about the same size, so that caches count for the row where they count for the copy.
+        size = min(max(SMALLEST, 1 << (moved - 1).bit_length()), LARGEST[device])
+        rates["memory"] = (moved, copy_bandwidth(size, device))
     if flops:
         rates["matmul"] = (flops, matmul_rate(dtype, device))
     if not rates:

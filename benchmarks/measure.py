@@ -180,7 +180,7 @@ def rows_of(
             **described,
             "implementation": contestant.name,
             "baseline": baseline,
-            **dict(zip(("median_ms", "q20_ms", "q80_ms"), _milliseconds(times), strict=True)),
+            **{f"{key}_ms": 1e3 * float(np.quantile(times, q)) for key, q in (("median", 0.5), ("q20", 0.2), ("q80", 0.8))},
             **{key: float(np.quantile(ratios, q)) for key, q in (("ratio", 0.5), ("ratio_q20", 0.2), ("ratio_q80", 0.8))},
             "rounds": rounds.rounds,
             "first_seconds": contestant.first,
@@ -195,7 +195,3 @@ def rows_of(
             row["mfu"] = described["model_flops"] / median / described["peak_flops_per_second"]
         rows.append(row)
     return rows
-
-
-def _milliseconds(times: np.ndarray) -> list[float]:
-    return [1e3 * float(np.quantile(times, q)) for q in (0.5, 0.2, 0.8)]

@@ -7,15 +7,11 @@ from collections.abc import Callable, Sequence
 
 from .chart import MODES
 from .rows import Row, committed
-from .table import Columns, against_best_rival, best_of, comparisons, markdown, page_table, shape_label
+from .table import Columns, against_best_rival, best_of, comparisons, markdown, page_table, peak_mebibytes, shape_label
 
 
 def _ratio(row: Row) -> str:
     return f"{row['ratio']:.2f} ({row['ratio_q20']:.2f} to {row['ratio_q80']:.2f})"
-
-
-def _peak(row: Row | None) -> str:
-    return f"{row['peak_bytes'] / 2**20:.2f}" if row and row.get("peak_bytes") else ""
 
 
 def _target(row: Row) -> str:
@@ -43,7 +39,7 @@ def ops(rows: Sequence[Row]) -> str:
             continue
         what = [first["op"], shape_label(first["shape"]), MODES[first["mode"]]]
         against = f"{against_best_rival(group):.2f} {rival['implementation']}"
-        cells.append([*what, first["baseline"], _ratio(ours), against, _bound(ours), _peak(ours), _peak(rival)])
+        cells.append([*what, first["baseline"], _ratio(ours), against, _bound(ours), peak_mebibytes(ours), peak_mebibytes(rival)])
     titles = ["op", "shape", "through", "plain torch", "ours to it (20 to 80 %)", "ours to the best rival", "bound", "MiB", "rival's MiB"]
     return markdown(titles, cells)
 
@@ -59,7 +55,7 @@ def networks(rows: Sequence[Row]) -> str:
         "ratio (20 to 80 %)": (_ratio, ""),
         "target": (_target, ""),
         "bound": (_bound, ""),
-        "MiB": (_peak, ""),
+        "MiB": (peak_mebibytes, ""),
     }
     found = [row for group in comparisons(rows) for row in group if "images" in row and row["mode"] != "feed"]
     return page_table([row for row in found if row["implementation"] != row["baseline"]], columns)
@@ -77,13 +73,13 @@ def feed(rows: Sequence[Row]) -> str:
 
 
 def slower(rows: Sequence[Row]) -> str:
-    """Where a rival is faster than the best of ours ; the feed has a table of its own."""
+    """Where a rival is faster than the best of ours; the feed has a table of its own."""
     cells = []
     for group in comparisons(rows):
         (ours, rival), ratio = best_of(group), against_best_rival(group)
         if rival and ratio is not None and ratio < 1 and group[0]["mode"] != "feed":
             what = [group[0]["op"], shape_label(group[0]["shape"]), MODES.get(group[0]["mode"], group[0]["mode"])]
-            cells.append([*what, rival["implementation"], f"{ratio:.2f}", _peak(ours), _peak(rival)])
+            cells.append([*what, rival["implementation"], f"{ratio:.2f}", peak_mebibytes(ours), peak_mebibytes(rival)])
     return markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)
 
 
@@ -110,14 +106,7 @@ def repeats() -> str:
     return page_table(committed("repeat.jsonl", what="ops"), columns)
 
 
-BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "where": where,
-    "ops": ops,
-    "networks": networks,
-    "feed": feed,
-    "slower": slower,
-    "cold": cold,
-}
+BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {f.__name__: f for f in (where, ops, networks, feed, slower, cold)}
 
 
 def generated(name: str) -> str:

@@ -66,9 +66,7 @@ def compiled(call: Callable[..., Any], **settings: Any) -> dict[str, Implementat
 
 
 def foreign(found: dict[str, rivals.Rival]) -> dict[str, Implementation]:
-    return {
-        name: Implementation(r.call, modes=r.modes, dtypes=r.dtypes, devices=("cuda",)) for name, r in found.items() if r.missing is None
-    }
+    return {name: Implementation(call, modes, dtypes=dtypes, devices=("cuda",)) for name, (call, modes, dtypes) in found.items()}
 
 
 @dataclass(frozen=True)
@@ -419,10 +417,9 @@ def _noise_and_loss(noising: Callable[..., Any], guided_loss: Callable[..., Any]
 
 
 def _noise_and_loss_ours() -> dict[str, Implementation]:
-    backends = {name: (noising, GUIDED_LOSS.implementations[name]) for name, noising in ours(ops.noise_sample).items()}
     return {
-        name: replace(noising, call=_noise_and_loss(noising.call, loss.call), dtypes=(torch.float32,))
-        for name, (noising, loss) in backends.items()
+        name: replace(noising, call=_noise_and_loss(noising.call, GUIDED_LOSS.implementations[name].call), dtypes=(torch.float32,))
+        for name, noising in ours(ops.noise_sample).items()
     }
 
 

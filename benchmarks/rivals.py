@@ -6,7 +6,6 @@ of tokens at once, and has no row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -27,42 +26,26 @@ PACKAGES = {  # distribution: module to import
     "av": "av",
     "pillow": "PIL",
 }
+ON_GPUS = ("jvp-flash-attention", "ebt-flash-attention", "flash-attn", "liger-kernel", "apex")
 
-
-@dataclass(frozen=True)
-class Rival:
-    """A function of the reference's arguments in another package.
-
-    Attributes:
-        call: As `registry.Implementation`'s.
-        modes: Those it offers.
-        dtypes: Those it takes; None for all.
-        missing: Why it cannot run here; None if it can.
-    """
-
-    call: Callable[..., Tensor]
-    modes: Sequence[str]
-    dtypes: Sequence[torch.dtype] | None
-    missing: str | None
+Rival = tuple[Callable[..., Tensor], Sequence[str], Sequence[torch.dtype] | None]  # call, modes, dtypes: as of `registry.Implementation`
 
 
 @cache
-def missing(package: str, needs_cuda: bool = True) -> str | None:
+def missing(package: str) -> str | None:
     """Why a package cannot run here; None if it can."""
     try:
         import_module(PACKAGES[package])
     except Exception as error:  # whatever an extension built for another torch may raise
         return "not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({type(error).__name__}: {error})"
-    return "needs a CUDA device" if needs_cuda and not torch.cuda.is_available() else None
+    return "needs a CUDA device" if package in ON_GPUS and not torch.cuda.is_available() else None
 
 
 def installed() -> dict[str, str]:
     """Every package known here, with its version and why it has no row, if so."""
     found = {}
     for package in PACKAGES:
-        reason = missing(
-            package, needs_cuda=package in ("jvp-flash-attention", "ebt-flash-attention", "flash-attn", "liger-kernel", "apex")
-        )
+        reason = missing(package)
         if package == "ebt-flash-attention" and reason is None:
             reason = "computes another function, of two streams of tokens"
         try:
@@ -71,6 +54,10 @@ def installed() -> dict[str, str]:
             version = ""
         found[package] = " ".join(filter(None, (version, f"({reason})" if reason else "")))
     return found
+
+
+def _present(rivals: dict[str, Rival]) -> dict[str, Rival]:
+    return {package: rival for package, rival in rivals.items() if missing(package) is None}
 
 
 def _jvp_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,10 +70,8 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention() -> dict[str, Rival]:
-    return {
-        "jvp-flash-attention": Rival(_jvp_attention, ("fwd", "bwd", "bwd_bwd"), None, missing("jvp-flash-attention")),
-        "flash-attn": Rival(_flash_attn, ("fwd", "bwd"), HALF, missing("flash-attn")),
-    }
+    jvp, flash = (_jvp_attention, ("fwd", "bwd", "bwd_bwd"), None), (_flash_attn, ("fwd", "bwd"), HALF)
+    return _present({"jvp-flash-attention": jvp, "flash-attn": flash})
 
 
 def _liger_group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> Tensor:
@@ -100,7 +85,5 @@ def _apex_group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -
 
 
 def group_norm_silu() -> dict[str, Rival]:
-    return {
-        "liger-kernel": Rival(_liger_group_norm, ("fwd", "bwd"), None, missing("liger-kernel")),
-        "apex": Rival(_apex_group_norm, ("fwd", "bwd"), None, missing("apex")),
-    }
+    modes = ("fwd", "bwd")
+    return _present({"liger-kernel": (_liger_group_norm, modes, None), "apex": (_apex_group_norm, modes, None)})

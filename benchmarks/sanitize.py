@@ -11,27 +11,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sami_fast.ops import AttentionLaunchers, GroupNormSiLULaunchers
 from sami_fast.ops.backend import refusal
+from sami_fast.ops.gaussian_log_prob import GaussianLaunchers
+from sami_fast.ops.guided_loss import GuidedLossLaunchers
+from sami_fast.ops.launchers import Launchers
+from sami_fast.ops.noise_sample import NoiseSampleLaunchers
+from sami_fast.ops.random import RandomLaunchers
+from sami_fast.ops.stratified_uniform import StratifiedUniformLaunchers
 
 from .measure import dtype_label, relative_error
 
 SEED, STEP = 2**33 + 5, 2**31 + 3  # both words of each
-# A launcher, such as `attention_bwd_bwd`, has the same name and arguments in Triton's kernels, in the compiled core and in plain torch.
-LAUNCHERS = {
-    "attention": ("attention_fwd", "attention_bwd", "attention_tan", "attention_bwd_bwd"),
-    "group_norm_silu": ("group_norm_silu_fwd", "group_norm_silu_bwd", "group_norm_silu_tan", "group_norm_silu_bwd_bwd"),
-    "gaussian_log_prob": ("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", "gaussian_log_prob_bwd_bwd"),
-    "guided_loss": ("guided_loss_fwd",),
-    "noise_sample": ("noise_sample_fwd",),
-    "random": ("random_normal", "random_uniform", "stratified_uniform"),
-}
-EXACT = ("noise_sample", "random")  # ops whose values are the same bits on every device and backend
+EXACT = (NoiseSampleLaunchers, RandomLaunchers, StratifiedUniformLaunchers)  # the same bits on every device and backend
 # Largest error of an output, in rounding steps of the dtype: about four times the largest of the plain torch twin at these sizes.
 LIMIT = 16
 
@@ -42,23 +39,27 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, keyword
 class Case:
     """One call of a launcher. Shape letters as in registry.py."""
 
-    op: str  # as kernels/<op>.py is called
-    launcher: str
+    op: type[Launchers]
+    launcher: str  # its attribute there
     label: str  # sizes, dtype, layout
     make: Callable[[], Arguments]  # on the CPU
 
     def __str__(self) -> str:
-        return f"{self.launcher} {self.label}"
+        return f"{getattr(self.op, self.launcher).twin.__name__} {self.label}"
+
+    def call(self, backend: str, arguments: Arguments) -> list[Tensor]:
+        """What the launcher returns, its absent outputs left out."""
+        args, kwargs = arguments
+        found = getattr(self.op(backend), self.launcher)(*args, **kwargs)
+        return [x for x in (found if isinstance(found, tuple | list) else (found,)) if x is not None]
 
 
 def _normal(dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _twins(op: str, launcher: str, *args: Any) -> list[Tensor]:
-    """Arguments of later derivatives, from plain torch in float32."""
-    args = tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-    return call(import_module(f"sami_fast.reference.{op}"), launcher, (args, {}))
+def _wide(*args: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def attention(
@@ -74,20 +75,21 @@ def attention(
     def make(launcher: str) -> Arguments:
         q, k, v, tq, tk, tv, grad_out = (tokens(n, seed) for seed, n in enumerate((queries, keys, keys, queries, keys, keys, queries)))
         grad_out, how = grad_out.contiguous(), (size**-0.5, causal)
-        if launcher == "attention_fwd":
+        if launcher == "fwd":
             return (q, k, v, *how), {}
-        out, lse = _twins("attention", "attention_fwd", q, k, v, *how)
+        twins = AttentionLaunchers("reference")
+        out, lse = twins.fwd(*_wide(q, k, v), *how)
         out = out.to(dtype)
-        if launcher == "attention_bwd":
+        if launcher == "bwd":
             return (grad_out, q, k, v, out, lse, *how), {}
-        if launcher == "attention_tan":
+        if launcher == "tan":
             return (tq, tk, tv, q, k, v, out, lse, *how), {}
-        tout, tau = _twins("attention", "attention_tan", tq, tk, tv, q, k, v, out, lse, *how)
+        tout, tau = twins.tan(*_wide(tq, tk, tv, q, k, v, out, lse), *how)
         return (tq, tk, tv, grad_out, q, k, v, out, lse, tout.to(dtype), tau, *how, grad_out if causal else None), {}
 
     label = f"B{batch} S{queries}x{keys} N{heads} D{size} {dtype_label(dtype)}{' inside' if inside else ''}{' causal' if causal else ''}"
-    for launcher in LAUNCHERS["attention"]:
-        yield Case("attention", launcher, label, partial(make, launcher))
+    for launcher in ("fwd", "bwd", "tan", "bwd_bwd"):
+        yield Case(AttentionLaunchers, launcher, label, partial(make, launcher))
 
 
 def group_norm_silu(dtype: torch.dtype, batch: int, channels: int, side: int, groups: int, last: bool = False) -> Iterator[Case]:
@@ -100,19 +102,19 @@ def group_norm_silu(dtype: torch.dtype, batch: int, channels: int, side: int, gr
     def make(launcher: str) -> Arguments:
         x, grad_y, ggx, y_bar = (image(seed) for seed in range(4))
         weight, bias, ggweight, ggbias = (_normal(torch.float32, channels, seed=seed) for seed in range(4, 8))
-        if launcher == "group_norm_silu_fwd":
+        if launcher == "fwd":
             return (x, weight, bias, groups, 1e-5, True), {}
-        _, mean, rstd = _twins("group_norm_silu", "group_norm_silu_fwd", x, weight, bias, groups, 1e-5, True)
+        _, mean, rstd = GroupNormSiLULaunchers("reference").fwd(*_wide(x, weight, bias), groups, 1e-5, True)
         first = (x, weight, bias, mean, rstd, groups, True)
-        if launcher == "group_norm_silu_bwd":
+        if launcher == "bwd":
             return (grad_y, *first), {}
-        if launcher == "group_norm_silu_tan":
+        if launcher == "tan":
             return (ggx, *first), {}
         return (ggx, ggweight, ggbias, grad_y, *first, y_bar, True), {}
 
     label = f"B{batch} C{channels} H{side} W{side} G{groups} {dtype_label(dtype)}{' last' if last else ''}"
-    for launcher in LAUNCHERS["group_norm_silu"]:
-        yield Case("group_norm_silu", launcher, label, partial(make, launcher))
+    for launcher in ("fwd", "bwd", "tan", "bwd_bwd"):
+        yield Case(GroupNormSiLULaunchers, launcher, label, partial(make, launcher))
 
 
 def gaussian_log_prob(batch: int, size: int) -> Iterator[Case]:
@@ -121,14 +123,14 @@ def gaussian_log_prob(batch: int, size: int) -> Iterator[Case]:
     def make(launcher: str) -> Arguments:
         z, mu, raw, ggz, ggmu, ggvar = (_normal(torch.float32, batch, size, seed=seed) for seed in range(6))
         var, grad = (0.3 * raw).exp(), _normal(torch.float32, batch, seed=6)
-        if launcher == "gaussian_log_prob_fwd":
+        if launcher == "fwd":
             return (z, mu, var), {}
-        if launcher == "gaussian_log_prob_bwd":
+        if launcher == "bwd":
             return (grad, z, mu, var), {}
         return (ggz, ggmu, ggvar, grad, z, mu, var), {}
 
-    for launcher in LAUNCHERS["gaussian_log_prob"]:
-        yield Case("gaussian_log_prob", launcher, f"B{batch} Z{size}", partial(make, launcher))
+    for launcher in ("fwd", "bwd", "bwd_bwd"):
+        yield Case(GaussianLaunchers, launcher, f"B{batch} Z{size}", partial(make, launcher))
 
 
 def _index(batch: int) -> Tensor:
@@ -148,7 +150,7 @@ def guided_loss(dtype: torch.dtype, batch: int, levels: int, channels: int, side
 
     label = f"B{batch} K{levels} C{channels} H{side} W{side} {dtype_label(dtype)}{' last' if last else ''}"
     for stored in (True, False):
-        yield Case("guided_loss", "guided_loss_fwd", f"{label}, eps {'stored' if stored else 'drawn'}", partial(make, stored))
+        yield Case(GuidedLossLaunchers, "fwd", f"{label}, eps {'stored' if stored else 'drawn'}", partial(make, stored))
 
 
 def noise_sample(dtype: torch.dtype, batch: int, levels: int, channels: int, side: int) -> Iterator[Case]:
@@ -159,7 +161,7 @@ def noise_sample(dtype: torch.dtype, batch: int, levels: int, channels: int, sid
         alpha, sigma = (_normal(torch.float32, batch, levels, seed=seed).abs() for seed in (1, 2))
         return (x_0, alpha, sigma, _index(batch), SEED, STEP, 0, True), {}
 
-    yield Case("noise_sample", "noise_sample_fwd", f"B{batch} K{levels} C{channels} H{side} W{side} {dtype_label(dtype)}", make)
+    yield Case(NoiseSampleLaunchers, "fwd", f"B{batch} K{levels} C{channels} H{side} W{side} {dtype_label(dtype)}", make)
 
 
 def random(batch: int, size: int, levels: int) -> Iterator[Case]:
@@ -171,9 +173,9 @@ def random(batch: int, size: int, levels: int) -> Iterator[Case]:
     def strata() -> Arguments:
         return (torch.arange(batch), levels, batch), {"seed": SEED, "step": STEP}
 
-    yield Case("random", "random_normal", f"B{batch} of {size}", draw)
-    yield Case("random", "random_uniform", f"B{batch} of {size}", draw)
-    yield Case("random", "stratified_uniform", f"B{batch} K{levels}", strata)
+    yield Case(RandomLaunchers, "normal", f"B{batch} of {size}", draw)
+    yield Case(RandomLaunchers, "uniform", f"B{batch} of {size}", draw)
+    yield Case(StratifiedUniformLaunchers, "draw", f"B{batch} K{levels}", strata)
 
 
 def cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
@@ -197,26 +199,11 @@ def cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
         yield from random(batch, size, levels)
 
 
-def launchers(op: str, backend: str) -> Any:
-    """What has an op's launchers: a module of kernels, or the compiled core."""
-    return import_module(f"sami_fast.kernels.{op}") if backend == "triton" else torch.ops.sami_fast_C
-
-
-def call(home: Any, launcher: str, arguments: Arguments) -> list[Tensor]:
-    """What a launcher returns, its absent outputs left out."""
+def truth(case: Case, arguments: Arguments) -> list[Tensor]:
+    """Plain torch in float64, or in the dtype of the arguments where every backend must give the same bits."""
     args, kwargs = arguments
-    found = getattr(home, launcher)(*args, **kwargs)
-    return [x for x in (found if isinstance(found, tuple | list) else (found,)) if x is not None]
-
-
-def twin(case: Case, arguments: Arguments) -> list[Tensor]:
-    """The truth: plain torch in float64, or in the dtype of the arguments where every backend must give the same bits."""
-    module = import_module(f"sami_fast.reference.{'stratified_uniform' if case.launcher == 'stratified_uniform' else case.op}")
-    args, kwargs = arguments
-    redrawn = case.op == "guided_loss" and args[0] is None  # noise is rounded to the dtype of the images
-    if not (case.op in EXACT or redrawn):
-        args = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-    return call(module, case.launcher, (args, kwargs))
+    redrawn = case.op is GuidedLossLaunchers and args[0] is None  # noise is rounded to the dtype of the images
+    return case.call("reference", (args if case.op in EXACT or redrawn else _wide(*args, dtype=torch.float64), kwargs))
 
 
 def check(case: Case, backend: str, device: str) -> str | None:
@@ -224,8 +211,8 @@ def check(case: Case, backend: str, device: str) -> str | None:
     # Made and judged on the CPU: on the GPU only the kernels run, since a sanitizer slows down everything there.
     args, kwargs = case.make()
     given = tuple(x.to(device) if isinstance(x, Tensor) else x for x in args)
-    found = [x.cpu() for x in call(launchers(case.op, backend), case.launcher, (given, kwargs))]
-    expected = twin(case, (args, kwargs))
+    found = [x.cpu() for x in case.call(backend, (given, kwargs))]
+    expected = truth(case, (args, kwargs))
     if case.op in EXACT:
         return None if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) else "other bits than the reference"
     step = max(torch.finfo(x.dtype).eps for x in args if isinstance(x, Tensor) and x.is_floating_point())

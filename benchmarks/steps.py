@@ -122,17 +122,14 @@ class Step:
         names = [name for name, _ in sami.named_parameters()]
         objective, kl_weight = self.objective, self.kl_weight
 
-        def networks(parameters: dict[str, Tensor]) -> list[Callable[..., Any]]:
-            def call(network: str) -> Callable[..., Any]:
-                own = {name.removeprefix(f"{network}."): p for name, p in parameters.items() if name.startswith(f"{network}.")}
-                return lambda *arguments: functional_call(getattr(sami, network), own, arguments)
-
-            return [call("encoder"), call("denoiser")]
+        def network(name: str, parameters: dict[str, Tensor]) -> Callable[..., Any]:
+            own = {key.removeprefix(f"{name}."): p for key, p in parameters.items() if key.startswith(f"{name}.")}
+            return lambda *arguments: functional_call(getattr(sami, name), own, arguments)
 
         def loss(
             parameters: dict[str, Tensor], x_0: Tensor, t: Tensor, logsnr: Tensor, weight: Tensor, eps: Tensor, eps_z: Tensor
         ) -> Tensor:
-            encoder, denoiser = networks(parameters)
+            encoder, denoiser = network("encoder", parameters), network("denoiser", parameters)
             levels = t.shape[1]
             mu_0, var_0 = encoder(x_0)
             z = gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)

@@ -45,16 +45,12 @@ def comparisons(rows: Iterable[Row]) -> list[list[Row]]:
     return list(together.values())
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
-
-
 def _of_bound(row: Row) -> str:
     return f"{row['of_bound']:.0%} {row['bound']}" if row.get("of_bound") else ""
 
 
-def _mebibytes(value: int | None) -> str:
-    return "" if not value else f"{value / 2**20:.2f}"
+def peak_mebibytes(row: Row | None) -> str:
+    return f"{row['peak_bytes'] / 2**20:.2f}" if row and row.get("peak_bytes") else ""
 
 
 def _cold(row: Row) -> str:
@@ -82,9 +78,9 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("80 %", lambda r: f"{r['ratio_q80']:.2f}"),
     ("target", _missed),
     ("of bound", _of_bound),
-    ("MFU", lambda r: _percent(r.get("mfu"))),
+    ("MFU", lambda r: f"{r['mfu']:.0%}" if r.get("mfu") is not None else ""),
     ("images/s", lambda r: f"{r['images_per_second']:.0f}" if r.get("images_per_second") else ""),
-    ("peak MiB", lambda r: _mebibytes(r.get("peak_bytes"))),
+    ("peak MiB", peak_mebibytes),
     ("first s", _cold),
 )
 TEXT_COLUMNS = 5  # the first ones are aligned to the left
@@ -134,8 +130,11 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def best_of(group: Sequence[Row]) -> tuple[Row | None, Row | None]:
     """Our fastest and the fastest of the others; None where there is none."""
-    sides = [[r for r in group if is_ours(r) == ours] for ours in (True, False)]
-    return tuple(min(side, key=lambda r: r["median_ms"], default=None) for side in sides)  # type: ignore[return-value]
+
+    def fastest(ours: bool) -> Row | None:
+        return min((row for row in group if is_ours(row) == ours), key=lambda row: row["median_ms"], default=None)
+
+    return fastest(True), fastest(False)
 
 
 def against_best_rival(group: Sequence[Row]) -> float | None:
@@ -156,8 +155,8 @@ def short(rows: Sequence[Row]) -> list[str]:
                 f"{ratio:.2f}" if ratio else "",
                 rival["implementation"] if rival else "",
                 _of_bound(ours or first),
-                _mebibytes(ours.get("peak_bytes")) if ours else "",
-                _mebibytes(rival.get("peak_bytes")) if rival else "",
+                peak_mebibytes(ours),
+                peak_mebibytes(rival),
             ]
         )
     return lines(titles, [[line] for line in cells])

@@ -83,7 +83,7 @@ def test_sample(name: str, device: str, compete: Callable[..., None], request: p
     z = torch.randn(len(x_T), sami.latent_size, generator=generator).to(device)
     ours = partial(reverse_process, sami, x_T, z, num_steps=STEPS, eta=0.0, guidance_clip=None, clip_x_0=False)
     runs = {BASELINE: with_backend("reference", partial(in_plain_torch, sami, x_T, z))}
-    if missing("diffusers", needs_cuda=False) is None:
+    if missing("diffusers") is None:
         runs["diffusers DDIMScheduler"] = with_backend("reference", through_diffusers(sami, x_T, z))
     for backend in AUTO[device]:
         if backend in OURS and refusal(backend, device, torch.float32) is None:

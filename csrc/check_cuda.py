@@ -38,7 +38,7 @@ def compile_file(source: Path, architecture: str) -> list[Compiled]:
 
     found = []
     for name, entry in zip(names.stdout.splitlines(), entries, strict=True):
-        call = re.sub(r"^void |sami_fast::|\(anonymous namespace\)::|\(.*", "", name.replace("(anonymous namespace)::", ""))
+        call = re.sub(r"^void |sami_fast::|\(.*", "", name.replace("(anonymous namespace)::", ""))
         kernel, _, configuration = call.partition("<")
         counted = (int(said(what, entry)) for what in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes smem"))
         found.append(Compiled(kernel, configuration.removesuffix(">"), said(r"for '(\w+)'", entry), *counted))

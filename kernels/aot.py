@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Compiled:
 
 
 def print_table(found: Sequence[Compiled]) -> None:
-    lines = [[field.name for field in fields(Compiled)], *([str(cell) for cell in astuple(row)] for row in found)]
+    lines = [[column.name for column in fields(Compiled)], *([str(cell) for cell in astuple(row)] for row in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for cells in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
@@ -97,7 +97,7 @@ class _Source:
 
     op: str
     kernel: str
-    label: str
+    label: str = field(compare=False)  # of the first launch that needs it
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
@@ -110,10 +110,6 @@ class _Source:
         """Block sizes, warps, stages."""
         blocks = (f"{name.removeprefix('BLOCK_')}{value}" for name, value in self.constants if name.startswith("BLOCK_"))
         return " ".join((*blocks, f"w{self.num_warps}", f"s{self.num_stages}"))
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.kernel, self.signature, self.constants, self.divisible, self.num_warps, self.num_stages, self.fp_fusion
 
 
 def source_of(op: str, label: str, item: "Launch") -> _Source:
@@ -153,8 +149,8 @@ def sources(op: str) -> Iterator[_Source]:
             call()
         for item in launches:
             source = source_of(op, label, item)
-            if source.key not in seen:
-                seen.add(source.key)
+            if source not in seen:
+                seen.add(source)
                 yield source
 
 

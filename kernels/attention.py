@@ -18,9 +18,9 @@ second order differences such as T - tau would no longer vanish where they shoul
 is one product more. Products run in the dtype of the inputs (float32 as such, not as TF32) and are summed in float32; whatever is the
 product of two factors or summed over a row stays in float32 until then.
 
-Layouts: kernels read rows, [B, S, N, D] with columns side by side, or feature maps, where tokens are; every other stride a multiple of
-16 bytes, so that no access is narrower. What comes otherwise is copied: O(S D) before O(S^2 D), and in rows of a multiple of 16 bytes, with
-zeros at the end. Gradients are laid out as torch.empty_like of their primals; O and all that looks like it is contiguous.
+Layouts: kernels read [B, S, N, D] with contiguous columns (rows), or with contiguous tokens (feature maps, "inside"); every other stride
+must be a multiple of 16 bytes, so that no access is narrower. Other tensors are copied, which costs O(S D) beside O(S^2 D), into rows of a
+multiple of 16 bytes with zeros at the end. Gradients are laid out as torch.empty_like of their primals; O and its tangent are contiguous.
 """
 
 import math

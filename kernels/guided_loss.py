@@ -32,32 +32,17 @@ _STRIDES = ("stride_pred_c", "stride_pred_p", "stride_grad_c", "stride_grad_p")
 
 @triton.jit(do_not_specialize=["blocks", "levels", "channels", "pixels", *_STRIDES, *COUNTER])
 def _guided_loss_fwd_kernel(
-    eps_pred_ptr,
-    grad_log_q_ptr,
+    eps_pred_ptr, grad_log_q_ptr,
     eps_ptr,  # None: draw it again
     index_ptr,  # None where eps is given
-    sigma_ptr,
-    weight_ptr,
-    unconditional_ptr,
-    grad_eps_pred_ptr,
-    grad_grad_log_q_ptr,
-    loss_ptr,  # [S, blocks], like the next
-    unguided_ptr,
-    blocks,
-    levels,
-    channels,
+    sigma_ptr, weight_ptr, unconditional_ptr, grad_eps_pred_ptr, grad_grad_log_q_ptr,
+    loss_ptr, unguided_ptr,  # [S, blocks]
+    blocks, levels, channels,
     pixels,  # a multiple of 4 where there are several channels, so that no quad lies in two of them
-    stride_pred_c,
-    stride_pred_p,
-    stride_grad_c,
-    stride_grad_p,
-    seed_low,
-    seed_high,
-    offset_low,
-    offset_high,
+    stride_pred_c, stride_pred_p, stride_grad_c, stride_grad_p, seed_low, seed_high, offset_low, offset_high,
     FLAT: tl.constexpr,  # one channel, strides 1, pixels a multiple of 16
     BLOCK_Q: tl.constexpr,
-):
+):  # fmt: skip
     """Per element: reads 3 tensors and writes 2, or reads 2 and writes 2 where eps is drawn again: 20 or 16 bytes in float32, 10 or 8 in
     half precision; eager forward and backward move 100 to 176 in float32.
 
@@ -144,28 +129,11 @@ def guided_loss_fwd(
     blocks = triton.cdiv(pixels, 4 * BLOCK_Q)
     grad_eps_pred, grad_grad_log_q = torch.empty_like(eps_pred), torch.empty_like(grad_log_q)
     loss, unguided = (eps_pred.new_empty((samples, blocks), dtype=torch.float32) for _ in range(2))
-    launch(
-        _guided_loss_fwd_kernel,
-        (samples * blocks,),
-        eps_pred,
-        grad_log_q,
-        None if eps is None else eps.contiguous(),
-        None if eps is not None or index is None else index.contiguous(),
-        *(value.contiguous() for value in (sigma_t, weight, unconditional_weight)),
-        grad_eps_pred,
-        grad_grad_log_q,
-        loss,
-        unguided,
-        blocks,
-        levels,
-        channels,
-        pixels,
-        *strides,
-        *counter(seed, step, stream),
-        fp_fusion=False,
-        FLAT=flat,
-        BLOCK_Q=BLOCK_Q,
-    )
+    noise = (eps.contiguous(), None) if eps is not None else (None, None if index is None else index.contiguous())
+    inputs = eps_pred, grad_log_q, *noise, *(value.contiguous() for value in (sigma_t, weight, unconditional_weight))
+    numbers = blocks, levels, channels, pixels, *strides, *counter(seed, step, stream)
+    arguments = *inputs, grad_eps_pred, grad_grad_log_q, loss, unguided, *numbers
+    launch(_guided_loss_fwd_kernel, (samples * blocks,), *arguments, fp_fusion=False, FLAT=flat, BLOCK_Q=BLOCK_Q)
     loss, unguided = (partial.squeeze(1) if blocks == 1 else partial.sum(1) for partial in (loss, unguided))
     return loss, unguided, grad_eps_pred, grad_grad_log_q
 

@@ -7,7 +7,7 @@ Forward, for level k of image b, sample s = b * K + k, eps drawn for sample inde
 Backward and second backward are linear and run on the results of autograd's own products; no kernel of theirs is here.
 
 Arithmetic is float32, and bit for bit that of `sami_fast.reference.noise_sample`: no product contracts with a sum. In half precision eps is
-rounded to the dtype first, so that x_t belongs to the very eps that is stored, or drawn again by the loss kernel.
+rounded to the dtype first, so that x_t is made of the eps that is stored, or drawn again by the loss kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,22 +23,15 @@ from .random import COUNTER, counter, random_normals
 
 @triton.jit(do_not_specialize=["levels", "size", "blocks", *COUNTER])
 def _noise_sample_fwd_kernel(
-    x_0_ptr,
-    alpha_ptr,
-    sigma_ptr,
-    index_ptr,
-    x_t_ptr,
+    x_0_ptr, alpha_ptr, sigma_ptr, index_ptr, x_t_ptr,
     eps_ptr,  # None: not stored
     levels,
     size,  # C * H * W
     blocks,  # per image
-    seed_low,
-    seed_high,
-    offset_low,
-    offset_high,
+    seed_low, seed_high, offset_low, offset_high,
     WIDE: tl.constexpr,  # size is a multiple of 16
     BLOCK_Q: tl.constexpr,
-):
+):  # fmt: skip
     """Per element of x_t, in elements of its dtype: reads 1/K, writes 1, or 2 with eps. Eager torch moves about 9 and keeps eps."""
     program = tl.program_id(0)
     image = (program // blocks).to(tl.int64)
@@ -79,21 +72,9 @@ def noise_sample_fwd(
     x_t = x_0.new_empty((x_0.shape[0] * levels, *x_0.shape[1:]))
     eps = torch.empty_like(x_t) if store_eps else None
     blocks = triton.cdiv(size, 4 * BLOCK_Q)
-    inputs = (value.contiguous() for value in (x_0, alpha_t, sigma_t, index))
-    launch(
-        _noise_sample_fwd_kernel,
-        (x_0.shape[0] * blocks,),
-        *inputs,
-        x_t,
-        eps,
-        levels,
-        size,
-        blocks,
-        *counter(seed, step, stream),
-        fp_fusion=False,
-        WIDE=size % 16 == 0,
-        BLOCK_Q=BLOCK_Q,
-    )
+    x_0, alpha_t, sigma_t, index = (value.contiguous() for value in (x_0, alpha_t, sigma_t, index))
+    arguments = x_0, alpha_t, sigma_t, index, x_t, eps, levels, size, blocks, *counter(seed, step, stream)
+    launch(_noise_sample_fwd_kernel, (x_0.shape[0] * blocks,), *arguments, fp_fusion=False, WIDE=size % 16 == 0, BLOCK_Q=BLOCK_Q)
     return x_t, eps
 
 

@@ -128,17 +128,11 @@ def random_uniforms(quad, seed_low, seed_high, offset_low, offset_high):
 
 @triton.jit(do_not_specialize=["size", "num_quads", *COUNTER])
 def _random_kernel(
-    index_ptr,
-    out_ptr,
+    index_ptr, out_ptr,
     size,  # elements per sample
     num_quads,  # of all samples
-    seed_low,
-    seed_high,
-    offset_low,
-    offset_high,
-    NORMAL: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
+    seed_low, seed_high, offset_low, offset_high, NORMAL: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
     """Writes 4 bytes per element and reads 8 per sample; samples may be shorter than a block, so blocks run across them."""
     quads = (size + 3) // 4
     start = tl.program_id(0).to(tl.int64) * BLOCK_Q
@@ -166,18 +160,10 @@ def _sort_key(j, seed_low, seed_high, offset_low, offset_high):
 
 @triton.jit(do_not_specialize=["num_images", "levels", "global_batch", *COUNTER])
 def _stratified_uniform_kernel(
-    index_ptr,
-    out_ptr,
-    num_images,
-    levels,
-    global_batch,
-    seed_low,
-    seed_high,
-    offset_low,  # of stream 0
-    offset_high,
-    BLOCK_J: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+    index_ptr, out_ptr, num_images, levels, global_batch,
+    seed_low, seed_high, offset_low, offset_high,  # the offset is that of stream 0
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """The images that elements j of the permutation fall to: `argsort(keys)[index] == j` exactly where j has `index` keys before it.
 
     Counting takes global_batch^2 comparisons of keys made on the spot, and no memory; every image is written by one program, the one

@@ -417,7 +417,7 @@ class MultiheadAttention(Accelerated, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        # torch, too, takes is_causal for the mask itself where nothing else masks and nobody wants the weights.
+        # As in torch, is_causal then stands for attn_mask, which is not looked at.
         causal = is_causal and attn_mask is not None and key_padding_mask is None and not need_weights
         reason = None
         if need_weights:

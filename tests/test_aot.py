@@ -35,8 +35,8 @@ import sys
 from dataclasses import replace
 from sami_fast.kernels import aot
 plain = aot.sources
-def sources(op, arch):
-    source = next(s for s in plain(op, arch) if s.kernel == "_gaussian_log_prob_bwd_bwd_kernel" and dict(s.constants)["BLOCK_Z"] == 1024)
+def sources(op):
+    source = next(s for s in plain(op) if s.kernel == "_gaussian_log_prob_bwd_bwd_kernel" and dict(s.constants)["BLOCK_Z"] == 1024)
     yield replace(source, num_warps=1)
 aot.sources = sources
 aot.CHOSEN_WITH = eval(sys.argv[1]) or aot.CHOSEN_WITH

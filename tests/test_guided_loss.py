@@ -92,7 +92,7 @@ def test_unguided_is_a_measurement():
     assert not unguided.requires_grad
 
 
-# The raw level, in float64
+# The twin of the launcher, in float64
 
 
 @pytest.mark.parametrize("shape", SHAPES)

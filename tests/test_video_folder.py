@@ -153,7 +153,7 @@ def test_frames_by_number(tmp_path, codec, suffix, interval):
     path = tmp_path / f"clip{suffix}"
     try:
         write_video(path, bars(60), codec=codec, keyframe_interval=interval)
-    except UserError:
+    except (ValueError, av.FFmpegError):
         pytest.skip(f"{suffix} files do not hold {codec}")
     video = check_frames(path)
     assert video.codec == {"h265": "hevc"}.get(codec, codec)
@@ -373,7 +373,7 @@ def test_what_is_cut_out_holds_the_same_frames(tmp_path, codec, suffix):
     path = tmp_path / f"a{suffix}"
     try:
         write_video(path, bars(60), codec=codec, keyframe_interval=12)
-    except UserError:
+    except (ValueError, av.FFmpegError):
         pytest.skip(f"{suffix} files do not hold {codec}")
     video, expected = video_facts(path), one_after_the_other(path)
     for key, start, stop in video.segments(8, 20):

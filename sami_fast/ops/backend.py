@@ -139,7 +139,7 @@ def _pick(
         _warn_once(f"sami-fast: ops on the CPU run on plain torch, which is slower; the compiled core: {reason}")
     chosen = next(name for name in order if refuses(name) is None)
     if chosen != order[0] and (reason := dict(limits).get(order[0])) is not None:
-        warnings.warn(f"{op}: {chosen} instead of {order[0]}: {reason}", stacklevel=4)
+        warnings.warn(f"{op}: {chosen} instead of {order[0]}: {reason}", stacklevel=5)
     return chosen, None
 
 

@@ -1,7 +1,7 @@
 """Convolution on the CPU as the networks need it: channels-last memory, and 3x3 kernels by Winograd's algorithm.
 
 `sami_fast::conv2d` -> `conv2d_bwd_input`, `conv2d_bwd_weight`: each is linear in both of its tensors and has the others for derivatives,
-so there is no last order.
+so it can be differentiated to any order.
 """
 
 from collections.abc import Sequence

@@ -116,7 +116,7 @@ def _silu_backward(grad: Tensor, h: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """x_hat. [B, G, m]. The mean goes first: scaling before it would cancel where |mean| is large."""
+    """x_hat. [B, G, m]. The mean is subtracted first: x rstd - mean rstd would cancel where |mean| is large."""
     return torch.sub(x, mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
 
 
