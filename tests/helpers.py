@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sami_fast.config import Config
+from sami_fast.methods import METHODS
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.ops.backend import refusal
 
@@ -89,3 +91,27 @@ def core_launchers() -> Any:
     if (reason := refusal("cpp", "cpu", torch.float32)) is not None:
         pytest.skip(reason)
     return torch.ops.sami_fast_C
+
+
+def log_rows(config: Config) -> list[dict[str, Any]]:
+    """Rows of a log that nobody trained for, with a checkpoint's row among them; tests/test_train.py holds their keys against real ones."""
+    rows = []
+    for step in range(5, config.train.steps + 1, 5):
+        joint = step > config.first_joint_step
+        kl = [1.5 / 8.0**d if joint else 0.0 for d in range(config.encoder.latent_size)]
+        rows.append(
+            {
+                "step": step,
+                "images": step * config.train.batch_size,
+                "loss_nats": 50.0 / step,
+                **dict.fromkeys((term.name for term in METHODS[config.method].terms), 45.0 / step),
+                "kl_nats": sum(kl),
+                "kl_weight": 0.1 if joint else 0.0,
+                "learning_rate": 1e-3,
+                "images_per_second": 100.0 + step if joint else 1000.0,
+                "data_wait": 0.0,
+                "seconds": 0.5 * step,
+                "kl_per_dim": kl,
+            }
+        )
+    return [*rows, {"step": config.train.steps, "validation_nats": 3.0}]

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import log_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sami_fast.cli import parser
-from sami_fast.config import Config, load_config, to_yaml
+from sami_fast.config import load_config, to_yaml
 from sami_fast.errors import UserError
 from sami_fast.evaluation import Latents, encode, known_factors, open_run, profile
 from sami_fast.evaluation.latents import untrained
@@ -55,34 +56,9 @@ WHOLE = {"active_dims", "steps", "seed", "num_images"}
 OF_FACTORS = {"mcc", "mig", "mig_ceiling"}
 BY_FACTOR = {"linear_r2", "linear_r2_mu", "mcc_per_factor", "mig_per_factor"}
 VOID = {"meta", "img"}
-TERMS = {"sami": ("diffusion_nats", "unguided_nats"), "diffae": ("diffusion_nats",), "beta_vae": ("reconstruction_nats",)}
 RUNS = ("disks", "array", "collapsed", "vae", "diffae")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def log_rows(config: Config) -> list[dict]:
-    """Rows of the shape that training writes, with a checkpoint's row among them."""
-    rows = []
-    for step in range(5, config.train.steps + 1, 5):
-        joint = step > config.first_joint_step
-        kl = [1.5 / 8.0**d if joint else 0.0 for d in range(config.encoder.latent_size)]
-        rows.append(
-            {
-                "step": step,
-                "images": step * config.train.batch_size,
-                "loss_nats": 50.0 / step,
-                **dict.fromkeys(TERMS[config.method], 45.0 / step),
-                "kl_nats": sum(kl),
-                "kl_weight": 0.1 if joint else 0.0,
-                "learning_rate": 1e-3,
-                "images_per_second": 100.0 + step if joint else 1000.0,
-                "data_wait": 0.0,
-                "seconds": 0.5 * step,
-                "kl_per_dim": kl,
-            }
-        )
-    return [*rows, {"step": config.train.steps, "validation_nats": 3.0}]
 
 
 def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:

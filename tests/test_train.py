@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from helpers import log_rows
 from ranks_worker import COMMON, MODES, STAGES, VARIANTS
 from safetensors.torch import load_file
 
@@ -72,6 +73,9 @@ def test_run_folder_holds_what_the_docs_say(finished):
     log = rows(finished)
     assert [row["step"] for row in log] == list(range(1, 13))
     assert all(np.isfinite(row["loss_nats"]) for row in log)
+    made_up = log_rows(load_config(str(finished / "config.yaml")))
+    written = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {frozenset(row) for row in made_up} == {frozenset(row) for row in written}  # the report's tests read such rows
     assert log[3]["kl_nats"] == 0
     assert log[-1]["kl_nats"] == pytest.approx(sum(log[-1]["kl_per_dim"]))
     assert log[-1]["loss_nats"] == pytest.approx(log[-1]["diffusion_nats"] + log[-1]["kl_weight"] * log[-1]["kl_nats"], rel=1e-5)
