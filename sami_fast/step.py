@@ -49,6 +49,8 @@ class StepTerms:
     diffusion: Tensor  # [B] guided denoising term
     unguided: Tensor  # [B] the same integral without guidance
     kl: Tensor  # [B, Z] raw KL per latent dimension, no free-bits floor
+    mu: Tensor  # [B, Z] of q(z|x_0)
+    var: Tensor  # [B, Z]
 
 
 def noised(
@@ -165,7 +167,7 @@ def training_step(
 
     loss = diffusion.mean() + kl_weight * kl_cost.sum()
     guided = diffusion.detach() - objective.unconditional_weight * unguided
-    return loss, StepTerms(guided, unguided, kl.detach())
+    return loss, StepTerms(guided, unguided, kl.detach(), mu_0.detach(), var_0.detach())
 
 
 def denoising_step(

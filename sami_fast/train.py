@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,11 +37,11 @@ from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of, with_images_of_denoiser
 from sami_fast.methods.latent_model import LatentModel
-from sami_fast.metrics.latents import live_dims
+from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
 
-COLLAPSED_NATS = 0.05  # a KL below this after a fifth of the joint steps is worth a warning
+COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
 
 
@@ -48,7 +49,8 @@ class TrainingModule(nn.Module):
     """What DeepSpeed wraps: both networks and the step between them.
 
     `forward` returns the loss in nats per image *and dimension*, so that gradient norms do not grow with the image, and the
-    measured numbers [1 + terms + Z]: the loss, the terms under their names in the log, the KL per latent dimension; nats per image.
+    measured numbers [1 + terms + 4 Z]: the loss, the terms under their names in the log and the KL per latent dimension, in nats per
+    image, then the means of mu, var and mu^2 per latent dimension, from which follows how much the dimension tells.
     """
 
     def __init__(self, model: LatentModel, config: Config) -> None:
@@ -64,9 +66,10 @@ class TrainingModule(nn.Module):
         if denoiser is not None:  # in an engine of its own
             parts = replace(parts, denoiser=denoiser)
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, terms, kl = self.model.training_loss(x_0, draw, kl_weight, parts, phase)
+            loss, terms, codes = self.model.training_loss(x_0, draw, kl_weight, parts, phase)
         measured = torch.stack((loss.detach(), *(term.mean() for term in terms)))
-        return loss / x_0[0].numel(), torch.cat((measured, kl.mean(0))).float()
+        codes = codes.double()  # the variance of mu is a small difference of two of these means
+        return loss / x_0[0].numel(), torch.cat((measured, codes.mean(1).flatten(), codes[1].square().mean(0)))
 
 
 def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -172,7 +175,7 @@ class Trainer:
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.controlled = state["kl_weight"]
         step, measured = state["pending"]
-        self.pending = (step, Measurement(torch.tensor(measured)))
+        self.pending = (step, Measurement(torch.tensor(measured, dtype=torch.float64)))
         on_chief(lambda: self.run_folder.cut_log(self.step))
         self.say(f"resumed from {checkpoint}")
 
@@ -248,14 +251,22 @@ class Trainer:
     def _parts(self, values: list[float]) -> tuple[float, dict[str, float], list[float]]:
         """Measured numbers as the loss, the terms by name, and the KL per latent dimension."""
         names = [term.name for term in self.model.terms]
-        count = len(names)
-        return values[0], dict(zip(names, values[1 : 1 + count], strict=True)), values[1 + count :]
+        count = 1 + len(names)
+        return values[0], dict(zip(names, values[1:count], strict=True)), values[count : count + self.model.latent_size]
+
+    def _information(self, values: list[float]) -> list[float]:
+        """Of one step's batch, per latent dimension, nats (`metrics.latents.information_per_dim`)."""
+        if self.model.deterministic:  # without noise it has no bound
+            return [0.0] * self.model.latent_size
+        mean, var, mean_square = np.split(np.array(values[-3 * self.model.latent_size :]), 3)
+        return gaussian_information((mean_square - mean**2).clip(min=0.0), var).tolist()
 
     def _log(self, kl_weight: float, measured: Measurement, rate: float, data_wait: float) -> None:
         values = measured.read()
         self._require_finite(self.step - 1, values)
         loss, terms, kl_per_dim = self._parts(values)
-        kl, live = sum(kl_per_dim), len(live_dims(kl_per_dim))
+        information = self._information(values)
+        kl, live = sum(kl_per_dim), len(live_dims(information))
         config, joint_done = self.config, self.step - self.config.first_joint_step
         row = {
             "step": self.step,
@@ -263,6 +274,7 @@ class Trainer:
             "loss_nats": loss,
             **terms,
             "kl_nats": kl,
+            "information_sum_nats": sum(information),
             "kl_weight": kl_weight,
             "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
             "images_per_second": rate,
@@ -271,19 +283,23 @@ class Trainer:
         }
         self.engine.log(row, self.step)
         if self.chief:
-            self.run_folder.append({**row, "kl_per_dim": kl_per_dim})
+            self.run_folder.append({**row, "kl_per_dim": kl_per_dim, "information_per_dim": information})
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
         waits = f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
-        state = f"KL {kl:.2f} nats, {live} of {len(kl_per_dim)} live, beta {kl_weight:.3f}" if joint_done > 0 else "denoiser warm-up"
+        state = (
+            f"KL {kl:.2f} nats, information {sum(information):.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
+            if joint_done > 0
+            else "denoiser warm-up"
+        )
         state = "deterministic encoder" if self.model.deterministic else state
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}{waits}"
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
         if self.model.deterministic or self.warned:
             return
-        if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and kl < COLLAPSED_NATS:
+        if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and sum(information) < COLLAPSED_NATS:
             self.warned = True
             self.say(
-                f"warning: the posterior has collapsed (KL {kl:.3f} nats), the latents carry nothing; "
+                f"warning: the posterior has collapsed ({sum(information):.3f} nats of information), the latents carry nothing; "
                 "lower kl_weight.start or set objective.free_bits"
             )
 

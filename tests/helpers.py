@@ -106,12 +106,14 @@ def log_rows(config: Config) -> list[dict[str, Any]]:
                 "loss_nats": 50.0 / step,
                 **dict.fromkeys((term.name for term in METHODS[config.method].terms), 45.0 / step),
                 "kl_nats": sum(kl),
+                "information_sum_nats": sum(kl),
                 "kl_weight": 0.1 if joint else 0.0,
                 "learning_rate": 1e-3,
                 "images_per_second": 100.0 + step if joint else 1000.0,
                 "data_wait": 0.0,
                 "seconds": 0.5 * step,
                 "kl_per_dim": kl,
+                "information_per_dim": kl,
             }
         )
     return [*rows, {"step": config.train.steps, "validation_nats": 3.0}]

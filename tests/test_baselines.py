@@ -51,13 +51,14 @@ def latents(model, x_0):
 @pytest.mark.parametrize("decoder_std", [1.0, 0.3])
 def test_beta_vae_loss_is_the_negative_elbo_but_for_a_constant(decoder_std):
     model, x_0 = beta_vae(decoder_std), normal(5, 1, 8, 8)
-    loss, (reconstruction,), kl = model.training_loss(x_0, draw(5), 0.7, model.parts())
+    loss, (reconstruction,), (kl, *posterior) = model.training_loss(x_0, draw(5), 0.7, model.parts())
     z, expected_kl = latents(model, x_0)
     density = torch.distributions.Normal(model.decode(z), decoder_std).log_prob(x_0).flatten(1).sum(1)
     constant = 64 * math.log(decoder_std * math.sqrt(2 * math.pi))
     torch.testing.assert_close(loss, (-density - constant).mean() + 0.7 * expected_kl.sum(1).mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(reconstruction, (-density - constant).detach(), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(kl, expected_kl.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(tuple(posterior), tuple(head.detach() for head in model.encoder(x_0)), rtol=0, atol=0)
     assert all(g.abs().max() > 0 for name, g in gradients(loss, model).items() if not name.endswith("embed.bias"))
 
 
@@ -65,7 +66,7 @@ def test_beta_vae_loss_is_the_negative_elbo_but_for_a_constant(decoder_std):
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_diffae_loss_is_the_denoising_loss_of_a_denoiser_that_knows_z(stochastic, levels):
     model, x_0, objective = diffae(stochastic), normal(4, 1, 8, 8), Objective(noise_levels=levels)
-    loss, (diffusion,), kl = model.training_loss(x_0, draw(4), 0.7, model.parts(objective=objective))
+    loss, (diffusion,), (kl, *posterior) = model.training_loss(x_0, draw(4), 0.7, model.parts(objective=objective))
     mu, _ = model.encoder(x_0)
     z, expected_kl = latents(model, x_0) if stochastic else (mu, torch.zeros_like(mu))
     t = model.schedule.sample(torch.arange(4), levels, 4, seed=1, step=5).double()
@@ -77,6 +78,7 @@ def test_diffae_loss_is_the_denoising_loss_of_a_denoiser_that_knows_z(stochastic
     torch.testing.assert_close(diffusion, expected.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(loss, expected.mean() + 0.7 * expected_kl.sum(1).mean(), rtol=1e-6, atol=0)
     torch.testing.assert_close(kl, expected_kl.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(tuple(posterior), tuple(head.detach() for head in model.encoder(x_0)), rtol=0, atol=0)
     found = gradients(loss, model)
     assert (found["0.encoder.raw_var.weight"].abs().max() > 0) == stochastic
     assert found["0.encoder.mu.weight"].abs().max() > 0

@@ -252,7 +252,9 @@ def test_baselines_of_other_encoders_are_other_columns(evaluated):
 
 def test_live_axes_of_each_run_are_listed(evaluated):
     run = evaluated["sami_0"]
-    text = tables([dataclasses.replace(run, scores=run.scores | {"kl_per_dim": [0.01, 0.2, 0.3, 0.0]})])
+    text = tables(
+        [dataclasses.replace(run, scores=run.scores | {"information_per_dim": [0.01, 0.2, 0.3, 0.0], "kl_per_dim": [9.0, 0.3, 0.4, 0.0]})]
+    )
     rows = [line for line in text.splitlines() if line.startswith("| z")]
     assert [row.split("|")[1].strip() for row in rows] == ["z2", "z1"]
 

@@ -9,7 +9,7 @@ import torch
 from sami_fast.methods.sami import Posterior, Sami
 from sami_fast.metrics.bound import eight_bit_nats, fit_decoder_var, gaussian_nats, is_eight_bit, negative_elbo
 from sami_fast.metrics.identifiability import correlation_matrix, linear_r2, mcc
-from sami_fast.metrics.latents import kl_per_dim, live_dims
+from sami_fast.metrics.latents import information_per_dim, kl_per_dim, live_dims
 from sami_fast.metrics.mig import discretize, mig, mig_ceiling, mutual_information
 from sami_fast.schedule import SCHEDULES, alpha_sigma
 
@@ -256,6 +256,20 @@ def test_kl_per_dim_known_values():
     np.testing.assert_allclose(kl_per_dim(mu, var), [0.0, 0.5, 0.5 * (math.e - 2)])
 
 
+def test_information_of_a_gaussian_channel_and_of_an_offset():
+    """mu = a s, s ~ N(0, 1), and noise of variance v holds 1/2 ln(1 + a^2 / v); an offset shared by all images holds none and costs."""
+    s = np.random.default_rng(0).standard_normal((4000, 1))
+    s = (s - s.mean()) / s.std()
+    mu = s * [3.0, 0.1, 0.0, 0.0] + [0.0, 2.0, 2.0, 0.0]
+    var = np.broadcast_to([0.25, 0.01, 0.5, 1.0], mu.shape)
+    np.testing.assert_allclose(information_per_dim(mu, var), 0.5 * np.log([37.0, 2.0, 1.0, 1.0]), atol=1e-12)
+    assert kl_per_dim(mu, var)[2] > 2
+    assert live_dims(information_per_dim(mu, var)).tolist() == [0, 1]
+    assert (information_per_dim(mu, var) <= kl_per_dim(mu, var) + 1e-12).all()
+    wide = np.random.default_rng(1).exponential(1.0, mu.shape)  # the noise of an image may be any; its mean counts
+    np.testing.assert_allclose(information_per_dim(mu, wide), 0.5 * np.log1p(mu.var(0) / wide.mean(0)))
+
+
 def test_live_dims_ordered_and_above_the_threshold():
     assert live_dims(np.array([0.01, 2.0, 0.05, 0.06, 5.0])).tolist() == [4, 1, 3]
     assert live_dims(np.array([0.0, 0.049])).tolist() == []
@@ -413,5 +427,7 @@ def test_other_misuse():
         kl_per_dim(np.zeros((5, 2)), np.ones((5, 3)))
     with pytest.raises(ValueError, match="positive"):
         kl_per_dim(np.zeros((5, 2)), np.zeros((5, 2)))
-    with pytest.raises(ValueError, match=r"kl: expected one value per dimension"):
+    with pytest.raises(ValueError, match="var: expected positive values"):
+        information_per_dim(np.zeros((5, 2)), np.zeros((5, 2)))
+    with pytest.raises(ValueError, match=r"information: expected one value per dimension"):
         live_dims(np.zeros((2, 2)))

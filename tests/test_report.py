@@ -210,7 +210,8 @@ def test_metrics_agree_with_each_other(disks):
     assert scores["elbo_nats"] == pytest.approx(sum(scores[key] for key in terms), rel=1e-5)
     assert scores["bits_per_dim"] == pytest.approx(scores["elbo_nats"] / (64 * math.log(2)))
     assert scores["kl_nats"] == pytest.approx(sum(scores["kl_per_dim"]))
-    assert scores["active_dims"] == sum(kl > 0.05 for kl in scores["kl_per_dim"]) == LATENTS
+    assert scores["information_sum_nats"] == pytest.approx(sum(scores["information_per_dim"]))
+    assert scores["active_dims"] == sum(nats > 0.05 for nats in scores["information_per_dim"]) == LATENTS
     assert scores["mcc"] == pytest.approx(sum(scores["mcc_per_factor"].values()) / 3)
     assert scores["mig"] == pytest.approx(sum(scores["mig_per_factor"].values()) / 3)
 
@@ -244,6 +245,7 @@ def test_metrics_of_a_collapsed_encoder(collapsed):
     scores = scores_of(collapsed)
     assert scores["active_dims"] == 0
     assert scores["kl_nats"] < 0.05
+    assert scores["information_sum_nats"] < 0.05
     assert max(scores["linear_r2"].values()) < 0.5
 
 

@@ -17,7 +17,7 @@ from sami_fast.latents.discovery import discover
 from sami_fast.latents.sampling import encode
 from sami_fast.methods.sami import Sami
 from sami_fast.metrics.identifiability import correlation_matrix, linear_r2, mcc
-from sami_fast.metrics.latents import kl_per_dim, live_dims
+from sami_fast.metrics.latents import information_per_dim, live_dims
 from sami_fast.metrics.scale_profile import half_point, scale_profile
 
 IMAGES = 1500
@@ -57,7 +57,7 @@ class Rotated(torch.nn.Module):
 @pytest.fixture(scope="module")
 def rotated(sami, disks):
     posterior = encode(sami, disks.images(torch.arange(IMAGES)))
-    live = live_dims(kl_per_dim(posterior.mu.numpy(), posterior.var.numpy()))
+    live = live_dims(information_per_dim(posterior.mu.numpy(), posterior.var.numpy()))
     assert len(live) == 3
     return Sami(Rotated(sami.encoder, live, seed=1), sami.denoiser, sami.schedule)
 

@@ -94,7 +94,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..latents import sampling
-    from ..metrics.latents import LIVE_RULE, kl_per_dim, live_dims
+    from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims
 
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
@@ -108,7 +108,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     if axes:
         picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(mu.numpy()))
     else:
-        live = range(model.latent_size) if model.deterministic else live_dims(kl_per_dim(mu.numpy(), var.numpy())).tolist()
+        live = range(model.latent_size) if model.deterministic else live_dims(information_per_dim(mu.numpy(), var.numpy())).tolist()
         picked, coordinates = arguments.axis or list(live), mu
     if not picked:
         raise UserError(f"--axis: no latent dimension is live ({LIVE_RULE}) on these images; name those to move")

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..methods.latent_model import LatentModel
-from ..metrics.latents import kl_per_dim, live_dims
+from ..metrics.latents import information_per_dim, kl_per_dim, live_dims
 from .run import Run
 
 
@@ -22,6 +22,11 @@ class Latents:
     z: np.ndarray  # [N, Z], one sample of q(z|x_0) each: the codes that are scored
     kl: np.ndarray | None  # [Z], mean over the images, nats; None of a deterministic encoder, which has no rate
     live: np.ndarray  # [L] indices of the live dimensions, most informative first; all that vary, of a deterministic encoder
+
+    @property
+    def information(self) -> np.ndarray | None:
+        """[Z], nats, as `information_per_dim`; None of a deterministic encoder, where it has no bound."""
+        return None if self.kl is None else information_per_dim(self.mu, self.var)
 
 
 @torch.no_grad()
@@ -36,8 +41,7 @@ def encode(run: Run, model: LatentModel) -> Latents:
     mu, var, z = (torch.cat(parts).double().cpu().numpy() for parts in (mu, var, z))
     if model.deterministic:
         return Latents(mu, var, z, None, np.flatnonzero(np.ptp(mu, axis=0) > 0))
-    kl = kl_per_dim(mu, var)
-    return Latents(mu, var, z, kl, live_dims(kl))
+    return Latents(mu, var, z, kl_per_dim(mu, var), live_dims(information_per_dim(mu, var)))
 
 
 def untrained(run: Run) -> LatentModel:

@@ -26,10 +26,14 @@ def known_factors(run: Run) -> tuple[np.ndarray, tuple[str, ...], dict[str, floa
 
 
 def rate_scores(latents: Latents) -> dict[str, Any]:
-    """Rate of the latents, nats; of a deterministic encoder only how many vary."""
-    if latents.kl is None:
-        return {"kl_nats": None, "kl_per_dim": None, "active_dims": len(latents.live)}
-    return {"kl_nats": float(latents.kl.sum()), "kl_per_dim": latents.kl.tolist(), "active_dims": len(latents.live)}
+    """What the latents cost and hold, nats; of a deterministic encoder only how many vary."""
+    scores: dict[str, Any] = {"active_dims": len(latents.live)}
+    for total, each, nats in (
+        ("kl_nats", "kl_per_dim", latents.kl),
+        ("information_sum_nats", "information_per_dim", latents.information),
+    ):
+        scores |= {total: None, each: None} if nats is None else {total: float(nats.sum()), each: nats.tolist()}
+    return scores
 
 
 def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int = 1) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
         ("latent quality, AUROC", of("latent_quality"), 3),
         ("total correlation, nats", of("total_correlation"), 2),
         ("live dimensions", of("active_dims"), 1),
+        ("information, sum over dimensions, nats", of("information_sum_nats"), 2),
         ("KL, nats", of("kl_nats"), 2),
         ("diffusion term, nats", of("diffusion_nats"), 1),
         ("endpoint at logsnr_min, nats", of("prior_nats"), 2),
@@ -135,14 +136,30 @@ def _baselines(runs: Sequence[Evaluated]) -> dict[str, tuple[str, list[Evaluated
 def _axes_table(run: Evaluated) -> str:
     """Of a run with rates and noise levels: its live axes, the most informative first."""
     scores = run.scores
-    if not scores.get("kl_per_dim") or "calibration_std" not in scores:
+    if not scores.get("information_per_dim") or "calibration_std" not in scores:
         return ""
     rows = []
-    for d in live_dims(scores["kl_per_dim"]):
+    information = scores["information_per_dim"]
+    for d in live_dims(information):
         spreads = scores["calibration_std"][d]
-        numbers = (scores["kl_per_dim"][d], scores["one_nat_logsnr"][d], scores["characteristic_logsnr"][d], min(spreads), max(spreads))
+        numbers = (
+            information[d],
+            scores["kl_per_dim"][d],
+            scores["one_nat_logsnr"][d],
+            scores["characteristic_logsnr"][d],
+            min(spreads),
+            max(spreads),
+        )
         rows.append([f"z{d}", *("" if number is None else f"{number:.2f}" for number in numbers)])
-    header = ["axis", "KL, nats", "logsnr at one nat", "logsnr at half its information", "least spread of errors", "largest"]
+    header = [
+        "axis",
+        "information, nats",
+        "KL, nats",
+        "logsnr at one nat",
+        "logsnr at half its information",
+        "least spread of errors",
+        "largest",
+    ]
     return f"{run.config.name}: live axes. Spread of errors over noise levels: 1 is calibrated.\n\n{markdown(header, rows)}" if rows else ""
 
 

@@ -35,7 +35,7 @@ from .. import ops
 from ..methods.latent_model import LatentModel
 from ..metrics.bound import Images
 from ..metrics.checks import as_table
-from ..metrics.latents import LIVE_RULE, kl_per_dim, live_dims
+from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims
 from ..metrics.scale_profile import as_levels, half_point
 from ..schedule import Schedule, alpha_sigma
 from .axes import Axes
@@ -377,9 +377,9 @@ def discover(
     if encoded < count:
         raise ValueError(f"encoded: expected at least count = {count} images, found {encoded}")
     mu, var = _means(model, images, encoded, batch_size)
-    live = np.sort(live_dims(kl_per_dim(mu, var)))
+    live = np.sort(live_dims(information_per_dim(mu, var)))
     if not live.size:
-        raise ValueError(f"model: expected a latent dimension with a {LIVE_RULE}, found none")
+        raise ValueError(f"model: expected a latent dimension with {LIVE_RULE}, found none")
     if count <= len(live):
         raise ValueError(f"count: expected more images than the {len(live)} live dimensions, found {count}")
     total = _covariance(mu[:, live])

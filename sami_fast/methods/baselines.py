@@ -6,6 +6,7 @@ Their losses are in nats per image, as the step's (step.py); guidance, free bits
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -14,8 +15,8 @@ from ..step import Draw, unguided_error
 from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
 
 COLLAPSED = (
-    "The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all), so there is nothing to "
-    "traverse, and all reconstructions below are the same but for chance. A lower kl_weight usually helps."
+    "The posterior has collapsed: none of the {latents} latents carries information ({information:.3f} nats in all, at a cost of "
+    "{kl:.3f}), so there is nothing to traverse, and all reconstructions below are the same but for chance. A lower kl_weight often helps."
 )
 
 
@@ -30,7 +31,7 @@ class Baseline(LatentModel):
             eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu.shape[1]).to(mu.dtype)
             z, kl = ops.gaussian_reparameterize(mu, var, eps_z), ops.gaussian_kl(mu, var)
         error = self.error(x_0, z, draw, parts)
-        return error.mean() + kl_weight * kl.mean(0).sum(), (error.detach(),), kl.detach()
+        return error.mean() + kl_weight * kl.mean(0).sum(), (error.detach(),), torch.stack((kl, mu, var)).detach()
 
     def error(self, x_0: Tensor, z: Tensor, draw: Draw, parts: Parts) -> Tensor:
         """The loss of each image without its KL, nats. [B, C, H, W], [B, Z] -> [B]."""

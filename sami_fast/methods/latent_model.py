@@ -40,7 +40,7 @@ class Prose:
     """What a report says of a method, for readers who know none; `{...}` is filled in by the report."""
 
     summary: str  # what the method is; {price}: what its latents cost
-    collapsed: str  # no latent carries anything; {latents} of them, {kl} nats
+    collapsed: str  # no latent carries anything; {latents} of them, {information} and {kl} nats
     reconstructions: str  # {steps} of the reverse process
     samples: str  # {source}: where their latents come from
     training: str  # the curves of the terms; {left}, {cost}: where they stand, what the latents cost
@@ -69,8 +69,8 @@ class Parts:
 
 
 StepLoss = tuple[Tensor, tuple[Tensor, ...], Tensor]
-"""Of one batch: the loss, a mean over images in nats; without gradient, the terms that `LatentModel.terms` names, [B] each, and the KL per
-latent dimension, [B, Z], or zeros [1, Z] where nothing was encoded."""
+"""Of one batch: the loss, a mean over images in nats; without gradient, the terms that `LatentModel.terms` names, [B] each, and of each
+latent dimension the KL in nats, mu and var, stacked, [3, B, Z]; where nothing was encoded those of the prior, [3, 1, Z]."""
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class Sami(LatentModel):
         summary="SAMI is an autoencoder without a decoder. An encoder turns an image into a few numbers, the latents. To get an image "
         "back, an ordinary diffusion model removes noise step by step while the encoder steers it, towards images that the encoder would "
         "give the wanted latents. Both networks learn together, without labels, and every latent has to be worth the information it costs.",
-        collapsed="The posterior has collapsed: none of the {latents} latents carries information ({kl:.3f} nats in all). The diffusion "
-        "model works without them, so there is nothing to traverse, and the reconstructions below are mere samples. A lower "
-        "kl_weight.start, a longer train.denoiser_warmup or objective.free_bits above 0 usually helps.",
+        collapsed="The posterior has collapsed: none of the {latents} latents carries information ({information:.3f} nats in all, at a "
+        "cost of {kl:.3f}). The diffusion model works without them, so there is nothing to traverse, and the reconstructions below are "
+        "mere samples. A lower kl_weight.start, a longer train.denoiser_warmup or objective.free_bits above 0 usually helps.",
         reconstructions="Above, images that the scores are measured on; below, what {steps} guided denoising steps make of fresh noise "
         "when all they know of the image is its latents.",
         samples="Above, images of the data. Middle, new images: latents drawn from the prior, the distribution that training pulls them "
@@ -67,7 +67,8 @@ class Sami(LatentModel):
         denoiser, objective = parts.denoiser, parts.objective
         if phase == "denoiser":
             loss, unguided = denoising_step(denoiser, self.schedule, x_0, draw, objective, store_eps=parts.store_eps)
-            return loss + _nothing(*self.encoder(x_0[:1])), (unguided, unguided), x_0.new_zeros(1, self.latent_size)
+            nothing = x_0.new_zeros(1, self.latent_size)
+            return loss + _nothing(*self.encoder(x_0[:1])), (unguided, unguided), torch.stack((nothing, nothing, nothing + 1))
         loss, terms = training_step(
             self.encoder,
             denoiser if phase == "both" else torch.no_grad()(denoiser),
@@ -85,7 +86,7 @@ class Sami(LatentModel):
         if phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser.")):
             # The denoiser waits for its turn; one that stays frozen has no gradients at all.
             loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
-        return loss, (terms.unguided, terms.diffusion), terms.kl
+        return loss, (terms.unguided, terms.diffusion), torch.stack((terms.kl, terms.mu, terms.var))
 
     def predict_eps(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """Guided noise estimate eps_theta(x_t, t) - scale sigma_t grad log q(z|x_t).

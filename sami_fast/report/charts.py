@@ -61,10 +61,11 @@ def tidy(axes: Axes, title: str, ylabel: str) -> None:
 
 
 def training_curves(run: Run, latents: Latents) -> Figure:
-    """The terms of the loss over the steps and, of an encoder with a rate, the KL of every latent dimension and beta.
+    """The terms of the loss over the steps and, of an encoder with a rate, the information in every latent dimension and beta.
 
     Args:
-        run: Whose log is drawn; the KL is not shown before the encoder starts to learn.
+        run: Whose log is drawn; the KL and the information are not shown before the encoder starts to learn. A log that was written before
+            there was information in it shows the KL of every dimension in its place.
         latents: At the end; the live dimensions get colours.
     """
     log, first_joint_step = run.log, run.config.first_joint_step
@@ -102,18 +103,19 @@ def training_curves(run: Run, latents: Latents) -> Figure:
 
 
 def _rates(axes: Axes, rows: Sequence[dict[str, Any]], steps: Sequence[int], live: np.ndarray) -> None:
+    measure = "information" if all("information_per_dim" in row for row in rows) else "kl"
     if rows:
-        kl = np.array([row["kl_per_dim"] for row in rows]).clip(min=1e-4)  # [rows, Z]; a log axis has no 0
-        dead = [d for d in range(kl.shape[1]) if d not in live]
+        nats = np.array([row[f"{measure}_per_dim"] for row in rows]).clip(min=1e-4)  # [rows, Z]; a log axis has no 0
+        dead = [d for d in range(nats.shape[1]) if d not in live]
         for place, d in enumerate(dead):
-            axes.plot(steps, kl[:, d], color=FAINT, linewidth=0.9, label="dead" if place == 0 else None)
+            axes.plot(steps, nats[:, d], color=FAINT, linewidth=0.9, label="dead" if place == 0 else None)
         for rank, d in enumerate(live):
-            axes.plot(steps, kl[:, d], label=f"z{d}" if rank < LEGEND_ENTRIES else None, **line(rank))
+            axes.plot(steps, nats[:, d], label=f"z{d}" if rank < LEGEND_ENTRIES else None, **line(rank))
         axes.legend(fontsize=8, ncols=2, loc="lower right", framealpha=0.85, edgecolor="none")
     axes.axhline(LIVE_NATS, color=INK, linewidth=0.8, linestyle=DASHED)
     axes.text(0.01, LIVE_NATS * 1.1, f"live above {LIVE_NATS:g}", transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
     axes.set_yscale("log")
-    tidy(axes, "KL of each latent dimension", "nats")
+    tidy(axes, f"{'Information in' if measure == 'information' else 'KL of'} each latent dimension", "nats")
 
 
 def correlations(latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:

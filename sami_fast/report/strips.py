@@ -155,7 +155,8 @@ def _traversed(
 def traversals(run: Run, latents: Latents) -> Figure:
     """One strip per live latent, most informative first: its value moves, everything else and the noise stay. Needs a live latent."""
     live = latents.live[:MAX_AXES].tolist()
-    labels = [f"z{axis}" if latents.kl is None else f"z{axis} · {latents.kl[axis]:.1f} nats" for axis in live]
+    nats = latents.information
+    labels = [f"z{axis}" if nats is None else f"z{axis} · {nats[axis]:.1f} nats" for axis in live]
     rows = [(axis, label, colour(rank)) for rank, (axis, label) in enumerate(zip(live, labels, strict=True))]
     return _traversed(run, latents, rows, latents.z, latents.z)
 
