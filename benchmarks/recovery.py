@@ -116,12 +116,13 @@ def seeds_table(rows: list[Row]) -> str:
         "passes": (lambda row: _yes(row["passes"]), ""),
         "minutes": (lambda row: row["wall_seconds"] / 60, ".1f"),
     }
+    rule = "information" if "information_per_dim" in first else "KL"  # rows of before 2026-11-29 count by KL
     lines = [
         f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread per run, "
         f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
         "",
         f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
-        "exactly as many live dimensions (KL > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
+        f"exactly as many live dimensions ({rule} > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
     ]
     if "pixel_energy" in first:
         energies = (f"{factor} {mean(row['pixel_energy'][factor] for row in rows):.1f}" for factor in factors)

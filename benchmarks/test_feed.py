@@ -282,7 +282,7 @@ def test_a_step_hardly_waits(kind, tmp_path, capsys):
     waited, begin = feed.waited, time.perf_counter()
     for step in range(1, steps + 1):
         x_0, place = feed.micro_batch(step, 0)
-        loss, _ = module(x_0, Draw(config.seed, step, place, config.train.batch_size), 0.1, True)
+        loss, _ = module(x_0, Draw(config.seed, step, place, config.train.batch_size), 0.1, "both")
         loss.backward()
         module.zero_grad()
     share = (feed.waited - waited) / (time.perf_counter() - begin)
