@@ -372,7 +372,7 @@ def test_misuse_of_covariances():
 
 def test_nothing_to_discover():
     collapsed = Sami(lambda x: (0 * x.flatten(1), 0 * x.flatten(1) + 1), PLAIN.denoiser, PLAIN.schedule)
-    with pytest.raises(ValueError, match=r"expected a latent dimension with a mean KL above 0.05 nats, found none"):
+    with pytest.raises(ValueError, match=r"expected a latent dimension with information above 0.05 nats, found none"):
         discover(collapsed, PLAIN.images, 10)
     with pytest.raises(ValueError, match="count: expected more images than the 4 live dimensions, found 4"):
         discover(PLAIN.sami, PLAIN.images, 4)

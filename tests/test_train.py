@@ -27,6 +27,8 @@ from sami_fast.engine.run_folder import RunFolder
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
+from sami_fast.metrics.latents import information_per_dim, kl_per_dim
+from sami_fast.step import Draw
 from sami_fast.train import Trainer, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +80,7 @@ def test_run_folder_holds_what_the_docs_say(finished):
     assert {frozenset(row) for row in made_up} == {frozenset(row) for row in written}  # the report's tests read such rows
     assert log[3]["kl_nats"] == 0
     assert log[-1]["kl_nats"] == pytest.approx(sum(log[-1]["kl_per_dim"]))
+    assert log[-1]["information_sum_nats"] == pytest.approx(sum(log[-1]["information_per_dim"]))
     assert log[-1]["loss_nats"] == pytest.approx(log[-1]["diffusion_nats"] + log[-1]["kl_weight"] * log[-1]["kl_nats"], rel=1e-5)
 
 
@@ -109,6 +112,26 @@ def test_denoiser_warmup_leaves_the_encoder_alone(tmp_path):
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all(name.startswith("denoiser.") for name in moved)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("method", ["sami", "beta_vae"])
+def test_the_information_in_the_log_is_that_of_the_whole_batch(tmp_path, method, micro_batches):
+    """The parts of a batch are put together before a variance is taken, so that the number of micro-batches and ranks does not show."""
+    config = tiny(tmp_path, f"method={method}", f"engine.gradient_accumulation={micro_batches}")
+    trainer = Trainer(config, resume=False, overwrite=False)
+    with torch.no_grad():
+        trainer.model.encoder.mu.bias += 3.0  # costs, and tells nothing
+        seen = torch.cat([trainer.feed.micro_batch(7, micro)[0] for micro in range(micro_batches)])
+        mu, var = (head.numpy() for head in trainer.model.encoder(seen))
+    trainer.step = 7
+    values = trainer.engine.update(7, lambda micro: trainer._losses(micro, 0.1, "both")).read()
+    np.testing.assert_allclose(trainer._information(values), information_per_dim(mu, var), rtol=1e-4)
+    np.testing.assert_allclose(trainer._parts(values)[2], kl_per_dim(mu, var), rtol=1e-4)
+    assert sum(trainer._information(values)) < 1 < sum(trainer._parts(values)[2])
+    for phase in ("denoiser",) if method == "sami" else ():  # nothing is encoded yet
+        waiting = trainer.module(seen, Draw(0, 7, torch.arange(len(seen)), len(seen)), 0.0, phase)[1].tolist()
+        assert trainer._information(waiting) == trainer._parts(waiting)[2] == [0.0] * trainer.model.latent_size
 
 
 # ---- variants
