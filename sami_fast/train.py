@@ -258,6 +258,7 @@ class Trainer:
         """Of one step's batch, per latent dimension, nats (`metrics.latents.information_per_dim`)."""
         if self.model.deterministic:  # without noise it has no bound
             return [0.0] * self.model.latent_size
+        # They stand last. A checkpoint of before 2026-11-29 has a step without them, of which nobody asks this.
         mean, var, mean_square = np.split(np.array(values[-3 * self.model.latent_size :]), 3)
         return gaussian_information((mean_square - mean**2).clip(min=0.0), var).tolist()
 
@@ -266,7 +267,7 @@ class Trainer:
         self._require_finite(self.step - 1, values)
         loss, terms, kl_per_dim = self._parts(values)
         information = self._information(values)
-        kl, live = sum(kl_per_dim), len(live_dims(information))
+        kl, told, live = sum(kl_per_dim), sum(information), len(live_dims(information))
         config, joint_done = self.config, self.step - self.config.first_joint_step
         row = {
             "step": self.step,
@@ -274,7 +275,7 @@ class Trainer:
             "loss_nats": loss,
             **terms,
             "kl_nats": kl,
-            "information_sum_nats": sum(information),
+            "information_sum_nats": told,
             "kl_weight": kl_weight,
             "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
             "images_per_second": rate,
@@ -287,7 +288,7 @@ class Trainer:
         left = int((config.train.steps - self.step) * config.train.batch_size / rate)
         waits = f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         state = (
-            f"KL {kl:.2f} nats, information {sum(information):.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
+            f"KL {kl:.2f} nats, information {told:.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
             if joint_done > 0
             else "denoiser warm-up"
         )
@@ -296,10 +297,10 @@ class Trainer:
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
         if self.model.deterministic or self.warned:
             return
-        if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and sum(information) < COLLAPSED_NATS:
+        if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
             self.warned = True
             self.say(
-                f"warning: the posterior has collapsed ({sum(information):.3f} nats of information), the latents carry nothing; "
+                f"warning: the posterior has collapsed ({told:.3f} nats of information), the latents carry nothing; "
                 "lower kl_weight.start or set objective.free_bits"
             )
 

@@ -69,14 +69,17 @@ class Launchers:
     Attributes:
         op: Name of the op, for messages and for `sami-fast env`.
         backends: Those that have the op.
+        absent: By backend that lacks the op, a reason for messages.
         backend: Whose launchers the attributes are.
     """
 
     op: ClassVar[str]
     backends: ClassVar[tuple[str, ...]] = BACKENDS
+    absent: ClassVar[dict[str, str]]
 
     def __init_subclass__(cls) -> None:
         OPS[cls.op] = cls.backends
+        cls.absent = {name: "it does not have this op" for name in BACKENDS if name not in cls.backends}
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -89,8 +92,7 @@ class Launchers:
     @classmethod
     def choose(cls, backend: str | None, like: Tensor) -> str:
         """The backend of a call, see `backend.choose`."""
-        absent = {name: "it does not have this op" for name in BACKENDS if name not in cls.backends}
-        return choose(cls.op, backend, like, absent | cls.limits(like))
+        return choose(cls.op, backend, like, cls.absent | cls.limits(like))
 
     @classmethod
     def in_force(cls, like: Tensor) -> Self:
