@@ -257,7 +257,7 @@ class Engine:
 
     def not_finite(self) -> str | None:
         """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
-        bad = next((name for name, p in self.parameters.items() if not shards.local(p).isfinite().all()), None)
+        bad = next((name for name, p in self.parameters.items() if not shards.local_values(p).isfinite().all()), None)
         return next(filter(None, self._gathered(bad)), None)
 
     def weights(self) -> dict[str, Tensor]:

@@ -32,6 +32,14 @@ def local(parameter: nn.Parameter) -> Tensor:
     return parameter.ds_tensor if is_partitioned(parameter) else parameter
 
 
+def local_values(parameter: nn.Parameter) -> Tensor:
+    """What this rank keeps of a weight, without padding, which nobody has written: it may hold anything, NaN too. Empty if it is all padding."""
+    if not is_partitioned(parameter):
+        return parameter
+    size = parameter.ds_tensor.numel()
+    return parameter.ds_tensor[: max(0, parameter.ds_numel - size * torch.distributed.get_rank())]
+
+
 def whole(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """A tensor of the parameter's shape, put together from the parts of all ranks. Every rank has to call it, with its part."""
     if not is_partitioned(parameter):
