@@ -16,7 +16,7 @@ class Capabilities:
 
 
 CAPABILITIES = {
-    "sami": Capabilities(modes=("joint", "frozen", "finetune"), warmup=True, max_zero_stage=3, compile=True),
+    "sami": Capabilities(modes=("joint", "denoiser", "frozen", "finetune", "staged"), warmup=True, max_zero_stage=3, compile=True),
     "beta_vae": Capabilities(recompute=False),
     "diffae": Capabilities(),
 }

@@ -13,6 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeGuard, get_args
 
 import yaml
@@ -53,6 +54,8 @@ PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(
 ANYTHING: Check = ("anything", lambda value: True)
 STAGE: Check = ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))
 COMPILE = ("none", "denoiser", "step")
+MODES = ("joint", "denoiser", "frozen", "finetune", "staged")
+AUTO = "auto"  # how a setting that is None for now is written
 
 
 def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") -> Any:
@@ -75,7 +78,7 @@ class Section:
                 continue
             value = getattr(self, item.name)
             expected, passes = item.metadata["check"]
-            if not passes(value):
+            if value is not None and not passes(value):
                 raise UserError(f"{self.key(item.name)}: expected {expected}, found {value!r}")
 
     def key(self, name: str) -> str:
@@ -203,16 +206,20 @@ class DenoiserConfig(Section):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Section):
+    """`logsnr_min` is None, written `auto`, until the data have been seen (data/spectrum.py)."""
+
     section = "schedule"
     kind: str = setting(
         "uniform_logsnr", "noise levels over t; discrete: a pretrained denoiser's timesteps, none between", one_of(*SCHEDULE_KINDS)
     )
-    logsnr_min: float = setting(-7.0, "noisiest level, ln(alpha^2 / sigma^2)", number(-30, 30))
+    logsnr_min: float | None = setting(
+        -7.0, "noisiest level, ln(alpha^2 / sigma^2); auto: where the data's strongest component drowns in the noise", number(-30, 30)
+    )
     logsnr_max: float = setting(5.0, "cleanest level, ln(alpha^2 / sigma^2)", number(-30, 30))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.logsnr_min < self.logsnr_max:
+        if self.logsnr_min is not None and not self.logsnr_min < self.logsnr_max:
             raise UserError(f"schedule.logsnr_min: expected less than logsnr_max = {self.logsnr_max:g}, found {self.logsnr_min:g}")
 
 
@@ -229,14 +236,18 @@ class ObjectiveConfig(Section):
 @dataclass(frozen=True)
 class KLWeightConfig(Section):
     section = "kl_weight"
-    kind: str = setting("exponential", "course of beta", one_of("constant", "linear", "exponential", "controller"))
-    start: float = setting(0.25, "beta at the first joint step; 1 is the bound", number(0))
-    end: float = setting(0.08, "beta at the end of its course", number(0))
+    kind: str = setting("exponential", "course of beta", one_of("constant", "linear", "exponential", "controller", "auto"))
+    start: float = setting(0.25, "beta at the first joint step, but of auto; 1 is the bound", number(0))
+    end: float = setting(0.08, "linear, exponential: beta at the end of its course; auto: beta of the validation loss", number(0))
     fraction: float = setting(0.8, "share of the joint steps that the course takes", number(0, 1, open_low=True))
     target: float = setting(0.0, "controller: KL to hold", number(0), "nats per image")
     gain: float = setting(0.002, "controller: change of ln beta per step at 100 % error", number(0, 1))
-    low: float = setting(1e-3, "controller: smallest beta", number(0, open_low=True))
-    high: float = setting(1.0, "controller: largest beta", number(0, open_low=True))
+    low: float = setting(1e-3, "controller, auto: smallest beta", number(0, open_low=True))
+    high: float = setting(1.0, "controller: largest beta; auto: the first", number(0, open_low=True))
+    search: float = setting(
+        0.04, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
+    )
+    depth: float = setting(4.0, "auto: beta at which the first latent came alive, over beta at the end", number(1, 1e6))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,15 +280,19 @@ class OptimizerConfig(Section):
 @dataclass(frozen=True)
 class TrainConfig(Section):
     section = "train"
-    steps: int = setting(3000, "optimiser steps", number(1))
+    steps: int = setting(3000, "optimiser steps; staged: those in which the encoder learns", number(1))
     batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
     mode: str = setting(
         "joint",
-        "joint trains both networks, frozen the encoder alone beside denoiser.pretrained, finetune that encoder and then both",
-        one_of("joint", "frozen", "finetune"),
+        "joint trains both networks, denoiser that one alone, frozen the encoder alone beside denoiser.pretrained, finetune that encoder "
+        "and then both; staged: denoiser, then finetune beside it, in one command",
+        one_of(*MODES),
+    )
+    denoiser_steps: int = setting(
+        1500, "staged: steps of the denoiser alone, before; a finished one is used again by runs that need the same", number(1)
     )
     denoiser_warmup: float = setting(1 / 6, "joint: share of steps in which the denoiser learns alone, unguided", number(0, 0.99))
-    encoder_warmup: float = setting(0.5, "finetune: share of steps in which the encoder learns alone", number(0, 0.99))
+    encoder_warmup: float = setting(0.5, "finetune, staged: share of steps in which the encoder learns alone; 1 is all", number(0, 1))
 
 
 @dataclass(frozen=True)
@@ -379,11 +394,12 @@ class Config(Section):
         mode, pretrained = self.train.mode, self.denoiser.pretrained
         if mode not in self.capabilities.modes:
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
-        if (mode == "joint") == bool(pretrained):
-            raise UserError("denoiser.pretrained: train.mode frozen and finetune need it, and train.mode joint has no use for it")
-        for key, value, special in (("encoder.start", self.encoder.start, "denoiser"), ("schedule.kind", self.schedule.kind, "discrete")):
-            if value == special and not pretrained:
-                raise UserError(f"{key}: {special} needs denoiser.pretrained")
+        if (mode in ("frozen", "finetune")) != bool(pretrained):
+            raise UserError(f"denoiser.pretrained: train.mode frozen and finetune need it, and train.mode {mode} has no use for it")
+        if self.encoder.start == "denoiser" and not pretrained and mode != "staged":
+            raise UserError("encoder.start: denoiser needs denoiser.pretrained, or train.mode staged")
+        if self.schedule.kind == "discrete" and not pretrained:
+            raise UserError("schedule.kind: discrete needs denoiser.pretrained")
         if self.encoder.start == "denoiser" and self.engine.score not in ("auto", "reverse"):
             raise UserError(f"engine.score: expected auto or reverse with encoder.start denoiser, found {self.engine.score}")
 
@@ -423,7 +439,11 @@ class Config(Section):
 
     @property
     def first_joint_step(self) -> int:
-        """The step from which the encoder learns: from the first, unless the denoiser has to learn to denoise before it."""
+        """The step from which the encoder learns: from the first, unless the denoiser has to learn to denoise before it.
+
+        The number of steps where it never does. A staged run counts its steps from the first in which the encoder learns."""
+        if self.train.mode == "denoiser":
+            return self.train.steps
         if not self.capabilities.warmup or self.train.mode != "joint":
             return 0
         return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1)
@@ -431,8 +451,14 @@ class Config(Section):
     @property
     def first_denoiser_step(self) -> int:
         """The step from which the network beside the encoder learns; the number of steps where it never does."""
-        first = {"joint": 0, "frozen": self.train.steps, "finetune": round(self.train.encoder_warmup * self.train.steps)}
-        return first[self.train.mode]
+        train = self.train
+        first = {"frozen": train.steps} | dict.fromkeys(("finetune", "staged"), round(train.encoder_warmup * train.steps))
+        return first.get(train.mode, 0)
+
+    @property
+    def first_network(self) -> str:
+        """The network that learns from the first step on."""
+        return "denoiser" if self.phase(0) == "denoiser" or self.train.mode == "joint" else "encoder"
 
     def phase(self, step: int) -> str:
         """Who learns in a step: "denoiser", "encoder" or "both". The network beside a baseline's encoder counts as a denoiser."""
@@ -589,7 +615,11 @@ def _meaning(text: Any) -> Any:
 
 
 def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
-    """A value in the type of its setting: bool, int, float, str or a list of one of them."""
+    """A value in the type of its setting: bool, int, float, str, a list of one of them, or None for `auto` where the setting has that."""
+    if isinstance(kind, UnionType):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+        if value == AUTO:
+            return None
     if inner := get_args(kind):
         if not isinstance(value, list):
             raise UserError(f"{key}: expected a list, found {_meaning(value)!r} ({origin})")
@@ -607,14 +637,18 @@ def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `load_config` reads back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_with_auto(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _with_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: _with_auto(value) if isinstance(value, dict) else AUTO if value is None else value for key, value in settings.items()}
 
 
 def settings_table() -> str:
     """Every setting with default, meaning and unit, one per line."""
     lines = []
     for key, item in setting_keys().items():
-        default = item.default_factory() if callable(item.default_factory) else item.default
+        default = item.default_factory() if callable(item.default_factory) else AUTO if item.default is None else item.default
         expected = "" if item.metadata["check"] is ANYTHING else f" ({item.metadata['check'][0]})"
         unit = f", in {item.metadata['unit']}" if item.metadata["unit"] else ""
         lines.append(f"{key}={default}\n    {item.metadata['help']}{unit}{expected}")

@@ -1,7 +1,11 @@
-"""beta over the joint steps: a fixed course, or a controller that holds the KL at a target."""
+"""beta over the joint steps: a fixed course, a controller that holds the KL, or a course that begins where latents come alive."""
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+ALIVE_NATS = 0.2  # smoothed information of batches at which a latent has come alive beyond doubt
+SMOOTHING = 0.95  # decay per step of that average
 
 
 class KLWeightSettings(Protocol):
@@ -13,6 +17,8 @@ class KLWeightSettings(Protocol):
     gain: float
     low: float
     high: float
+    search: float
+    depth: float
 
 
 class KLWeight:
@@ -22,6 +28,11 @@ class KLWeight:
     linear:      from start to end over the first `fraction` of the joint steps, then end
     exponential: the same, geometrically
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
+    auto:        halves every `search` of the joint steps from high on, until a latent comes alive; from there on geometrically down to a
+                 `depth`-th of that, at `fraction` of the joint steps
+
+    Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
+    them come alive together, which leaves the axes tilted. The highest beta at which the first comes alive depends on the data, hence auto.
 
     Args:
         settings: The `kl_weight` section of a config.
@@ -30,7 +41,9 @@ class KLWeight:
 
     def __init__(self, settings: KLWeightSettings, joint_steps: int) -> None:
         self.settings, self.joint_steps = settings, joint_steps
-        self.controlled = settings.start
+        self.controlled = settings.start  # what the controller has come to
+        self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
+        self.found: tuple[int, float] | None = None  # auto: joint step and beta at which the first latent came alive
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
@@ -39,19 +52,52 @@ class KLWeight:
             return self.controlled
         if s.kind == "constant":
             return s.start
+        if s.kind == "auto":
+            return self._searched(joint_step)
         progress = min(1.0, joint_step / max(1.0, s.fraction * self.joint_steps))
         if s.kind == "linear":
             return s.start + (s.end - s.start) * progress
         return s.start * (s.end / s.start) ** progress
 
-    def observe(self, kl: float) -> None:
-        """Tell the controller the batch's KL in nats per image, once per joint step."""
+    def _searched(self, joint_step: int) -> float:
+        s = self.settings
+        if self.found is None:
+            return max(s.low, s.high * 0.5 ** (joint_step / max(1.0, s.search * self.joint_steps)))
+        first, beta = self.found
+        progress = min(1.0, (joint_step - first) / max(1.0, s.fraction * self.joint_steps - first))
+        return max(s.low, beta * s.depth**-progress)
+
+    def observe(self, joint_step: int, kl: float, information: Sequence[float]) -> None:
+        """Tell what a joint step measured on its batch, once and in order.
+
+        Args:
+            joint_step: Counted from 0.
+            kl: Nats per image.
+            information: Per latent dimension, nats; as `metrics.latents.gaussian_information`.
+        """
         s = self.settings
         if s.kind == "controller":
             error = max(-1.0, min(1.0, (kl - s.target) / s.target))
             self.controlled = min(s.high, max(s.low, self.controlled * math.exp(s.gain * error)))
+        if s.kind == "auto" and self.found is None:
+            before = self.information or [0.0] * len(information)
+            self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
+            if max(self.information) > ALIVE_NATS:
+                self.found = joint_step, self(joint_step)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs; what JSON can hold."""
+        return {"controlled": self.controlled, "information": self.information, "found": self.found}
+
+    def restore(self, state: dict[str, Any] | float) -> None:
+        """Go on from a `state`; checkpoints of before 2026-11-29 hold the controller's alone."""
+        if not isinstance(state, dict):
+            state = {"controlled": state, "information": [], "found": None}
+        self.controlled, self.information = state["controlled"], state["information"]
+        self.found = tuple(state["found"]) if state["found"] else None
 
     @property
     def reference(self) -> float:
         """One weight that makes validation losses of different steps comparable: where a course ends; else where it starts."""
-        return self.settings.end if self.settings.kind in ("linear", "exponential") else self.settings.start
+        return self.settings.end if self.settings.kind in ("linear", "exponential", "auto") else self.settings.start

@@ -16,17 +16,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sami_fast import ops
+from sami_fast import ops, stages
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
-from sami_fast.data import Dataset, Feed, open_dataset
+from sami_fast.data import Feed, open_dataset
 from sami_fast.engine import checkpoints
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
@@ -35,7 +34,7 @@ from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
-from sami_fast.methods.build import build_model, fingerprint_of, with_images_of_denoiser
+from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import LatentModel
 from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.schedule import Discrete
@@ -72,49 +71,23 @@ class TrainingModule(nn.Module):
         return loss / x_0[0].numel(), torch.cat((measured, codes.mean(1).flatten(), codes[1].square().mean(0)))
 
 
-def _difference(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two nested dicts differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{prefix[:-1]} ({old!r} there, {new!r} here)"]
-    return [d for key in sorted({*old, *new}) for d in _difference(old.get(key), new.get(key), f"{prefix}{key}.")]
-
-
-def _lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[str, Any]:
-    """What a resumed run must share: the data, and all settings but where it writes, how often, and how the work is laid out.
-
-    Args:
-        denoiser: What the pretrained denoiser's weights were at the start, if there is one: its place may change, and what lies there.
-    """
-    settings = asdict(config)
-    for key in ("name", "runs_dir", "log", "checkpoint", "report"):
-        del settings[key]
-    settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
-    for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
-        del settings["data"][key]
-    settings["data"]["files"] = dataset.fingerprint
-    settings["denoiser"]["pretrained"] = denoiser
-    return settings
-
-
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        self.config = config = with_images_of_denoiser(config)
         self.rank, self.world_size, self.device = init_distributed()
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
-        if self.world_size > 1:  # one rank looks into new files, the others read what it found
-            on_chief(lambda: open_dataset(config.data, config.seed))
-        self.dataset = open_dataset(config.data, config.seed)
+        config, self.dataset = stages.with_data(config)
         self.validation = open_dataset(config.data, config.seed, split=1)
+        self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset))
         self.run_folder = RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
-        self.lasting = _lasting_settings(config, self.dataset, pretrained)
+        self.lasting = stages.lasting_settings(config, self.dataset, pretrained)
         optimizers = build_optimizers(self.model.networks, config, self.device)
         on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
@@ -143,7 +116,7 @@ class Trainer:
         on_chief(self._describe)
 
     def _describe(self) -> None:
-        self.run_folder.write("config.yaml", to_yaml(self.config))
+        self.run_folder.write("config.yaml", to_yaml(self.asked))
         self.run_folder.write("environment.json", json.dumps(describe(), indent=2))
 
     @property
@@ -165,15 +138,15 @@ class Trainer:
             return
         manifest = checkpoints.read_manifest(checkpoint)
         assert manifest is not None  # damaged checkpoints have just been set aside
-        changed = _difference(manifest["architecture"], self.model.architecture)
+        changed = stages.difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        changed = _difference(manifest["settings"], self.lasting)
+        changed = stages.difference(manifest["settings"], self.lasting)
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
         state = self.engine.load(checkpoint, manifest)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
-        self.kl_weight.controlled = state["kl_weight"]
+        self.kl_weight.restore(state["kl_weight"])
         step, measured = state["pending"]
         self.pending = (step, Measurement(torch.tensor(measured, dtype=torch.float64)))
         on_chief(lambda: self.run_folder.cut_log(self.step))
@@ -238,7 +211,8 @@ class Trainer:
         values = measured.read()
         self._require_finite(step, values)
         if step >= self.config.first_joint_step:
-            self.kl_weight.observe(sum(self._parts(values)[2]))
+            told = self._information(values) if self.kl_weight.settings.kind == "auto" else []
+            self.kl_weight.observe(step - self.config.first_joint_step, sum(self._parts(values)[2]), told)
         self.pending = None
 
     def _require_finite(self, step: int, values: list[float]) -> None:
@@ -277,7 +251,7 @@ class Trainer:
             "kl_nats": kl,
             "information_sum_nats": told,
             "kl_weight": kl_weight,
-            "learning_rate": self.engine.learning_rate("denoiser" if config.train.mode == "joint" else "encoder", self.step - 1),
+            "learning_rate": self.engine.learning_rate(config.first_network, self.step - 1),
             "images_per_second": rate,
             "data_wait": data_wait,  # share of the time in which the step waited for images
             "seconds": self.seconds,
@@ -290,7 +264,7 @@ class Trainer:
         state = (
             f"KL {kl:.2f} nats, information {told:.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
             if joint_done > 0
-            else "denoiser warm-up"
+            else "denoiser alone"
         )
         state = "deterministic encoder" if self.model.deterministic else state
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}{waits}"
@@ -318,7 +292,7 @@ class Trainer:
         state = {
             "seconds": self.seconds,
             "warned": self.warned,
-            "kl_weight": self.kl_weight.controlled,
+            "kl_weight": self.kl_weight.state,
             "pending": (step, measured.read()),
         }
         if self.chief:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
@@ -330,8 +304,9 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> float | None:
-        """Loss on held-out images with fixed noise and one fixed beta, nats per image; None before the encoder learns."""
-        if self.step <= self.config.first_joint_step:
+        """Loss on held-out images with fixed noise and one fixed beta, nats per image; None before the encoder learns, if it ever does."""
+        alone = self.config.train.mode == "denoiser"
+        if self.step <= self.config.first_joint_step and not alone:
             return None
         count = self.config.checkpoint.validation_images
         count = count if self.validation.size is None else min(count, self.validation.size)
@@ -339,7 +314,7 @@ class Trainer:
         for place in torch.arange(count).split(VALIDATION_BATCH):
             draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
             x_0 = self.validation.images(place).to(self.device)
-            loss, _ = self.module(x_0, draw, self.kl_weight.reference, "both", self.engine.denoiser)
+            loss, _ = self.module(x_0, draw, self.kl_weight.reference, "denoiser" if alone else "both", self.engine.denoiser)
             total += loss.item() * len(place)
         return total / count * math.prod(self.model.image_shape)
 
@@ -351,7 +326,28 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         UserError: something in the config, the data or the folder cannot work.
         NonFiniteError: a loss term became NaN or infinite.
     """
+    if config.train.mode == "staged":
+        _train_denoiser(config, resume=resume, overwrite=overwrite)
     return Trainer(config, resume=resume, overwrite=overwrite).run()
+
+
+def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """The first stage of a staged run, unless it has been done. What would stop the second is looked for first."""
+    init_distributed()
+    set_threads(config.engine.threads)
+    config, dataset = stages.with_data(config)
+    on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
+    if config.encoder.start == "fresh":
+        build_model(replace(config, train=replace(config.train, mode="joint")), dataset.image_shape)
+    first = stages.denoiser_stage(config, dataset)
+    on_chief(RunFolder(first.run_dir).wait)
+    finished = stages.is_finished(first.run_dir)
+    if torch.distributed.get_rank() == 0:
+        print(f"stage 1, the denoiser alone: {first.run_dir}{', done before' if finished else ''}", flush=True)
+    if not finished:
+        Trainer(first, resume=True, overwrite=False).run()
+    if torch.distributed.get_rank() == 0:
+        print("stage 2, the encoder beside it", flush=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -394,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0
         leave_distributed()
-        if chief and arguments.no_report:
+        if chief and (arguments.no_report or config.train.mode == "denoiser"):
             print(folder, flush=True)
         elif chief:
             from sami_fast.report import write_report

@@ -24,12 +24,11 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self._lock: TextIO | None = None
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder this process's own until `release` or the process's end, cleared of what a killed one left half-written.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may begin here.
 
         Raises:
-            UserError: it holds a run and neither resume nor overwrite is asked for, it is no run folder, or another process trains there.
-            OSError: the system refuses.
+            UserError: it holds a run and neither resume nor overwrite is asked for, or it is no run folder.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: expected a run folder, found a file; set name= or runs_dir=")
@@ -40,6 +39,15 @@ class RunFolder:
         if entries and not (entries & {"checkpoints", "environment.json"} and (resume or entries <= CONTENTS)):
             strange = ", ".join(sorted(entries - CONTENTS)[:1]) or "no run"
             raise UserError(f"{self.path}: expected a run folder, and this one holds {strange}; set name= or runs_dir=")
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder this process's own until `release` or the process's end, cleared of what a killed one left half-written.
+
+        Raises:
+            UserError: as `check`, or another process trains there.
+            OSError: the system refuses.
+        """
+        self.check(resume=resume, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
         try:
@@ -56,6 +64,17 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.path, self.checkpoints, self.path / "model", self.path / "report"):
             checkpoints.remove_partial(folder)
+
+    def wait(self) -> None:
+        """Wait until no other process trains here."""
+        if not (self.path / ".lock").exists():
+            return
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.path}: another process is training there; waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Let other processes have the folder."""

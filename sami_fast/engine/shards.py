@@ -33,7 +33,7 @@ def local(parameter: nn.Parameter) -> Tensor:
 
 
 def local_values(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a weight, without padding, which nobody has written: it may hold anything, NaN too. Empty if it is all padding."""
+    """What this rank keeps of a weight, without padding, which nobody has written and which may hold NaN. Empty where all is padding."""
     if not is_partitioned(parameter):
         return parameter
     size = parameter.ds_tensor.numel()

@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import UserError
 from ..pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
 from ..schedule import Discrete, Schedule, build_schedule
-from .latent_model import LatentModel
+from .latent_model import LatentModel, read_saved
 from .registry import METHODS
 from .sami import Sami
 
@@ -26,6 +26,14 @@ def with_images_of_denoiser(config: Config) -> Config:
         return config
     data = replace(config.data, channels=config.data.channels or shape[0], image_size=config.data.image_size or shape[1])
     return replace(config, data=data)
+
+
+def noise_levels_of_denoiser(config: Config) -> float | None:
+    """The noisiest level that the config's pretrained denoiser was trained at, if it is one of this package, with levels of its own."""
+    source = config.denoiser.pretrained
+    if not source or is_diffusers(source):
+        return None
+    return read_saved(source)[1]["schedule"].get("logsnr_min")
 
 
 def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
@@ -115,5 +123,5 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
         encoder = build_encoder(architecture["encoder"], denoiser)
     except ValueError as error:
         raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
-    denoiser.requires_grad_(config.train.mode == "finetune")
+    denoiser.requires_grad_(config.first_denoiser_step < config.train.steps)
     return method(encoder, denoiser, schedule, architecture)
