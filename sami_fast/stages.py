@@ -1,0 +1,93 @@
+"""Staged training: the denoiser alone, then the encoder beside it, then both, in one command.
+
+Most of a joint step goes to the denoiser, and an encoder that starts beside an untrained one learns to repair it. Alone, the denoiser needs
+first derivatives only; the encoder then learns beside a frozen one. The first stage is a run of its own, in a folder that is named after
+all that shapes it, so that runs which differ in the encoder's settings alone share it, and an interrupted one is taken up again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig
+from .data import Dataset, open_dataset
+from .data.spectrum import noisiest_level
+from .engine.processes import on_chief
+from .methods.build import noise_levels_of_denoiser, with_images_of_denoiser
+
+DENOISERS = "denoisers"  # folder of the first stages, beside the runs
+
+
+def with_data(config: Config) -> tuple[Config, Dataset]:
+    """Open the data to train on, and settle what the config leaves to them: their size, and the noisiest level. Every rank calls it.
+
+    Raises:
+        UserError: the data cannot be used.
+    """
+    config = with_images_of_denoiser(config)
+    if torch.distributed.get_world_size() > 1:  # one rank looks into new files, the others read what it found
+        on_chief(lambda: open_dataset(config.data, config.seed))
+    dataset = open_dataset(config.data, config.seed)
+    if config.schedule.logsnr_min is None:
+        level = [noise_levels_of_denoiser(config) or noisiest_level(dataset)]
+        torch.distributed.broadcast_object_list(level)  # the same on every rank, to the last bit
+        config = replace(config, schedule=replace(config.schedule, logsnr_min=level[0]))
+    return config, dataset
+
+
+def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[str, Any]:
+    """What a resumed run must share: the data, and all settings but where it writes, how often, and how the work is laid out.
+
+    Args:
+        denoiser: What the pretrained denoiser's weights were at the start, if there is one: its place may change, and what lies there.
+    """
+    settings = asdict(config)
+    for key in ("name", "runs_dir", "log", "checkpoint", "report"):
+        del settings[key]
+    settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
+    for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
+        del settings["data"][key]
+    settings["data"]["files"] = dataset.fingerprint
+    settings["denoiser"]["pretrained"] = denoiser
+    return settings
+
+
+def denoiser_stage(config: Config, dataset: Dataset) -> Config:
+    """The first stage of a staged run: all that shapes its denoiser, and nothing else. `config` as `with_data` gives it."""
+    train = TrainConfig(mode="denoiser", steps=config.train.denoiser_steps, batch_size=config.train.batch_size)
+    alone = replace(
+        config,
+        encoder=EncoderConfig(latent_size=1, channels=[8]),  # a run has one; this one never learns
+        kl_weight=KLWeightConfig(),
+        objective=replace(config.objective, free_bits=0.0, unconditional_weight=0.0),
+        optimizer=replace(config.optimizer, encoder_lr=0.0),
+        train=train,
+    )
+    settings = json.dumps(lasting_settings(alone, dataset, ""), sort_keys=True)
+    name = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has left a model."""
+    return (run_dir / "model" / "config.json").is_file()
+
+
+def beside_denoiser(config: Config, dataset: Dataset) -> Config:
+    """What follows the first stage of a staged run, as the finetune run that it is; other configs as they are."""
+    if config.train.mode != "staged":
+        return config
+    denoiser = replace(config.denoiser, pretrained=str(denoiser_stage(config, dataset).run_dir))
+    return replace(config, train=replace(config.train, mode="finetune"), denoiser=denoiser)
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> Sequence[str]:
+    """Dotted keys in which two nested dicts differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{prefix[:-1]} ({old!r} there, {new!r} here)"]
+    return [d for key in sorted({*old, *new}) for d in difference(old.get(key), new.get(key), f"{prefix}{key}.")]
