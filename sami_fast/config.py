@@ -292,6 +292,12 @@ class TrainConfig(Section):
         1500, "staged: steps of the denoiser alone, before; a finished one is used again by runs that need the same", number(1)
     )
     denoiser_warmup: float = setting(1 / 6, "joint: share of steps in which the denoiser learns alone, unguided", number(0, 0.99))
+    bank_steps: int = setting(
+        0,
+        "frozen, finetune, staged: steps of the encoder alone whose noisy images are shown again and again, so that the denoiser sees them "
+        "once; 2 bytes of memory per value; 0: all steps show new ones",
+        number(0),
+    )
     encoder_warmup: float = setting(0.5, "finetune, staged: share of steps in which the encoder learns alone; 1 is all", number(0, 1))
 
 
@@ -396,6 +402,8 @@ class Config(Section):
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
         if (mode in ("frozen", "finetune")) != bool(pretrained):
             raise UserError(f"denoiser.pretrained: train.mode frozen and finetune need it, and train.mode {mode} has no use for it")
+        if self.train.bank_steps and mode not in ("frozen", "finetune", "staged"):
+            raise UserError(f"train.bank_steps: needs a denoiser that stays as it is, which it does not in train.mode {mode}")
         if self.encoder.start == "denoiser" and not pretrained and mode != "staged":
             raise UserError("encoder.start: denoiser needs denoiser.pretrained, or train.mode staged")
         if self.schedule.kind == "discrete" and not pretrained:
@@ -422,6 +430,8 @@ class Config(Section):
         if engine.compile != "none" and (engine.zero_stage == 3 or engine.checkpoint_activations):
             other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
             raise UserError(f"engine.compile: expected none with engine.{other}, found {engine.compile}")
+        if engine.compile == "step" and self.train.bank_steps:
+            raise UserError("engine.compile: step computes the denoiser anew, expected none or denoiser with train.bank_steps")
         if engine.compile == "step":
             if not (dual and engine.store_eps):
                 raise UserError("engine.compile: step needs engine.score auto or dual, store_eps and encoder.start fresh")
@@ -459,6 +469,10 @@ class Config(Section):
     def first_network(self) -> str:
         """The network that learns from the first step on."""
         return "denoiser" if self.phase(0) == "denoiser" or self.train.mode == "joint" else "encoder"
+
+    def shown(self, step: int) -> int:
+        """The step whose images and noise a step shows: its own, or while outputs of a frozen denoiser are at hand an earlier one's."""
+        return step % self.train.bank_steps if self.train.bank_steps and self.phase(step) == "encoder" else step
 
     def phase(self, step: int) -> str:
         """Who learns in a step: "denoiser", "encoder" or "both". The network beside a baseline's encoder counts as a denoiser."""

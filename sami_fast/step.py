@@ -21,6 +21,7 @@ class Draw:
     step: int
     index: Tensor  # [B] int64, place of each image in the step's whole batch over ranks and micro-batches
     global_batch: int  # images in that whole batch
+    latent_step: int | None = None  # of the latents' noise, where a step shows the noisy images of another again
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def training_step(
 
     # z ~ q(z | x_0), one per image, shared by its K noise levels
     mu_0, var_0 = (encoder if clean_encoder is None else clean_encoder)(x_0)
-    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, mu_0.shape[1]).to(mu_0.dtype)
+    latent_step = draw.step if draw.latent_step is None else draw.latent_step
+    eps_z = ops.random_normal(draw.seed, latent_step, ops.Stream.EPS_Z, draw.index, mu_0.shape[1]).to(mu_0.dtype)
     z = ops.gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)
 
     # x_t = alpha_t x_0 + sigma_t eps

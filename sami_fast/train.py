@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sami_fast import ops, stages
+from sami_fast.bank import Bank
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Feed, open_dataset
 from sami_fast.engine import checkpoints
@@ -92,6 +93,8 @@ class Trainer:
         on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
         self.engine = Engine(self.module, self.model.networks, optimizers, config)
+        denoiser = self.engine.denoiser or self.module.parts[True].denoiser
+        self.bank = Bank(denoiser) if config.train.bank_steps else None
         self.feed = Feed(
             self.dataset,
             config.train.batch_size,
@@ -199,9 +202,13 @@ class Trainer:
         return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))
 
     def _losses(self, micro: int, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
-        x_0, place = self.feed.micro_batch(self.step, micro)
-        draw = Draw(self.config.seed, self.step, place, self.config.train.batch_size)
-        return self.engine.losses(x_0, draw, kl_weight, phase)
+        shown = self.config.shown(self.step)
+        x_0, place = self.feed.micro_batch(shown, micro)
+        draw = Draw(self.config.seed, shown, place, self.config.train.batch_size, self.step)
+        if self.bank is None or phase != "encoder":
+            return self.engine.losses(x_0, draw, kl_weight, phase)
+        self.bank.turn_to(shown, micro)
+        return self.engine.losses(x_0, draw, kl_weight, phase, self.bank)
 
     def _settle(self) -> None:
         """Look at the measurements of the step before: stop on bad numbers, steer the KL."""

@@ -180,9 +180,11 @@ class Engine:
         self._averaged_parts = [shards.local(p) for p in averaged.values()]
         self.averaged = {name: part.detach().clone() for name, part in zip(averaged, self._averaged_parts, strict=True)}
 
-    def losses(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """What the step returns for these arguments; `update` takes the gradients."""
-        return self._around_step(*arguments, denoiser=self.denoiser)
+    def losses(
+        self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the step returns for these arguments; `update` takes the gradients. `denoiser` takes the place of its own."""
+        return self._around_step(x_0, draw, kl_weight, phase, denoiser=denoiser or self.denoiser)
 
     def learning_rate(self, network: str, step: int) -> float:
         """Linear warm-up from the network's first training step, and one cosine over the whole run."""
