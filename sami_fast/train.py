@@ -345,7 +345,7 @@ def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
     config, dataset = stages.with_data(config)
     on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
     if config.encoder.start == "fresh":
-        build_model(replace(config, train=replace(config.train, mode="joint")), dataset.image_shape)
+        build_model(config, dataset.image_shape)
     first = stages.denoiser_stage(config, dataset)
     on_chief(RunFolder(first.run_dir).wait)
     finished = stages.is_finished(first.run_dir)
