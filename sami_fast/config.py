@@ -281,6 +281,9 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     section = "train"
     steps: int = setting(3000, "optimiser steps; staged: those in which the encoder learns", number(1))
+    minutes: float = setting(
+        0.0, "time to train for: the steps of each stage are laid out for this machine's speed; 0: train.steps counts", number(0), "minutes"
+    )
     batch_size: int = setting(64, "images per optimiser step over all ranks", number(1))
     mode: str = setting(
         "joint",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig
+from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config
 from .data import Dataset, open_dataset
 from .data.spectrum import noisiest_level
 from .engine.processes import on_chief
@@ -59,7 +59,10 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
 
 def denoiser_stage(config: Config, dataset: Dataset) -> Config:
     """The first stage of a staged run: all that shapes its denoiser, and nothing else. `config` as `with_data` gives it."""
-    train = TrainConfig(mode="denoiser", steps=config.train.denoiser_steps, batch_size=config.train.batch_size)
+    asked = config.train
+    # Where time is given, the steps that fit differ a little each time they are measured: the first run's count for all.
+    steps = 1 if asked.minutes else asked.denoiser_steps
+    train = TrainConfig(mode="denoiser", steps=steps, minutes=asked.minutes, batch_size=asked.batch_size)
     alone = replace(
         config,
         encoder=EncoderConfig(latent_size=1, channels=[8]),  # a run has one; this one never learns
@@ -70,7 +73,21 @@ def denoiser_stage(config: Config, dataset: Dataset) -> Config:
     )
     settings = json.dumps(lasting_settings(alone, dataset, ""), sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    return replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
+    alone = replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
+    before = begun(alone) if asked.minutes else None
+    return replace(alone, train=replace(train, steps=before.train.steps if before else asked.denoiser_steps))
+
+
+def with_steps_of(config: Config, other: Config) -> Config:
+    """The config with another's steps, which were laid out before."""
+    steps = {"steps": other.train.steps, "denoiser_steps": other.train.denoiser_steps}
+    return replace(config, train=replace(config.train, **steps))
+
+
+def begun(config: Config) -> Config | None:
+    """The config with which the run in its folder was begun; None where there is none yet."""
+    file = config.run_dir / "config.yaml"
+    return load_config(str(file)) if file.is_file() else None
 
 
 def is_finished(run_dir: Path) -> bool:

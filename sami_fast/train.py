@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sami_fast import ops, stages
+from sami_fast import budget, ops, stages
 from sami_fast.bank import Bank
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Feed, open_dataset
@@ -333,9 +333,24 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         UserError: something in the config, the data or the folder cannot work.
         NonFiniteError: a loss term became NaN or infinite.
     """
+    if config.train.minutes:
+        before = stages.begun(config) if resume else None
+        config = budget.laid_out(config, _pace(config)) if before is None else stages.with_steps_of(config, before)
     if config.train.mode == "staged":
         _train_denoiser(config, resume=resume, overwrite=overwrite)
     return Trainer(config, resume=resume, overwrite=overwrite).run()
+
+
+def _pace(config: Config) -> budget.Pace:
+    """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
+    _, ranks, device = init_distributed()
+    set_threads(config.engine.threads)
+    config, dataset = stages.with_data(config)
+    model = build_model(config, dataset.image_shape).to(device)
+    denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
+    found = [budget.measure(TrainingModule(model, config), denoiser, config, dataset, device, ranks)]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -393,6 +408,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             world_size = max(1, from_environment("WORLD_SIZE", 1))
             if from_environment("RANK", 0) == 0:
                 print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dicts(config, world_size), indent=2))
+            if world_size == 1:
+                pace = _pace(config)
+                config = budget.laid_out(config, pace) if config.train.minutes else config
+                print("\n".join(("\n# Course on this machine", *budget.course(config, pace))))
+                leave_distributed()
             return 0
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0

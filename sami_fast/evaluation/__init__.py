@@ -4,16 +4,30 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..methods.sami import Sami
+from ..metrics.guidance import GuidanceProfile, guidance_profile
 from ..metrics.scale_profile import ScaleProfile, scale_profile
 from .clips import straightness_scores
 from .factors import ceiling
+from .health import Health
 from .latents import Latents, encode, make_baselines
 from .run import Run, open_run
-from .scores import baseline_scores, bound_scores, known_factors, latent_scores, plain, profile_scores, training_scores
+from .scores import (
+    baseline_scores,
+    bound_scores,
+    guidance_scores,
+    health_of,
+    known_factors,
+    latent_scores,
+    plain,
+    profile_scores,
+    training_scores,
+)
 from .table import Evaluated, tables
 
 __all__ = [
     "Evaluated",
+    "Health",
     "Latents",
     "Run",
     "encode",
@@ -29,23 +43,30 @@ __all__ = [
 
 Say = Callable[[str], object]
 PROFILE_IMAGES = 1024  # that information and calibration over noise levels are taken from
+GUIDANCE_IMAGES = 256  # that the gain of guidance is taken from, which runs the denoiser too
 LEVELS = 15
+
+
+def _levels(run: Run) -> list[float]:
+    schedule = run.model.schedule
+    step = (schedule.logsnr_max - schedule.logsnr_min) / (LEVELS - 1)
+    return [schedule.logsnr_min + step * level for level in range(LEVELS)]
 
 
 def profile(run: Run) -> ScaleProfile | None:
     """Information and calibration over the run's noise levels; None of a deterministic encoder, which has no density."""
     if run.model.deterministic or run.count < 2:
         return None
-    schedule = run.model.schedule
-    step = (schedule.logsnr_max - schedule.logsnr_min) / (LEVELS - 1)
-    return scale_profile(
-        run.model,
-        run.images,
-        min(PROFILE_IMAGES, run.count),
-        logsnr=[schedule.logsnr_min + step * level for level in range(LEVELS)],
-        seed=run.config.seed,
-        batch_size=run.batch_size,
-    )
+    common = {"logsnr": _levels(run), "seed": run.config.seed, "batch_size": run.batch_size}
+    return scale_profile(run.model, run.images, min(PROFILE_IMAGES, run.count), **common)
+
+
+def guidance(run: Run) -> GuidanceProfile | None:
+    """What guidance is worth over the run's noise levels; None of methods that do not guide."""
+    if not isinstance(run.model, Sami) or run.count < 2:
+        return None
+    common = {"logsnr": _levels(run), "seed": run.config.seed, "batch_size": run.batch_size}
+    return guidance_profile(run.model, run.images, min(GUIDANCE_IMAGES, run.count), **common)
 
 
 def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: int = 1, say: Say = lambda stage: None) -> dict:
@@ -54,6 +75,8 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
     scores = training_scores(run) | bound_scores(run) | profile_scores(measured)
     say("factors")
     scores |= latent_scores(run, latents, jobs=jobs)
+    guided = guidance(run)
+    scores |= guidance_scores(guided, scores) | health_of(run, latents, guided, scores)
     factors, *_ = known_factors(run)
     return plain(scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {}))
 

@@ -2,16 +2,22 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
+from ..metrics.guidance import GuidanceProfile
+from ..metrics.identifiability import correlation_matrix
+from ..metrics.latents import live_dims
 from ..metrics.scale_profile import ScaleProfile, half_point
 from . import factors as of_factors
+from .health import diagnose, rise
 from .latents import Baselines, Latents
 from .run import Run
+from .table import mean_of
 
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
 
@@ -130,6 +136,43 @@ def profile_scores(profile: ScaleProfile | None) -> dict[str, Any]:
         "calibration_mean": plain(profile.calibration_mean.T),
         "calibration_std": plain(profile.calibration_std.T),
         "calibration_distance": plain(profile.calibration_distance.T),
+    }
+
+
+def guidance_scores(guided: GuidanceProfile | None, scores: dict[str, Any]) -> dict[str, Any]:
+    """What guidance is worth, nats, over noise levels and in all; `scores` holds the rate."""
+    if guided is None:
+        return {}
+    kl = scores["kl_nats"]
+    return {
+        "gain_nats": guided.total,
+        "gain_of_another_nats": guided.other_total,
+        "gain_per_kl": guided.total / kl if kl > 0 else None,
+        "gain_logsnr": plain(guided.logsnr),  # [L]
+        "gain_by_level": plain(guided.gain),  # [L], nats per unit of logsnr
+        "gain_of_another_by_level": plain(guided.other),
+        "zscore_square_by_level": plain(guided.zscore_square[:, live_dims(np.array(scores["information_per_dim"]))].mean(1)),
+    }
+
+
+def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on the run; of a deterministic encoder, of which no information is known, none."""
+    if latents.information is None:
+        return {}
+    return {
+        "health": asdict(
+            diagnose(
+                latents.information,
+                scores["kl_nats"],
+                gain=guided.total if guided else None,
+                other=guided.other_total if guided else None,
+                zscore_square=guided.zscore_square if guided else None,
+                rising=rise(run.log),
+                correlation=correlation_matrix(latents.z, latents.z),
+                linear_r2=mean_of(scores.get("linear_r2")),
+                mcc=scores.get("mcc"),
+            )
+        )
     }
 
 
