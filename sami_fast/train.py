@@ -75,7 +75,7 @@ class TrainingModule(nn.Module):
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
-    def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, patient: bool = False) -> None:
         self.rank, self.world_size, self.device = init_distributed()
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
@@ -83,7 +83,7 @@ class Trainer:
         config, self.dataset = stages.with_data(config)
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset))
-        self.run_folder = RunFolder(config.run_dir)
+        self.run_folder = RunFolder(config.run_dir, patient)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
@@ -362,12 +362,12 @@ def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
     if config.encoder.start == "fresh":
         build_model(config, dataset.image_shape)
     first = stages.denoiser_stage(config, dataset)
-    on_chief(RunFolder(first.run_dir).wait)
     finished = stages.is_finished(first.run_dir)
     if torch.distributed.get_rank() == 0:
         print(f"stage 1, the denoiser alone: {first.run_dir}{', done before' if finished else ''}", flush=True)
     if not finished:
-        Trainer(first, resume=True, overwrite=False).run()
+        # Where another run is training it, this one finds its last checkpoint in the end.
+        Trainer(first, resume=True, overwrite=False, patient=True).run()
     if torch.distributed.get_rank() == 0:
         print("stage 2, the encoder beside it", flush=True)
 

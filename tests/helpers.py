@@ -1,17 +1,22 @@
 """What several test files share: random inputs, relative errors, tiny networks."""
 
+import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sami_fast.config import Config
+from sami_fast.config import Config, load_config
 from sami_fast.methods import METHODS
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.ops.backend import refusal
+
+TINY = Path(__file__).resolve().with_name("tiny.yaml")
 
 
 def _kernels() -> list[Any]:
@@ -117,3 +122,24 @@ def log_rows(config: Config) -> list[dict[str, Any]]:
             }
         )
     return [*rows, {"step": config.train.steps, "validation_nats": 3.0}]
+
+
+def tiny(folder: Path, *overrides: str) -> Config:
+    """The smallest run."""
+    return load_config(str(TINY), [f"runs_dir={folder}", *overrides])
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Of training, in a run's log."""
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss_nats" in row]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model/model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

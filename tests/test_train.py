@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from helpers import log_rows
+from helpers import assert_same_weights, log_rows, rows, tiny, weights
 from ranks_worker import COMMON, MODES, STAGES, VARIANTS
 from safetensors.torch import load_file
 
@@ -35,27 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "tests/tiny.yaml")
 
 
-def tiny(folder, *overrides):
-    return load_config(TINY, [f"runs_dir={folder}", *overrides])
-
-
-def rows(run: Path) -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss_nats" in row]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model/model.safetensors")
-
-
 def newest_whole(folder: Path) -> Path | None:
     return next((c for c in checkpoints.list_checkpoints(folder) if not checkpoints.damage(c)), None)
-
-
-def assert_same_weights(one: Path, other: Path):
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,11 @@ class RunFolder:
 
     Args:
         path: The folder; need not exist.
+        patient: Wait for another process that trains there, instead of refusing.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints = path, path / "checkpoints"
+    def __init__(self, path: Path, patient: bool = False) -> None:
+        self.path, self.checkpoints, self.patient = path, path / "checkpoints", patient
         self._lock: TextIO | None = None
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -53,8 +54,11 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
-            raise UserError(f"{self.path}: another process is training there") from None
+            if not self.patient:
+                self.release()
+                raise UserError(f"{self.path}: another process is training there") from None
+            print(f"{self.path}: another process is training there; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if overwrite:
             for entry in self.path.iterdir():
                 if entry.is_dir():
@@ -64,17 +68,6 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.path, self.checkpoints, self.path / "model", self.path / "report"):
             checkpoints.remove_partial(folder)
-
-    def wait(self) -> None:
-        """Wait until no other process trains here."""
-        if not (self.path / ".lock").exists():
-            return
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{self.path}: another process is training there; waiting for it", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Let other processes have the folder."""

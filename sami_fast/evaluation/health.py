@@ -72,7 +72,7 @@ def diagnose(
             sure = "" if spread is None else f", with standardised errors of {spread:.1f} (1 is right)"
             return Health(
                 "repairing the denoiser",
-                f"guidance gains {gain:.1f} nats with an image's own latents, {other:.1f} with another image's, for a KL of {kl:.1f}{sure}.",
+                f"guidance gains {gain:.1f} nats with an image's own latents, {other:.1f} with another's, for a KL of {kl:.1f}{sure}.",
                 "a longer first stage (train.denoiser_steps) or a larger denoiser (denoiser.channels)",
             )
         if gain <= 0 and not rising > RISING:
