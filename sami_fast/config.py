@@ -247,6 +247,7 @@ class KLWeightConfig(Section):
     search: float = setting(
         0.04, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
     )
+    rebound: float = setting(1.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
     depth: float = setting(4.0, "auto: beta at which the first latent came alive, over beta at the end", number(1, 1e6))
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class KLWeightSettings(Protocol):
     low: float
     high: float
     search: float
+    rebound: float
     depth: float
 
 
@@ -83,7 +84,7 @@ class KLWeight:
             before = self.information or [0.0] * len(information)
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
             if max(self.information) > ALIVE_NATS:
-                self.found = joint_step, self(joint_step)
+                self.found = joint_step, s.rebound * self(joint_step)
 
     @property
     def state(self) -> dict[str, Any]:
