@@ -1,5 +1,6 @@
 """Minutes into steps: how long a step of each kind takes on this machine, and how many of them fit."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from .step import Draw
 TIMED, WARM = 5, 2  # steps of each kind
 OVERHEAD = 1.15  # time of a run over that of its steps: optimiser, data, log, validation, checkpoints
 DENOISER_SHARE = 0.45  # of the minutes of a staged run, for its first stage
+VALUES = 1 << 20  # pixel values of a batch that is timed; of larger ones a part stands for the whole
 FEWEST = 20  # steps that are worth a run
 
 
@@ -41,7 +43,8 @@ def measure(module: nn.Module, denoiser: nn.Module | None, config: Config, datas
         ranks: Processes that share a batch.
     """
     pieces = config.engine.gradient_accumulation
-    count = max(1, config.train.batch_size // (pieces * ranks))
+    whole = max(1, config.train.batch_size // (pieces * ranks))
+    count = min(whole, max(1, VALUES // math.prod(dataset.image_shape)))
     place = torch.arange(count)
     x_0 = dataset.images(place % (dataset.size or count)).to(device)
     draw = Draw(config.seed, 0, place.to(device), config.train.batch_size)
@@ -55,7 +58,7 @@ def measure(module: nn.Module, denoiser: nn.Module | None, config: Config, datas
                 torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - began)
             module.zero_grad(set_to_none=True)
-        return pieces * median(seconds[WARM:])
+        return pieces * median(seconds[WARM:]) * whole / count
 
     def learning(phase: str, outputs: Callable[..., Tensor] | None = None) -> Callable[[], object]:
         return lambda: module(x_0, draw, 1.0, phase, outputs)[0].backward()

@@ -248,7 +248,10 @@ class KLWeightConfig(Section):
         0.04, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
     )
     rebound: float = setting(1.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
-    depth: float = setting(4.0, "auto: beta at which the first latent came alive, over beta at the end", number(1, 1e6))
+    fall: float = setting(0.2, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
+    sharpest: float = setting(
+        4.0, "auto: information of the most informative latent at which beta falls no further, and is held", number(0.1, 4.5), "nats"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

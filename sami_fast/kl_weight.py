@@ -19,7 +19,8 @@ class KLWeightSettings(Protocol):
     high: float
     search: float
     rebound: float
-    depth: float
+    fall: float
+    sharpest: float
 
 
 class KLWeight:
@@ -29,11 +30,13 @@ class KLWeight:
     linear:      from start to end over the first `fraction` of the joint steps, then end
     exponential: the same, geometrically
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
-    auto:        halves every `search` of the joint steps from high on, until a latent comes alive; from there on geometrically down to a
-                 `depth`-th of that, at `fraction` of the joint steps
+    auto:        halves every `search` of the joint steps from high on, until a latent comes alive; then it is multiplied by `rebound`
+                 and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
-    them come alive together, which leaves the axes tilted. The highest beta at which the first comes alive depends on the data, hence auto.
+    them come alive together, which leaves the axes tilted. Where the first comes alive depends on the data. A latent is sharp when the
+    spread of its means is e^4 = 55 times its standard deviation: below that beta its variance would reach its floor (`models.encoder`),
+    and other latents would have to say the same once more.
 
     Args:
         settings: The `kl_weight` section of a config.
@@ -42,31 +45,21 @@ class KLWeight:
 
     def __init__(self, settings: KLWeightSettings, joint_steps: int) -> None:
         self.settings, self.joint_steps = settings, joint_steps
-        self.controlled = settings.start  # what the controller has come to
+        self.controlled = settings.high if settings.kind == "auto" else settings.start  # what controller and auto have come to
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
-        self.found: tuple[int, float] | None = None  # auto: joint step and beta at which the first latent came alive
+        self.found: int | None = None  # auto: joint step at which the first latent came alive
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
         s = self.settings
-        if s.kind == "controller":
+        if s.kind in ("controller", "auto"):
             return self.controlled
         if s.kind == "constant":
             return s.start
-        if s.kind == "auto":
-            return self._searched(joint_step)
         progress = min(1.0, joint_step / max(1.0, s.fraction * self.joint_steps))
         if s.kind == "linear":
             return s.start + (s.end - s.start) * progress
         return s.start * (s.end / s.start) ** progress
-
-    def _searched(self, joint_step: int) -> float:
-        s = self.settings
-        if self.found is None:
-            return max(s.low, s.high * 0.5 ** (joint_step / max(1.0, s.search * self.joint_steps)))
-        first, beta = self.found
-        progress = min(1.0, (joint_step - first) / max(1.0, s.fraction * self.joint_steps - first))
-        return max(s.low, beta * s.depth**-progress)
 
     def observe(self, joint_step: int, kl: float, information: Sequence[float]) -> None:
         """Tell what a joint step measured on its batch, once and in order.
@@ -80,11 +73,16 @@ class KLWeight:
         if s.kind == "controller":
             error = max(-1.0, min(1.0, (kl - s.target) / s.target))
             self.controlled = min(s.high, max(s.low, self.controlled * math.exp(s.gain * error)))
-        if s.kind == "auto" and self.found is None:
+        if s.kind == "auto":
             before = self.information or [0.0] * len(information)
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
-            if max(self.information) > ALIVE_NATS:
-                self.found = joint_step, s.rebound * self(joint_step)
+            share = s.search if self.found is None else s.fall
+            if self.found is None and max(self.information) > ALIVE_NATS:
+                self.found = joint_step
+                self.controlled *= s.rebound
+            down = max(self.information) < s.sharpest
+            self.controlled *= 2.0 ** ((-1 if down else 1) / max(1.0, share * self.joint_steps))
+            self.controlled = min(s.high, max(s.low, self.controlled))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -96,7 +94,7 @@ class KLWeight:
         if not isinstance(state, dict):
             state = {"controlled": state, "information": [], "found": None}
         self.controlled, self.information = state["controlled"], state["information"]
-        self.found = tuple(state["found"]) if state["found"] else None
+        self.found = state["found"]
 
     @property
     def reference(self) -> float:

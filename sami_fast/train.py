@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from sami_fast import budget, ops, stages
-from sami_fast.bank import Bank
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Feed, open_dataset
 from sami_fast.engine import checkpoints
+from sami_fast.engine.bank import Bank
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
 from sami_fast.engine.processes import from_environment, init_distributed, leave_distributed, on_chief, set_threads
@@ -353,6 +353,17 @@ def _pace(config: Config) -> budget.Pace:
     return found[0]
 
 
+def _course(config: Config) -> str:
+    """What a run will have done when, measured on this machine; or why that cannot be said."""
+    try:
+        pace = _pace(config)
+        config = budget.laid_out(config, pace) if config.train.minutes else config
+    except UserError as error:
+        return f"not measured ({error})"
+    leave_distributed()
+    return "\n".join((f"by the speed of {torch.get_num_threads()} CPU threads or a GPU, as measured", *budget.course(config, pace)))
+
+
 def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
     """The first stage of a staged run, unless it has been done. What would stop the second is looked for first."""
     init_distributed()
@@ -407,12 +418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             world_size = max(1, from_environment("WORLD_SIZE", 1))
             if from_environment("RANK", 0) == 0:
-                print(to_yaml(config) + "\n# DeepSpeed\n" + json.dumps(deepspeed_dicts(config, world_size), indent=2))
-            if world_size == 1:
-                pace = _pace(config)
-                config = budget.laid_out(config, pace) if config.train.minutes else config
-                print("\n".join(("\n# Course on this machine", *budget.course(config, pace))))
-                leave_distributed()
+                deepspeed = json.dumps(deepspeed_dicts(config, world_size), indent=2)
+                course = _course(config) if world_size == 1 else "of one process is measured, and these are more"
+                print(f"{to_yaml(config)}\n# Course: {course}\n\n# DeepSpeed\n{deepspeed}")
             return 0
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0

@@ -32,6 +32,8 @@ ALLOWED = {
     "data": {"config", "errors", "files", "ops"},
     "methods": {"config", "errors", "files", "hub", "models", "ops", "pretrained", "schedule", "score", "step"},
     "engine": {"config", "errors", "files", "methods", "step"},
+    "budget": {"config", "data", "errors", "step"},
+    "stages": {"config", "data", "engine", "methods"},
     "plan": {"config", "data", "errors", "methods", "score"},
     "metrics": {"methods", "ops", "schedule"},  # only `bound` and `scale_profile` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},

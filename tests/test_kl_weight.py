@@ -1,5 +1,6 @@
 """beta over the joint steps: fixed courses and the controller."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from sami_fast.kl_weight import KLWeight
 
 def settings(**changes) -> SimpleNamespace:
     base = {"kind": "constant", "start": 0.25, "end": 0.08, "fraction": 0.8, "target": 0.0, "gain": 0.002, "low": 1e-3, "high": 1.0}
+    base |= {"search": 0.04, "rebound": 1.0, "depth": 4.0}
     return SimpleNamespace(**base | changes)
 
 
@@ -51,11 +53,11 @@ def test_a_config_section_fits():
     assert weight(999) == pytest.approx(KLWeightConfig().end)
 
 
-def test_only_the_controller_observes():
+def test_fixed_courses_do_not_observe():
     for kind in ("constant", "linear", "exponential"):
         weight = KLWeight(settings(kind=kind), 10)
         before = weight(3)
-        weight.observe(1e6)
+        weight.observe(0, 1e6, [])
         assert weight(3) == before
 
 
@@ -67,7 +69,7 @@ def held(weight: KLWeight, response, steps: int) -> list[float]:
     kl, course = 0.0, []
     for step in range(steps):
         kl += 0.05 * (response(weight(step)) - kl)
-        weight.observe(kl)
+        weight.observe(0, kl, [])
         course.append(kl)
     return course
 
@@ -84,18 +86,18 @@ def test_controller_drives_the_kl_to_its_target(target, start):
 
 def test_controller_step():
     weight = KLWeight(settings(kind="controller", start=0.1, target=10.0, gain=0.02), 1)
-    weight.observe(15.0)
+    weight.observe(0, 15.0, [])
     assert weight(0) == pytest.approx(0.1 * math.exp(0.02 * 0.5))
-    weight.observe(5.0)
+    weight.observe(0, 5.0, [])
     assert weight(0) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("kl", [1e9, math.inf])
 def test_one_wild_measurement_moves_beta_by_the_gain_at_most(kl):
     weight = KLWeight(settings(kind="controller", start=0.1, target=10.0, gain=0.02), 1)
-    weight.observe(kl)
+    weight.observe(0, kl, [])
     assert weight(0) == pytest.approx(0.1 * math.exp(0.02))
-    weight.observe(0.0)
+    weight.observe(0, 0.0, [])
     assert weight(0) == pytest.approx(0.1)
 
 
@@ -103,9 +105,86 @@ def test_bounds_hold():
     weight = KLWeight(settings(kind="controller", start=0.1, target=5.0, gain=0.5, low=0.02, high=0.4), 1)
     for kl, bound in ((100.0, 0.4), (0.0, 0.02)):
         for _ in range(50):
-            weight.observe(kl)
+            weight.observe(0, kl, [])
             assert 0.02 <= weight(0) <= 0.4
         assert weight(0) == bound
+
+
+# auto
+
+
+def alive(weight: KLWeight, threshold: float, steps: int) -> list[float]:
+    """beta at every step, with a latent that grows while beta is below a threshold and shrinks above it."""
+    told, course = 1e-3, []
+    for step in range(steps):
+        beta = weight(step)
+        course.append(beta)
+        told = min(3.0, told * math.exp(0.2 if beta < threshold else -0.02))
+        weight.observe(step, 1.0, [0.01, told])
+    return course
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.2, 0.05])
+def test_auto_falls_until_a_latent_lives_and_then_slowly(threshold):
+    weight = KLWeight(settings(kind="auto"), 2000)
+    course = alive(weight, threshold, 2000)
+    first, beta = weight.found
+    assert course[0] == 1.0
+    assert course[80] == pytest.approx(0.5)  # halves every 4 % of the steps
+    assert 0.5 * threshold < beta < threshold  # found a little late, as information takes time to grow
+    assert course[first] == pytest.approx(beta)
+    assert course[1600:] == pytest.approx([beta / 4] * 400)  # a depth-th from 80 % on
+    assert course == sorted(course, reverse=True)
+    between = course[(first + 1600) // 2]
+    assert between == pytest.approx(beta / 2, rel=0.01)  # geometrically
+
+
+def test_auto_may_rebound():
+    weight = KLWeight(settings(kind="auto", rebound=1.5), 1000)
+    course = alive(weight, 0.2, 1000)
+    first, beta = weight.found
+    assert course[first + 1] == pytest.approx(beta, rel=0.01)
+    assert beta == pytest.approx(1.5 * course[first])
+    assert course[-1] == pytest.approx(beta / 4)
+
+
+def test_auto_finds_nothing_where_nothing_lives():
+    weight = KLWeight(settings(kind="auto", low=0.01), 500)
+    course = alive(weight, 0.0, 500)
+    assert weight.found is None
+    assert course[-1] == 0.01
+
+
+def test_auto_takes_one_lucky_batch_for_noise():
+    weight = KLWeight(settings(kind="auto"), 500)
+    weight.observe(0, 1.0, [2.0, 0.0])
+    assert weight.found is None
+
+
+@pytest.mark.parametrize("stop", [0, 30, 200, 900])
+@pytest.mark.parametrize("kind", ["auto", "controller", "exponential"])
+def test_a_restored_course_goes_on_as_if_nothing_had_happened(kind, stop):
+    changes = {"kind": kind, "target": 2.0}
+    whole = KLWeight(settings(**changes), 1000)
+    expected, resumed = [], []
+    for weight, course in ((whole, expected), (KLWeight(settings(**changes), 1000), resumed)):
+        told = 1e-3
+        for step in range(1000):
+            if weight is not whole and step == stop:
+                state = json.loads(json.dumps(weight.state))
+                weight = KLWeight(settings(**changes), 1000)
+                weight.restore(state)
+            beta = weight(step)
+            course.append(beta)
+            told = min(3.0, told * math.exp(0.2 if beta < 0.2 else -0.02))
+            weight.observe(step, 3.0 * told, [told, 0.0])
+    assert resumed == expected
+
+
+def test_a_checkpoint_of_before_auto_holds_the_controllers_beta_alone():
+    weight = KLWeight(settings(kind="controller", target=1.0), 10)
+    weight.restore(0.125)
+    assert weight(3) == 0.125
 
 
 # Odd inputs

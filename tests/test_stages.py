@@ -13,11 +13,11 @@ import torch
 from helpers import assert_same_weights, rows, tiny, weights
 
 from sami_fast import budget, stages
-from sami_fast.bank import Bank
 from sami_fast.budget import Pace
 from sami_fast.config import load_config, to_yaml
 from sami_fast.data import Dataset
 from sami_fast.data.spectrum import largest_eigenvalue, noisiest_level
+from sami_fast.engine.bank import Bank
 from sami_fast.errors import UserError
 from sami_fast.train import main, train
 
@@ -258,7 +258,7 @@ def test_a_run_of_minutes_goes_on_with_the_steps_it_began_with(tmp_path, monkeyp
 def test_a_dry_run_says_what_will_be_when(tmp_path, capsys):
     arguments = ["--config", str(ROOT / "tests/tiny.yaml"), "--dry-run", f"runs_dir={tmp_path}", *STAGED, "train.minutes=1"]
     assert main(arguments) == 0
-    course = capsys.readouterr().out.split("# Course on this machine\n")[1].splitlines()
+    course = capsys.readouterr().out.split("# Course: ")[1].split("\n\n")[0].splitlines()[1:]
     assert [line.split(":")[0] for line in course] == ["the denoiser alone", "the encoder beside it", "both networks"]
     assert "beta halves every" in course[1]
     assert not list(tmp_path.iterdir())
