@@ -76,12 +76,12 @@ class KLWeight:
         if s.kind == "auto":
             before = self.information or [0.0] * len(information)
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
-            share = s.search if self.found is None else s.fall
             if self.found is None and max(self.information) > ALIVE_NATS:
                 self.found = joint_step
                 self.controlled *= s.rebound
-            down = max(self.information) < s.sharpest
-            self.controlled *= 2.0 ** ((-1 if down else 1) / max(1.0, share * self.joint_steps))
+            share = s.search if self.found is None else s.fall
+            missing = max(-1.0, min(1.0, 10.0 * (1.0 - max(self.information) / s.sharpest)))  # of full speed, from 10 % off
+            self.controlled *= 0.5 ** (missing / max(1.0, share * self.joint_steps))
             self.controlled = min(s.high, max(s.low, self.controlled))
 
     @property

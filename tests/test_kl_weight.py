@@ -12,7 +12,7 @@ from sami_fast.kl_weight import KLWeight
 
 def settings(**changes) -> SimpleNamespace:
     base = {"kind": "constant", "start": 0.25, "end": 0.08, "fraction": 0.8, "target": 0.0, "gain": 0.002, "low": 1e-3, "high": 1.0}
-    base |= {"search": 0.04, "rebound": 1.0, "depth": 4.0}
+    base |= {"search": 0.04, "rebound": 1.0, "fall": 0.2, "sharpest": 4.0}
     return SimpleNamespace(**base | changes)
 
 
@@ -114,38 +114,42 @@ def test_bounds_hold():
 
 
 def alive(weight: KLWeight, threshold: float, steps: int) -> list[float]:
-    """beta at every step, with a latent that grows while beta is below a threshold and shrinks above it."""
+    """beta at every step, with a latent that comes alive below a threshold and then holds more, the lower beta is."""
     told, course = 1e-3, []
     for step in range(steps):
         beta = weight(step)
         course.append(beta)
-        told = min(3.0, told * math.exp(0.2 if beta < threshold else -0.02))
+        wanted = max(1e-3, 2 * math.log(threshold / beta)) if beta < threshold else 1e-3
+        told += 0.05 * (wanted - told)
         weight.observe(step, 1.0, [0.01, told])
     return course
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2, 0.05])
-def test_auto_falls_until_a_latent_lives_and_then_slowly(threshold):
+def test_auto_falls_until_a_latent_lives_and_then_slowly_until_it_is_sharp(threshold):
     weight = KLWeight(settings(kind="auto"), 2000)
     course = alive(weight, threshold, 2000)
-    first, beta = weight.found
     assert course[0] == 1.0
     assert course[80] == pytest.approx(0.5)  # halves every 4 % of the steps
+    beta = course[weight.found]
     assert 0.5 * threshold < beta < threshold  # found a little late, as information takes time to grow
-    assert course[first] == pytest.approx(beta)
-    assert course[1600:] == pytest.approx([beta / 4] * 400)  # a depth-th from 80 % on
-    assert course == sorted(course, reverse=True)
-    between = course[(first + 1600) // 2]
-    assert between == pytest.approx(beta / 2, rel=0.01)  # geometrically
+    assert course[weight.found + 400] == pytest.approx(beta / 2, rel=0.01)  # from then on every 20 %
+    sharp = threshold * math.exp(-2.0)  # where the latent holds 4 nats
+    lowest = min(course)
+    assert lowest == pytest.approx(sharp, rel=0.2)
+    assert course[-1] == pytest.approx(sharp, rel=0.2) or course[-1] > sharp  # held there, or not yet reached
+
+
+def test_auto_is_held_where_the_sharpest_latent_is():
+    weight = KLWeight(settings(kind="auto", fall=0.05), 4000)
+    course = alive(weight, 0.3, 4000)
+    assert course[2000:] == pytest.approx([0.3 * math.exp(-2.0)] * 2000, rel=0.05)
 
 
 def test_auto_may_rebound():
     weight = KLWeight(settings(kind="auto", rebound=1.5), 1000)
     course = alive(weight, 0.2, 1000)
-    first, beta = weight.found
-    assert course[first + 1] == pytest.approx(beta, rel=0.01)
-    assert beta == pytest.approx(1.5 * course[first])
-    assert course[-1] == pytest.approx(beta / 4)
+    assert course[weight.found + 1] == pytest.approx(1.5 * course[weight.found], rel=0.01)
 
 
 def test_auto_finds_nothing_where_nothing_lives():

@@ -63,7 +63,7 @@ def test_the_encoder_learns_alone_and_then_beside_the_denoiser(finished):
 
 def test_runs_that_differ_in_the_encoder_share_the_denoiser(finished, capfd):
     folder = finished.parent
-    others = (["encoder.latent_size=3"], ["kl_weight.depth=2"], ["objective.free_bits=0.1"], ["train.steps=3"], ["log.every=2"])
+    others = (["encoder.latent_size=3"], ["kl_weight.fall=0.3"], ["objective.free_bits=0.1"], ["train.steps=3"], ["log.every=2"])
     for place, settings in enumerate(others):
         train(tiny(folder, f"name=other{place}", *STAGED, *settings))
     assert len(denoisers(folder)) == 1

@@ -10,7 +10,7 @@ from ..metrics.latents import live_dims
 REDUNDANT = 0.6  # mean squared standardised error below which latents say less than their variance admits
 OVERSURE = 2.0  # and above which the encoder is surer than it may be
 RISING = 0.15  # share of the information that the last fifth of training brought, from which a run was cut short
-COPIED = 0.5  # rank correlation of two latents from which they say the same, or tilted factors
+COPIED = 0.7  # rank correlation of two latents from which they say the same, or tilted factors
 MIXED = 0.8  # MCC below which factors that can be read linearly lie on several latents
 
 
@@ -79,7 +79,7 @@ def diagnose(
             return Health(
                 "redundant",
                 f"the latents hold {told:.1f} nats and guidance gains nothing for them ({gain:.1f} nats).",
-                "a smaller kl_weight.depth, or a higher kl_weight.end",
+                "a smaller kl_weight.sharpest, or a higher kl_weight.end",
             )
     if rising > RISING:
         return Health(
@@ -92,7 +92,7 @@ def diagnose(
             "redundant",
             f"latents miss by less than their variance admits (squared standardised errors of {spread:.2f}; 1 is right): "
             "several say the same.",
-            "a smaller encoder.latent_size, a smaller kl_weight.depth, or a higher kl_weight.end",
+            "a smaller encoder.latent_size or kl_weight.sharpest, or a higher kl_weight.end",
         )
     copied = 0.0
     if correlation is not None and len(live) > 1:
@@ -102,12 +102,12 @@ def diagnose(
         return Health(
             "tilted",
             f"the factors can be read linearly (R2 {linear_r2:.2f}) but not from a latent each (MCC {mcc:.2f}).",
-            "a slower fall of beta (kl_weight.search, kl_weight.fraction), so that latents come alive one after another",
+            "a slower fall of beta (kl_weight.search, kl_weight.fall), so that latents come alive one after another",
         )
     if copied > COPIED:
         return Health(
             "tilted",
             f"two latents move together (rank correlation {copied:.2f}).",
-            "a slower fall of beta (kl_weight.search, kl_weight.fraction), or `sami-fast axes` for directions",
+            "a slower fall of beta (kl_weight.search, kl_weight.fall), or `sami-fast axes` for directions",
         )
     return Health("healthy", f"{len(live)} of {len(information)} latents hold {told:.1f} nats of information.", "")
