@@ -298,6 +298,12 @@ class TrainConfig(Section):
     denoiser_steps: int = setting(
         1500, "staged: steps of the denoiser alone, before; a finished one is used again by runs that need the same", number(1)
     )
+    on_collapse: str = setting(
+        "go_on",
+        "what to do where a fifth of the encoder's steps have given no latent information: go on with a warning, stop, or restart the "
+        "stage with a third of beta, three times at most",
+        one_of("go_on", "stop", "restart"),
+    )
     denoiser_warmup: float = setting(1 / 6, "joint: share of steps in which the denoiser learns alone, unguided", number(0, 0.99))
     bank_steps: int = setting(
         0,

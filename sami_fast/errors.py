@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class NonFiniteError(Exception):
     """A loss term became NaN or infinite. Commands print its one sentence and exit with status 1."""
+
+
+class CollapsedError(Exception):
+    """The latents carry nothing, and the run was told to stop then. Commands print its one sentence and exit with status 1."""

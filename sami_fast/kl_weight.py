@@ -41,11 +41,12 @@ class KLWeight:
     Args:
         settings: The `kl_weight` section of a config.
         joint_steps: Steps in which the encoder learns.
+        scale: Factor on every beta of a fixed course, and on the first of others: below 1 after a restart.
     """
 
-    def __init__(self, settings: KLWeightSettings, joint_steps: int) -> None:
-        self.settings, self.joint_steps = settings, joint_steps
-        self.controlled = settings.high if settings.kind == "auto" else settings.start  # what controller and auto have come to
+    def __init__(self, settings: KLWeightSettings, joint_steps: int, scale: float = 1.0) -> None:
+        self.settings, self.joint_steps, self.scale = settings, joint_steps, scale
+        self.controlled = scale * (settings.high if settings.kind == "auto" else settings.start)  # what controller and auto have come to
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
         self.found: int | None = None  # auto: joint step at which the first latent came alive
 
@@ -55,11 +56,11 @@ class KLWeight:
         if s.kind in ("controller", "auto"):
             return self.controlled
         if s.kind == "constant":
-            return s.start
+            return self.scale * s.start
         progress = min(1.0, joint_step / max(1.0, s.fraction * self.joint_steps))
         if s.kind == "linear":
-            return s.start + (s.end - s.start) * progress
-        return s.start * (s.end / s.start) ** progress
+            return self.scale * (s.start + (s.end - s.start) * progress)
+        return self.scale * s.start * (s.end / s.start) ** progress
 
     def observe(self, joint_step: int, kl: float, information: Sequence[float]) -> None:
         """Tell what a joint step measured on its batch, once and in order.
@@ -87,13 +88,13 @@ class KLWeight:
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; what JSON can hold."""
-        return {"controlled": self.controlled, "information": self.information, "found": self.found}
+        return {"controlled": self.controlled, "information": self.information, "found": self.found, "scale": self.scale}
 
     def restore(self, state: dict[str, Any] | float) -> None:
         """Go on from a `state`; checkpoints of before 2026-11-29 hold the controller's alone."""
         if not isinstance(state, dict):
-            state = {"controlled": state, "information": [], "found": None}
-        self.controlled, self.information = state["controlled"], state["information"]
+            state = {"controlled": state, "information": [], "found": None, "scale": 1.0}
+        self.controlled, self.information, self.scale = state["controlled"], state["information"], state["scale"]
         self.found = state["found"]
 
     @property

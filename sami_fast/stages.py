@@ -52,6 +52,7 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
     settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
+    del settings["train"]["on_collapse"]
     settings["data"]["files"] = dataset.fingerprint
     settings["denoiser"]["pretrained"] = denoiser
     return settings

@@ -33,7 +33,7 @@ from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
 from sami_fast.engine.processes import from_environment, init_distributed, leave_distributed, on_chief, set_threads
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe
-from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.errors import CollapsedError, NonFiniteError, UserError
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import LatentModel
@@ -41,6 +41,8 @@ from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
 
+RESTART_SCALE, RESTARTS = 1 / 3, 3  # beta of a restart after a collapse, and how often
+REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start or set objective.free_bits"
 COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
 
@@ -75,7 +77,7 @@ class TrainingModule(nn.Module):
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
-    def __init__(self, config: Config, *, resume: bool, overwrite: bool, patient: bool = False) -> None:
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, patient: bool = False, attempt: int = 0) -> None:
         self.rank, self.world_size, self.device = init_distributed()
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
@@ -106,7 +108,8 @@ class Trainer:
             config.data.flip,
         )
         joint_steps = config.train.steps - config.first_joint_step
-        self.kl_weight = KLWeight(config.kl_weight, joint_steps)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
+        scale = RESTART_SCALE**attempt
+        self.kl_weight = KLWeight(config.kl_weight, joint_steps, scale)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
         self.pending: tuple[int, Measurement] | None = None
@@ -280,10 +283,10 @@ class Trainer:
             return
         if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
             self.warned = True
-            self.say(
-                f"warning: the posterior has collapsed ({told:.3f} nats of information), the latents carry nothing; "
-                "lower kl_weight.start or set objective.free_bits"
-            )
+            collapsed = f"the posterior has collapsed ({told:.3f} nats of information), the latents carry nothing"
+            if config.train.on_collapse != "go_on":
+                raise CollapsedError(f"step {self.step}: {collapsed}; {REMEDY}")
+            self.say(f"warning: {collapsed}; {REMEDY}")
 
     def _checkpoint(self) -> None:
         bad = self.engine.not_finite()
@@ -338,7 +341,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         config = budget.laid_out(config, _pace(config)) if before is None else stages.with_steps_of(config, before)
     if config.train.mode == "staged":
         _train_denoiser(config, resume=resume, overwrite=overwrite)
-    return Trainer(config, resume=resume, overwrite=overwrite).run()
+    for attempt in range(RESTARTS):
+        try:
+            return Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt).run()
+        except CollapsedError as error:
+            if config.train.on_collapse == "stop":
+                raise
+            if torch.distributed.get_rank() == 0:
+                print(f"{error}; restart {attempt + 1} of {RESTARTS} with {RESTART_SCALE ** (attempt + 1):.2g} of beta", flush=True)
+            resume, overwrite = False, True
+    return Trainer(config, resume=False, overwrite=True, attempt=RESTARTS).run()
 
 
 def _pace(config: Config) -> budget.Pace:
@@ -428,12 +440,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chief and (arguments.no_report or config.train.mode == "denoiser"):
             print(folder, flush=True)
         elif chief:
+            from sami_fast.evaluation import Health
             from sami_fast.report import write_report
 
             print("writing the report", flush=True)
-            print(write_report(folder), flush=True)
+            page = write_report(folder)
+            if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
+                print(Health(**health), flush=True)
+            print(page, flush=True)
         return 0
-    except (UserError, NonFiniteError) as error:
+    except (UserError, NonFiniteError, CollapsedError) as error:
         if _speaks():
             print(f"sami-fast: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1

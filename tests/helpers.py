@@ -16,7 +16,7 @@ from sami_fast.methods import METHODS
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.ops.backend import refusal
 
-TINY = Path(__file__).resolve().with_name("tiny.yaml")
+TINY = str(Path(__file__).resolve().with_name("tiny.yaml"))
 
 
 def _kernels() -> list[Any]:
@@ -126,7 +126,7 @@ def log_rows(config: Config) -> list[dict[str, Any]]:
 
 def tiny(folder: Path, *overrides: str) -> Config:
     """The smallest run."""
-    return load_config(str(TINY), [f"runs_dir={folder}", *overrides])
+    return load_config(TINY, [f"runs_dir={folder}", *overrides])
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

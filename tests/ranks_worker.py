@@ -32,6 +32,10 @@ COMMON = [
     "optimizer.clip=0.5",
     "checkpoint.keep_last=3",
 ]
+STAGED = [
+    *("train.mode=staged", "train.denoiser_steps=6", "train.bank_steps=3"),
+    *("schedule.logsnr_min=auto", "kl_weight.kind=auto", "kl_weight.search=0.2"),
+]
 STAGES = (0, 1, 2, 3)
 MODES = ("frozen", "finetune")
 # Free bits are granted to one micro-batch of all ranks at a time, so accumulation changes what they do.
@@ -90,6 +94,8 @@ def main(folder: str, part: str = "") -> None:
         for stage in (0, 3):
             overrides = [f"train.mode={mode}", f"denoiser.pretrained={folder}/zero0", f"engine.zero_stage={stage}"]
             training.train(settings(folder, f"{mode}{stage}", *overrides))
+    for stage in STAGES:  # in folders of their own: a denoiser is used again by runs of any ZeRO stage
+        training.train(settings(f"{folder}/staged{stage}", "tiny", *STAGED, f"engine.zero_stage={stage}"))
     for stage in STAGES:
         config = settings(folder, f"resumed{stage}", f"engine.zero_stage={stage}")
         try:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from helpers import assert_same_weights, log_rows, rows, tiny, weights
-from ranks_worker import COMMON, MODES, STAGES, VARIANTS
+from helpers import TINY, assert_same_weights, log_rows, rows, tiny, weights
+from ranks_worker import COMMON, MODES, STAGED, STAGES, VARIANTS, settings
 from safetensors.torch import load_file
 
 from sami_fast import cli
@@ -24,7 +24,7 @@ from sami_fast.config import load_config
 from sami_fast.engine import checkpoints
 from sami_fast.engine.deepspeed import WEIGHTS, build_optimizer
 from sami_fast.engine.run_folder import RunFolder
-from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.errors import CollapsedError, NonFiniteError, UserError
 from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
 from sami_fast.metrics.latents import information_per_dim, kl_per_dim
@@ -32,7 +32,6 @@ from sami_fast.step import Draw
 from sami_fast.train import Trainer, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = str(ROOT / "tests/tiny.yaml")
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -201,8 +200,32 @@ def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
 
 def test_collapse_is_said_once(tmp_path, capsys):
     # A KL this dear presses every dimension onto the prior at once.
-    train(tiny(tmp_path, "train.steps=60", "kl_weight.kind=constant", "kl_weight.start=1e6", "optimizer.encoder_lr=0.02"))
+    train(tiny(tmp_path, *DEAR))
     assert capsys.readouterr().out.count("the posterior has collapsed") == 1
+
+
+DEAR = ["train.steps=60", "kl_weight.kind=constant", "kl_weight.start=1e6", "optimizer.encoder_lr=0.02"]
+
+
+def test_a_run_may_stop_when_it_collapses(tmp_path, capsys):
+    assert main(["--config", TINY, f"runs_dir={tmp_path}", *DEAR, "train.on_collapse=stop"]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("sami-fast: step ")
+    assert "the posterior has collapsed" in last
+    assert "kl_weight.kind=auto" in last  # what to do
+    assert rows(tmp_path / "tiny")[-1]["step"] < 35  # said well before the end
+
+
+def test_a_collapsed_run_may_start_again_with_a_lower_beta(tmp_path, capsys):
+    with pytest.raises(CollapsedError):  # a millionfold KL is too dear even at a 27th
+        train(tiny(tmp_path, *DEAR, "train.on_collapse=restart"))
+    assert capsys.readouterr().out.count("restart ") == 3
+    log = rows(tmp_path / "tiny")
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    assert log[-1]["kl_weight"] == pytest.approx(1e6 / 27)
+    run = train(tiny(tmp_path, *DEAR), resume=True)  # goes on with the beta of the last attempt
+    assert rows(run)[-1]["step"] == 60
+    assert rows(run)[-1]["kl_weight"] == pytest.approx(1e6 / 27)
 
 
 def test_own_images_train_encode_and_report(tmp_path, monkeypatch):
@@ -297,6 +320,21 @@ def test_two_ranks_equal_one_process(variant, two_ranks, alone):
 @pytest.mark.parametrize("mode", MODES)
 def test_two_engines_equal_one_on_a_trained_denoiser(mode, two_ranks):
     assert_same_run(two_ranks / f"{mode}3", two_ranks / f"{mode}0")
+
+
+@pytest.fixture(scope="module")
+def staged_alone(tmp_path_factory):
+    """A staged run in one process, which settles its noise levels and its beta by what it sees."""
+    return train(settings(str(tmp_path_factory.mktemp("alone")), "tiny", *STAGED))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_take_the_stages_of_one_process(stage, two_ranks, staged_alone):
+    run = two_ranks / f"staged{stage}/tiny"
+    assert_same_run(run, staged_alone)
+    of_denoiser = [next((folder.parent / "denoisers").iterdir()) for folder in (run, staged_alone)]
+    assert_same_run(*of_denoiser)
+    assert of_denoiser[0].name == of_denoiser[1].name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -23,7 +23,7 @@ class Health:
     remedy: str  # what to change, as settings; empty where all is well
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.reason}{f' Next: {self.remedy}' if self.remedy else ''}"
+        return f"{self.word}: {self.reason}{f' Next: {self.remedy}.' if self.remedy else ''}"
 
 
 def rise(log: list[dict[str, Any]]) -> float:

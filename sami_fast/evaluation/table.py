@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import Config
 from ..metrics.latents import live_dims
+from .health import Health
 
 Scores = dict[str, Any]
 NOT_THE_METHOD = ("seed", "name", "runs_dir", "log", "checkpoint", "report", "engine")  # settings in which runs of one column may differ
@@ -68,6 +69,8 @@ def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
         ("live dimensions", of("active_dims"), 1),
         ("information, sum over dimensions, nats", of("information_sum_nats"), 2),
         ("KL, nats", of("kl_nats"), 2),
+        ("gain of guidance, nats", of("gain_nats"), 2),
+        ("gain of guidance per nat of KL", of("gain_per_kl"), 3),
         ("diffusion term, nats", of("diffusion_nats"), 1),
         ("endpoint at logsnr_min, nats", of("prior_nats"), 2),
         ("endpoint at logsnr_max, nats", of("reconstruction_nats"), 1),
@@ -163,6 +166,11 @@ def _axes_table(run: Evaluated) -> str:
     return f"{run.config.name}: live axes. Spread of errors over noise levels: 1 is calibrated.\n\n{markdown(header, rows)}" if rows else ""
 
 
+def _health_lines(runs: Sequence[Evaluated]) -> str:
+    """A line per run whose health is known."""
+    return "\n".join(f"- {run.config.name}: {Health(**run.scores['health'])}" for run in runs if run.scores.get("health"))
+
+
 def _dataset_table(runs: Sequence[Evaluated], axes: bool) -> str:
     groups = {name: [run.scores for run in group] for name, group in _grouped(runs).items()}
     for label, (key, owners) in _baselines(runs).items():
@@ -176,7 +184,8 @@ def _dataset_table(runs: Sequence[Evaluated], axes: bool) -> str:
     seeds = [f"{name}: {len(group)}" for name, group in _grouped(runs).items()]
     images = ", ".join(sorted({str(run.scores["num_images"]) for run in runs}))
     title = f"Data: {first.config.data.kind}, {images} evaluation images. Seeds: {', '.join(seeds)}. Mean ± standard deviation over seeds."
-    parts = [title, markdown(["", *groups], rows), *(filter(None, map(_axes_table, runs)) if axes else ())]
+    parts = [title, markdown(["", *groups], rows), _health_lines(runs), *(map(_axes_table, runs) if axes else ())]
+    parts = list(filter(None, parts))
     if any(run.straightness for run in runs):
         parts.append(_straightness_table(runs))
     return "\n\n".join(parts)

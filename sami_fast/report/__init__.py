@@ -12,10 +12,11 @@ from ..errors import UserError
 from ..evaluation import Latents, Run, encode, known_factors, open_run, profile, score
 from ..evaluation.latents import untrained
 from ..evaluation.scores import latent_scores
+from ..evaluation.table import Scores
 from ..files import write_whole
 from ..latents.discovery import Discovered
 from ..metrics.scale_profile import ScaleProfile
-from .charts import calibration, correlations, information, latents_against_factors, scatter_fits, training_curves
+from .charts import calibration, correlations, guidance, information, latents_against_factors, scatter_fits, training_curves
 from .discoveries import axis_scores, discoveries
 from .motion import Clips, clip_scores, curvatures, read_clips, trajectories
 from .page import render
@@ -39,6 +40,7 @@ def _figures(
     measured: ScaleProfile | None,
     found: dict[str, Discovered],
     clips: Clips | None,
+    scores: Scores,
 ) -> dict[str, Figure]:
     """What the run has to show, by the names of templates/figures.html."""
     figures = {"reconstructions": reconstructions(run), "samples": samples(run, latents), "training": training_curves(run, latents)}
@@ -51,6 +53,9 @@ def _figures(
         if measured is not None:
             x_0 = run.images(torch.tensor([central_image(latents)]))
             figures |= {"information": information(measured, latents, x_0), "calibration": calibration(measured, latents)}
+    if scores.get("gain_by_level") and len(latents.live):
+        keys = ("gain_logsnr", "gain_by_level", "gain_of_another_by_level", "zscore_square_by_level")
+        figures["guidance"] = guidance(*(np.array(scores[key], dtype=float) for key in keys))
     if "scale" in found:
         figures["axes"] = axis_strips(run, found["scale"], latents)
     if clips is not None and len(latents.live) > 1:
@@ -84,7 +89,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         scores["axes"] = axis_scores(found, latents, factors, names if "mcc" in scores else ())
     if clips is not None:
         scores |= clip_scores(clips)
-    figures = _figures(run, latents, factors, names, measured, found, clips)
+    figures = _figures(run, latents, factors, names, measured, found, clips, scores)
     pictures = {name: png(figure) for name, figure in figures.items()}
 
     folder = run.folder / "report"

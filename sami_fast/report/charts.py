@@ -252,3 +252,29 @@ def calibration(profile: ScaleProfile, latents: Latents) -> Figure:
         panels[0].text(0.99, place, text, transform=panels[0].transAxes, ha="right", va="center", fontsize=7.5, color=SOFT)
     _legend(panels[1], len(rows))
     return figure
+
+
+def guidance(levels: np.ndarray, own: np.ndarray, other: np.ndarray, zscore_square: np.ndarray) -> Figure:
+    """What guidance gains over noise levels with an image's own latents and with another's, and how far latents lie off.
+
+    Args:
+        levels: logsnr, increasing. [L].
+        own, other: Gains, nats per unit of logsnr. [L].
+        zscore_square: Squared standardised errors, a mean over live dimensions. [L]; NaN where there are none.
+    """
+    figure = new_figure(10.5, 3.2)
+    gains, errors = figure.subplots(1, 2)
+    top = 1.15 * max(own.max(), 1e-3)
+    gains.plot(levels, own, label="own latents", **line(0))
+    gains.plot(levels, other.clip(min=-10 * top), label="another image's", **line(1))
+    gains.axhline(0, color=FAINT, linewidth=0.9)
+    gains.set_ylim(max(-top, min(other.min(), own.min()) - 0.05 * top), max(top, 1.15 * other.max()))
+    _legend(gains, 2)
+    tidy(gains, "What guidance gains", "nats per unit of log signal to noise")
+    errors.plot(levels, zscore_square, **line(0))
+    errors.axhline(1, color=INK, linewidth=0.9, linestyle=DASHED)
+    errors.set_yscale("log")
+    tidy(errors, "Squared errors in the encoder's own units", "mean over live latents")
+    for axes in (gains, errors):
+        _over_levels(axes, levels)
+    return figure

@@ -42,7 +42,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     extensions=["jinja2.ext.do"],
 )
-TEMPLATES.filters |= {"number": number, "duration": duration}
+TEMPLATES.filters |= {"number": number, "duration": duration, "capitalised": lambda text: text[:1].upper() + text[1:]}
 CONSTANTS: dict[str, Any] = {
     "COVERAGE": f"{COVERAGE:.0%}",
     "FOUND": FOUND,
