@@ -415,8 +415,6 @@ class Config(Section):
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
         if (mode in ("frozen", "finetune")) != bool(pretrained):
             raise UserError(f"denoiser.pretrained: train.mode frozen and finetune need it, and train.mode {mode} has no use for it")
-        if self.train.bank_steps and mode not in ("frozen", "finetune", "staged"):
-            raise UserError(f"train.bank_steps: needs a denoiser that stays as it is, which it does not in train.mode {mode}")
         if self.encoder.start == "denoiser" and not pretrained and mode != "staged":
             raise UserError("encoder.start: denoiser needs denoiser.pretrained, or train.mode staged")
         if self.schedule.kind == "discrete" and not pretrained:
