@@ -54,7 +54,7 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
     scores = training_scores(run) | bound_scores(run) | profile_scores(measured)
     say("factors")
     scores |= latent_scores(run, latents, jobs=jobs)
-    factors, *_ = known_factors(run)
+    factors, *_ = known_factors(run, attributes=False)
     return plain(scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {}))
 
 
