@@ -107,6 +107,41 @@ class SpritesConfig(Section):
     y: list[float] = setting([0.2, 0.8], "range of the centre's y", interval(0, 1), "image sides")
 
 
+ROOM_RANGES = ("floor_hue", "wall_hue", "object_hue", "size", "x", "y", "yaw")
+
+
+@dataclass(frozen=True)
+class RoomsConfig(Section):
+    section = "data.rooms"
+    images: int = setting(20_000, "images, of training and evaluation together", number(2))
+    clips: int = setting(256, "clips of data.video.clip_length frames; no image of training or evaluation is one of them", number(1))
+    seed: int = setting(0, "key of the factors; not the run's, so that runs of any seed see the same images", number(0, 2**63 - 1))
+    shapes: list[str] = setting(
+        ["box", "ball", "cylinder", "cone"],
+        "shapes that occur",
+        ("some of box, ball, cylinder and cone, each once", lambda v: v and len({*v} & {"box", "ball", "cylinder", "cone"}) == len(v)),
+    )
+    floor_hue: list[float] = setting([0.0, 1.0], "range of the floor's hue", interval(0, 1), "turns")
+    wall_hue: list[float] = setting([0.0, 1.0], "range of the walls' hue", interval(0, 1), "turns")
+    object_hue: list[float] = setting([0.0, 1.0], "range of the object's hue", interval(0, 1), "turns")
+    size: list[float] = setting([0.5, 1.0], "range of the object's width", interval(0.1, 1), "halves of the floor's width")
+    x: list[float] = setting([-0.5, 0.5], "range of the object's place, to the right", interval(-0.5, 0.5), "halves of the floor's width")
+    y: list[float] = setting([-0.5, 0.5], "range of the object's place, to the back", interval(-0.5, 0.5), "halves of the floor's width")
+    yaw: list[float] = setting([0.0, 1.0], "range of the object's angle, counterclockwise from above", interval(-1, 1), "turns")
+    moving: list[str] = setting(
+        ["size", "x", "y", "yaw"],
+        "factors that change in a clip, at constant velocity; the others stay",
+        ("some of the ranges here, each once", lambda v: v and len({*v} & {*ROOM_RANGES}) == len(v)),
+    )
+
+
+@dataclass(frozen=True)
+class AvatarsConfig(Section):
+    section = "data.avatars"
+    images: int = setting(10_000, "images, of training and evaluation together", number(2))
+    seed: int = setting(0, "key of what they show; not the run's, so that runs of any seed see the same images", number(0, 2**63 - 1))
+
+
 @dataclass(frozen=True)
 class VideoConfig(Section):
     section = "data.video"
@@ -133,10 +168,10 @@ class CelebAConfig(Section):
 
 
 KINDS = (
-    *("disks", "sprites", "image_folder", "video_folder", "celeba"),
+    *("disks", "sprites", "rooms", "avatars", "image_folder", "video_folder", "celeba"),
     *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array"),
 )
-WITHOUT_FILES = ("disks", "sprites")  # kinds that are drawn
+WITHOUT_FILES = ("disks", "sprites", "rooms", "avatars")  # kinds that are drawn or rendered
 LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and data.holdout_by
 
 
@@ -144,7 +179,7 @@ LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and d
 class DataConfig(Section):
     section = "data"
     kind: str = setting("disks", "where images come from", one_of(*KINDS))
-    path: str = setting("", "the file or folder of every kind but disks and sprites: see docs/data.md")
+    path: str = setting("", "the file or folder of every kind but disks, sprites, rooms and avatars: see docs/data.md")
     array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
     labels: str = setting("", "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes")
     holdout_by: str = setting(
@@ -170,6 +205,8 @@ class DataConfig(Section):
     )
     disks: DisksConfig = field(default_factory=DisksConfig)
     sprites: SpritesConfig = field(default_factory=SpritesConfig)
+    rooms: RoomsConfig = field(default_factory=RoomsConfig)
+    avatars: AvatarsConfig = field(default_factory=AvatarsConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     celeba: CelebAConfig = field(default_factory=CelebAConfig)
 
