@@ -14,6 +14,7 @@ from sami_fast.data import Avatars, Rooms, open_dataset, rooms
 from sami_fast.data.avatars import ATTRIBUTES, PARTS
 from sami_fast.errors import UserError
 from sami_fast.evaluation import evaluate
+from sami_fast.plan import image_shape_of
 from sami_fast.train import train
 
 RANGES = {"size": (0.5, 1.0), "x": (-0.5, 0.5), "y": (-0.5, 0.5)} | dict.fromkeys(
@@ -345,6 +346,13 @@ def test_through_the_config(panda, kept):
     assert "yaw" not in training.factor_names
     assert open_dataset(config.data, 6).fingerprint == training.fingerprint  # the run's seed changes no image
     assert training.fingerprint != open_dataset(load_config(None, [*settings, "data.rooms.seed=1"]).data, 5).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["rooms", "avatars"])
+def test_a_plan_renders_nothing(tmp_path, kind):
+    config = load_config(kind, [f"data.cache_dir={tmp_path}", "data.channels=1"])
+    assert image_shape_of(config) == (1, 64, 64)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
