@@ -110,6 +110,41 @@ class SpritesConfig(Section):
     y: list[float] = setting([0.2, 0.8], "range of the centre's y", interval(0, 1), "image sides")
 
 
+ROOM_RANGES = ("floor_hue", "wall_hue", "object_hue", "size", "x", "y", "yaw")
+
+
+@dataclass(frozen=True)
+class RoomsConfig(Section):
+    section = "data.rooms"
+    images: int = setting(20_000, "images, of training and evaluation together", number(2))
+    clips: int = setting(256, "clips of data.video.clip_length frames; no image of training or evaluation is one of them", number(1))
+    seed: int = setting(0, "key of the factors; not the run's, so that runs of any seed see the same images", number(0, 2**63 - 1))
+    shapes: list[str] = setting(
+        ["box", "ball", "cylinder", "cone"],
+        "shapes that occur",
+        ("some of box, ball, cylinder and cone, each once", lambda v: v and len({*v} & {"box", "ball", "cylinder", "cone"}) == len(v)),
+    )
+    floor_hue: list[float] = setting([0.0, 1.0], "range of the floor's hue", interval(0, 1), "turns")
+    wall_hue: list[float] = setting([0.0, 1.0], "range of the walls' hue", interval(0, 1), "turns")
+    object_hue: list[float] = setting([0.0, 1.0], "range of the object's hue", interval(0, 1), "turns")
+    size: list[float] = setting([0.5, 1.0], "range of the object's width", interval(0.1, 1), "halves of the floor's width")
+    x: list[float] = setting([-0.5, 0.5], "range of the object's place, to the right", interval(-0.5, 0.5), "halves of the floor's width")
+    y: list[float] = setting([-0.5, 0.5], "range of the object's place, to the back", interval(-0.5, 0.5), "halves of the floor's width")
+    yaw: list[float] = setting([0.0, 1.0], "range of the object's angle, counterclockwise from above", interval(-1, 1), "turns")
+    moving: list[str] = setting(
+        ["size", "x", "y", "yaw"],
+        "factors that change in a clip, at constant velocity; the others stay",
+        ("some of the ranges here, each once", lambda v: v and len({*v} & {*ROOM_RANGES}) == len(v)),
+    )
+
+
+@dataclass(frozen=True)
+class AvatarsConfig(Section):
+    section = "data.avatars"
+    images: int = setting(10_000, "images, of training and evaluation together", number(2))
+    seed: int = setting(0, "key of what they show; not the run's, so that runs of any seed see the same images", number(0, 2**63 - 1))
+
+
 @dataclass(frozen=True)
 class VideoConfig(Section):
     section = "data.video"
@@ -136,39 +171,55 @@ class CelebAConfig(Section):
 
 
 KINDS = (
-    *("disks", "sprites", "image_folder", "video_folder", "celeba"),
+    *("disks", "sprites", "rooms", "avatars", "image_folder", "video_folder", "celeba"),
     *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array"),
 )
+WITHOUT_FILES = ("disks", "sprites", "rooms", "avatars")  # kinds that are drawn or rendered
+LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and data.holdout_by
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
     section = "data"
     kind: str = setting("disks", "where images come from", one_of(*KINDS))
-    path: str = setting("", "the file or folder of every kind but disks and sprites: see docs/data.md")
+    path: str = setting("", "the file or folder of every kind but disks, sprites, rooms and avatars: see docs/data.md")
     array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
+    labels: str = setting("", "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes")
+    holdout_by: str = setting(
+        "", "folders: hold out whole groups of files: a column of data.labels, such as a person's name, or folder, the folder a file is in"
+    )
     holdout: float = setting(
-        0.1, "share of the images, or of the videos, kept for evaluation; disks, sprites, celeba have their own", number(0, 0.9)
+        0.1, "share of the images, videos or groups kept for evaluation; disks, sprites, celeba have their own", number(0, 0.9)
     )
     image_size: int = setting(
         0,
-        "height and width that images are cropped and resized to; 0: 16 for disks, 64 for folders, else as they are",
+        "height and width that images are cropped and resized to; 0: 16 for disks, 64 for folders and what else is drawn, or as they are",
         ("0, or 4 to 4096", lambda v: v == 0 or 4 <= v <= 4096),
         "pixels",
     )
-    channels: int = setting(0, "3 for colour, 1 for grey; 0: 3 for folders, else as they are", number(0, 64))
+    channels: int = setting(0, "3 for colour, 1 for grey; 0: 3 for rooms, avatars and folders, else as they are", number(0, 64))
     flip: bool = setting(False, "mirror training images left to right at random; folders and celeba")
     max_bad: float = setting(0.01, "largest share of unreadable files that is skipped; more is an error", number(0, 1))
     decoder: str = setting("auto", "folders: DALI, or Pillow and PyAV; auto is DALI where it is installed", one_of("auto", "dali", "torch"))
     workers: int = setting(0, "folders: batches decoded at a time on each rank; 0: as many as there are CPU cores per rank", number(0, 256))
-    cache_dir: str = setting("", "where indices and decoded pixels are kept; $XDG_CACHE_HOME/sami-fast or ~/.cache/sami-fast when empty")
+    cache_dir: str = setting("", "where indices and pixels are kept; $XDG_CACHE_HOME/sami-fast or ~/.cache/sami-fast when empty")
     cache_gib: float = setting(
         4.0, "decoded images are kept on the disk if all of them need no more than this; 0 is never", number(0), "GiB"
     )
     disks: DisksConfig = field(default_factory=DisksConfig)
     sprites: SpritesConfig = field(default_factory=SpritesConfig)
+    rooms: RoomsConfig = field(default_factory=RoomsConfig)
+    avatars: AvatarsConfig = field(default_factory=AvatarsConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     celeba: CelebAConfig = field(default_factory=CelebAConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("labels", "holdout_by"):
+            if getattr(self, key) and self.kind not in LABELLED:
+                raise UserError(f"{self.key(key)}: expected none with data.kind {self.kind}; it is for {' and '.join(LABELLED)}")
+        if self.holdout_by not in ("", "folder") and not self.labels:
+            raise UserError(f"data.holdout_by: expected folder, or a column of data.labels, which is empty; found {self.holdout_by}")
 
 
 @dataclass(frozen=True)
@@ -398,7 +449,7 @@ class Config(Section):
         super().__post_init__()
         self._check_networks()
         self._check_engine()
-        if self.data.kind not in ("disks", "sprites") and not self.data.path:
+        if self.data.kind not in WITHOUT_FILES and not self.data.path:
             what = {"array": "of an .npy or .npz file", "image_folder": "of a folder of images", "video_folder": "of a folder of videos"}
             raise UserError(f"data.path: data.kind {self.data.kind} needs the path {what.get(self.data.kind, 'of the published data')}")
         if self.denoiser.embedding_size % 2:
@@ -493,7 +544,7 @@ class Config(Section):
 
 
 RENAMED = {"train.denoiser_from": "denoiser.pretrained"}  # in files that earlier versions wrote
-PATHS = {"runs_dir", "data.path", "data.cache_dir", "denoiser.pretrained"}  # `~` at the beginning is the home folder
+PATHS = {"runs_dir", "data.path", "data.labels", "data.cache_dir", "denoiser.pretrained"}  # `~` at the beginning is the home folder
 
 
 def builtin_configs() -> Path:
@@ -546,7 +597,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
         settings |= _override(override)
     for key in PATHS & settings.keys():
         settings[key] = os.path.expanduser(settings[key])
-    for key in ("data.path", "denoiser.pretrained"):  # a saved config must mean the same from any folder
+    for key in ("data.path", "data.labels", "denoiser.pretrained"):  # a saved config must mean the same from any folder
         if settings.get(key) and Path(settings[key]).exists():
             settings[key] = str(Path(settings[key]).resolve())
     return _build(Config, settings)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "pyyaml", "safetensors", "tensorboard", "pillow")
-FEED_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "av", "h5py")  # of the extra "feed"
+DATA_PACKAGES = (
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "av",
+    "h5py",
+    "pyarrow",
+    "panda3d",
+    "python-avatars",
+    "resvg-py",
+)  # of extras
 
 
 def _version(package: str) -> str | None:
@@ -48,6 +57,6 @@ def describe() -> dict[str, Any]:
         "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in (*PACKAGES, *FEED_PACKAGES)},
+        "packages": {name: _version(name) for name in (*PACKAGES, *DATA_PACKAGES)},
         "ops": ops.describe(),
     }

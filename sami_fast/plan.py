@@ -461,7 +461,7 @@ def image_shape_of(config: Config) -> tuple[int, int, int]:
         UserError: neither says it.
     """
     data = config.data
-    if data.kind in ("image_folder", "video_folder", "celeba"):  # the settings decide, so that the folder need not be there
+    if data.kind in ("image_folder", "video_folder", "celeba", "rooms", "avatars"):  # the settings decide: nothing is read or rendered
         return (data.channels or 3, data.image_size or 64, data.image_size or 64)
     if data.kind in ("disks", "sprites") or Path(data.path).exists():
         return open_dataset(data, config.seed).image_shape

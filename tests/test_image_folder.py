@@ -1176,6 +1176,7 @@ def test_celeba_from_end_to_end(tmp_path, nested, decoder):
     test = celeba(tmp_path, decoder=decoder, split=1, evaluation="test")
     assert [aligned(source, values) for source in (training, validation, test)] == [TRAINING, VALIDATION, TEST]
     assert training.factor_names == tuple(f"Attribute_{a}" for a in range(40))
+    assert training.attribute_names == {*training.factor_names}
     assert training.factors(torch.tensor([1])).dtype == torch.float32
     assert len({source.fingerprint for source in (training, validation, test)}) == 3
 

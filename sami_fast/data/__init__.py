@@ -2,21 +2,38 @@
 
 from ..config import DataConfig
 from .array import ArrayImages
+from .avatars import Avatars
 from .cars3d import Cars3D
 from .dataset import Dataset, EightBit
 from .disks import Disks
 from .feed import Feed
 from .grids import MPI3D, DSprites, Shapes3D
 from .image_folder import CelebA, ImageFolder
+from .rooms import Rooms
 from .smallnorb import SmallNORB
 from .sprites import Sprites
 from .video_folder import VideoFolder
 
-__all__ = ["ArrayImages", "CelebA", "Dataset", "Disks", "EightBit", "Feed", "ImageFolder", "Sprites", "VideoFolder", "open_dataset"]
+__all__ = [
+    "ArrayImages",
+    "Avatars",
+    "CelebA",
+    "Dataset",
+    "Disks",
+    "EightBit",
+    "Feed",
+    "ImageFolder",
+    "Rooms",
+    "Sprites",
+    "VideoFolder",
+    "open_dataset",
+]
 
 SOURCES: dict[str, type[Dataset]] = {  # by `DataConfig.kind`
     "disks": Disks,
     "sprites": Sprites,
+    "rooms": Rooms,
+    "avatars": Avatars,
     "image_folder": ImageFolder,
     "video_folder": VideoFolder,
     "celeba": CelebA,

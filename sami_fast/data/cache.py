@@ -1,4 +1,4 @@
-"""What is kept on the disk between runs: indices of folders, arrays taken out of their archives, decoded pixels.
+"""What is kept on the disk between runs: indices of folders, arrays taken out of their archives, decoded and rendered pixels.
 
 Everything here can be deleted at any time; it is made again.
 """
@@ -13,6 +13,11 @@ import numpy as np
 SEED = 0x5A31  # checksums start here, so that zeros, where nothing was written yet, do not pass for an image
 
 
+def base_dir(configured: str) -> Path:
+    """The folder of everything that is kept; `configured` is `DataConfig.cache_dir`."""
+    return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sami-fast"
+
+
 def cache_dir(configured: str, source: Path) -> Path:
     """The folder, made, of what belongs to one file or folder of data.
 
@@ -22,9 +27,10 @@ def cache_dir(configured: str, source: Path) -> Path:
     Raises:
         OSError: the folder cannot be made.
     """
-    base = Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sami-fast"
     source = source.resolve()
-    folder = base / f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"  # a name has at most 255 bytes
+    folder = (
+        base_dir(configured) / f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"
+    )  # a name has at most 255 bytes
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -29,6 +29,7 @@ class Dataset:
     size: int | None  # number of images; None: endless
 
     factor_names: tuple[str, ...] = ()  # what is known of each image; (): nothing
+    attribute_names: frozenset[str] = frozenset()  # those of them that an image has or has not, 1 or 0, and that are scored as such
     periods: ClassVar[dict[str, float]] = {}  # of factors that come round again, such as angles, in the unit of `factors`; {}: none do
     held_out: bool = True  # whether split 1 shows images that split 0 does not
     workers: int = 0  # threads in which the feed prepares batches; 0: each is made when it is asked for, on the device

@@ -19,6 +19,7 @@ from .dali import DaliDecoder
 from .dali import available as dali_available
 from .dataset import EightBit
 from .index import build_index, fingerprint, log, plain, report_bad, shown
+from .labels import folders_of, read_labels
 from .pixels import resize, square, with_channels
 
 GIB = 1 << 30
@@ -44,9 +45,10 @@ class Decoded(EightBit):
         image_size: Height and width to crop and resize to, in pixels; 0 is 64.
         channels: 3 or 1; 0 is 3.
         decoder: "auto", "dali" or "torch"; see `DataConfig.decoder`.
-        max_bad, cache_dir, cache_gib, workers: See `DataConfig`.
+        max_bad, cache_dir, cache_gib, workers, labels, holdout_by: See `DataConfig`.
     Raises:
-        UserError: no such folder, no files of the kind, too many unreadable ones, or DALI is asked for and not installed.
+        UserError: no such folder, no files of the kind, too many unreadable ones, labels that do not fit them, or DALI is asked for and
+            not installed.
     """
 
     places: np.ndarray  # [size] int64, which of all images or frames this dataset shows
@@ -67,8 +69,16 @@ class Decoded(EightBit):
         cache_dir: str = "",
         cache_gib: float = 4.0,
         workers: int = 0,
+        labels: str = "",
+        holdout_by: str = "",
     ) -> None:
         self.index = build_index(Path(path), inspect, suffixes, what=what, max_bad=max_bad, configured_cache=cache_dir, names=names)
+        column = "" if holdout_by == "folder" else holdout_by
+        self.labels = read_labels(labels, self.index.names, self.index.bad, column) if labels else None
+        if self.labels is not None:
+            self.factor_names, self.attribute_names = self.labels.names, self.labels.attributes
+        self.holdout_by = holdout_by
+        self.groups = folders_of(self.index.names) if holdout_by == "folder" else self.labels.groups if self.labels else None
         size = image_size or 64
         self.image_shape = (channels or 3, size, size)
         self.max_bad, self.cache_gib, self.what = max_bad, cache_gib, what
@@ -96,10 +106,18 @@ class Decoded(EightBit):
             except OSError as error:
                 log.warning("%s: decoded pixels are not kept: %s", self.index.cache, error.strerror)
 
+    def files_of(self, index: Tensor) -> np.ndarray:
+        """From which file of the index images are. [n] int64 both."""
+        raise NotImplementedError
+
+    def factors(self, index: Tensor) -> Tensor:
+        """What `data.labels` says of the files that images are from. [n] int64 -> [n, F] float32."""
+        return super().factors(index) if self.labels is None else torch.from_numpy(self.labels.values[self.files_of(index)])
+
     @staticmethod
     def options(config: DataConfig) -> dict[str, Any]:
         """The arguments that all of these share."""
-        names = ("image_size", "channels", "decoder", "max_bad", "cache_dir", "cache_gib", "workers")
+        names = ("image_size", "channels", "decoder", "max_bad", "cache_dir", "cache_gib", "workers", "labels", "holdout_by")
         return {name: getattr(config, name) for name in names}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
@@ -133,6 +151,8 @@ class Decoded(EightBit):
             "ignored": f"{index.others} file(s) with other endings",
             "unreadable": f"{len(index.bad)}" + (f": {shown(index.bad, SHOWN_BAD)}" if index.bad else ""),
             "decoded pixels": kept,
+            **({"held out by": f"{self.holdout_by}, {len({*self.groups})} groups"} if self.groups else {}),
+            **({"not scored": ", ".join(self.labels.unscored)} if self.labels is not None and self.labels.unscored else {}),
         }
 
     def fit(self, frames: Tensor, crop: str = "center", *, resized: bool = False) -> Tensor:
@@ -195,4 +215,5 @@ class Decoded(EightBit):
     @property
     def fingerprint(self) -> str:
         """Changes with the files: a run goes on only with the data it began with."""
-        return fingerprint([*self.index.names, str(self.size)])
+        grouped = map(str, self.places) if self.groups else []  # another table may group other files together
+        return fingerprint([*self.index.names, str(self.size), *grouped])

@@ -13,8 +13,8 @@ from .celeba import celeba_listing
 from .dali import MAX_BATCH
 from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
 from .decoded import Decoded, sizes
+from .labels import held_out_files
 from .pixels import square
-from .storage import held_out_places
 
 
 def _facts(path: Path) -> tuple[int, int, str, bool]:
@@ -26,7 +26,7 @@ class ImageFolder(Decoded):
 
     Args:
         path: The folder.
-        holdout: Share of the images, a fixed random choice, that only evaluation sees.
+        holdout: Share of the images, or of the groups of `holdout_by`, a fixed random choice, that only evaluation sees.
         split: 0 for training, 1 for evaluation.
         names: The files of this dataset, already split, instead of all below the folder.
         part: Which part these are, for the cache.
@@ -50,7 +50,7 @@ class ImageFolder(Decoded):
         self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
         count = len(self.index.names)
         self.held_out = names is not None or (holdout > 0 and count > 1)
-        places = held_out_places(count, 0.0 if names is not None else holdout, split)
+        places = held_out_files(self.index.names, self.groups, 0.0 if names is not None else holdout, split)
         self._show(count, places, f"{crop}-{part}" if part else crop)
 
     @classmethod
@@ -68,6 +68,9 @@ class ImageFolder(Decoded):
         if self.dali is None:
             return "Pillow", "without DALI"
         return ("DALI", f"{kind} is one of its formats") if suits else ("Pillow", f"{kind} needs more than DALI's decoder does")
+
+    def files_of(self, index: Tensor) -> np.ndarray:
+        return self.places_of(index)
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where images come from: "files", names relative to the folder."""
@@ -133,6 +136,7 @@ class CelebA(ImageFolder):
     def __init__(self, path: str, *, split: int = 0, crop: str = "center", evaluation: str = "valid", **others: Any) -> None:
         folder, names, attributes, self.factor_names = celeba_listing(Path(path), split, evaluation)
         by_name = dict(zip(names, attributes, strict=True))
+        self.attribute_names = frozenset(self.factor_names)
         super().__init__(str(folder), split=split, crop=crop, names=names, part=evaluation if split else "train", **others)
         self._attributes = torch.from_numpy(np.stack([by_name[name] for name in self.index.names]).astype(np.float32))
 

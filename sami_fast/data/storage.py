@@ -1,10 +1,11 @@
-"""Arrays of published files without holding them in memory: mapped where they lie, or unpacked once into the cache and mapped there.
+"""Arrays without holding them in memory: of published files, mapped where they lie or unpacked once into the cache; or rendered once there.
 
 Also which images evaluation keeps to itself.
 """
 
 import fcntl
 import hashlib
+import logging
 import math
 import re
 import time
@@ -27,6 +28,8 @@ from . import cache
 MEMORY = 256 * 2**20  # bytes; what cannot be mapped and is no larger is read into memory
 PIECE = 2**24  # bytes that are unpacked at a time
 FORGOTTEN = 3600  # seconds without a write after which a half-written file is taken for what a killed process left
+
+log = logging.getLogger("sami_fast.data")
 
 NPY, HDF5 = b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty archive
@@ -186,29 +189,72 @@ def unpack(packed: Packed, source: Path, name: str, cache_dir: str, version: str
 def _from_cache(packed: Packed, source: Path, name: str, cache_dir: str, version: str) -> np.ndarray:
     name = quote(name, safe="")
     try:
-        folder = cache.cache_dir(cache_dir, source)
-        file = folder / f"{name}-{version}.npy"
-        if (array := _reopened(file, packed)) is not None:
-            return array
-        with open(folder / "lock", "w") as lock:
-            with suppress(OSError):  # some network file systems have no locks: then every process unpacks, to the same bytes
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if (array := _reopened(file, packed)) is not None:  # another process was faster
-                return array
-            _discard_stale(folder, name)
-            write_whole(file, lambda stream: _write_npy(stream, packed, source))
+        file = cache.cache_dir(cache_dir, source) / f"{name}-{version}.npy"
+        # What was unpacked from an earlier state of the source goes.
+        array = _made_once(file, packed, lambda: _pieces(packed, source), rf"{re.escape(name)}-[0-9a-f]{{16}}\.npy")
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot unpack {source} there ({error})") from None
-    array = _reopened(file, packed)
     if array is None:
         raise UserError(f"data.cache_dir: {file} changed while it was read")
     return array
 
 
-def _discard_stale(folder: Path, name: str) -> None:
-    """Delete what was unpacked from an earlier state of the source, and what a killed process left."""
+def rendered(kind: str, name: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[bytes]], cache_dir: str) -> np.ndarray:
+    """Images that a program renders: made once, by one process while others wait for it, and mapped from the cache.
+
+    Args:
+        kind: A `DataConfig.kind`, whose folder in the cache it is.
+        name: Of the file there; another one for every other content.
+        shape: Of the array.
+        pieces: Renders its bytes, in order.
+        cache_dir: `DataConfig.cache_dir`.
+    Returns:
+        The array, uint8 and read-only.
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    packed = Packed(np.dtype(np.uint8), shape)
+    file = cache.base_dir(cache_dir) / kind / f"{name}.npy"
+
+    def render() -> Iterator[bytes]:
+        log.warning("data.kind %s: rendering %d images into %s, once", kind, math.prod(shape[:-3]), file)
+        yield from pieces()
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        array = _made_once(file, packed, render)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot keep the images of data.kind {kind} there ({error})") from None
+    if array is None:
+        raise UserError(f"data.cache_dir: {file} changed while it was read")
+    return array
+
+
+def _made_once(file: Path, packed: Packed, pieces: Callable[[], Iterator[bytes]], replaces: str = "") -> np.ndarray | None:
+    """The array of a file of the cache, which is written first if it is not there; None if it is gone again.
+
+    Args:
+        file: The .npy, in a folder that exists.
+        packed: Its dtype and shape.
+        pieces: Makes its bytes, in order.
+        replaces: A pattern of the names of files that it takes the place of.
+    """
+    if (array := _reopened(file, packed)) is not None:
+        return array
+    with open(file.parent / "lock", "w") as lock:
+        with suppress(OSError):  # some network file systems have no locks: then every process makes it, from the same bytes
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (array := _reopened(file, packed)) is not None:  # another process was faster
+            return array
+        _discard_stale(file.parent, replaces)
+        write_whole(file, lambda stream: _write_npy(stream, packed, pieces()))
+    return _reopened(file, packed)
+
+
+def _discard_stale(folder: Path, pattern: str) -> None:
+    """Delete files whose name is of a pattern, and what a killed process left."""
     for file in folder.iterdir():
-        stale = re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\.npy", file.name)
+        stale = re.fullmatch(pattern, file.name)
         with suppress(FileNotFoundError):
             if stale or (file.name.startswith(PARTIAL) and time.time() - file.stat().st_mtime > FORGOTTEN):
                 file.unlink()
@@ -226,10 +272,10 @@ def _reopened(file: Path, packed: Packed) -> np.ndarray | None:
         return None
 
 
-def _write_npy(stream: BinaryIO, packed: Packed, source: Path) -> None:
+def _write_npy(stream: BinaryIO, packed: Packed, pieces: Iterator[bytes]) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(packed.dtype), "fortran_order": packed.fortran, "shape": packed.shape}
     np.lib.format.write_array_header_1_0(stream, header)
-    for piece in _pieces(packed, source):
+    for piece in pieces:
         stream.write(piece)
 
 

@@ -18,9 +18,9 @@ from ..config import DataConfig
 from .dali import DaliDecoder
 from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
 from .decoded import Decoded, sizes
+from .labels import held_out_files
 from .order import pooled_order
 from .pixels import core, square, to_unit, with_channels, yuv_to_rgb
-from .storage import held_out_places
 
 Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
 
@@ -49,7 +49,7 @@ class VideoFolder(Decoded):
 
     Args:
         path: The folder.
-        holdout: Share of the *videos* that only evaluation sees.
+        holdout: Share of the *videos*, or of the groups of `holdout_by`, that only evaluation sees.
         split: 0 for training, 1 for evaluation.
         stride: Frames from one used frame to the next.
         stills: Frames of each video that an epoch shows; 0 is every stride-th.
@@ -75,7 +75,7 @@ class VideoFolder(Decoded):
         super().__init__(path, _facts, VIDEO_SUFFIXES, "videos", **others)
         every = [_video(facts) for facts in self.index.facts]
         offsets = np.cumsum([0] + [video.frames for video in every])  # place of a frame = offset of its video + its number
-        chosen = held_out_places(len(every), holdout, split)
+        chosen = held_out_files(self.index.names, self.groups, holdout, split)
         ascending = np.concatenate([offsets[v] + np.arange(0, every[v].frames, stride) for v in chosen])
         self._show(int(offsets[-1]), ascending[ops.random_permutation(0, 0, ops.Stream.SHUFFLE, len(ascending)).numpy()], "center")
         self.held_out = holdout > 0 and len(every) > 1
@@ -156,10 +156,12 @@ class VideoFolder(Decoded):
             return "DALI", f"{facts.codec} is one of its codecs on the {'GPU' if on_gpu else 'CPU'}"
         return "PyAV", f"DALI does not decode {facts.codec} on the {'GPU' if on_gpu else 'CPU'}"
 
+    def files_of(self, index: Tensor) -> np.ndarray:
+        return np.searchsorted(self.offsets, self.places_of(index), side="right") - 1
+
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where frames come from: "files", names relative to the folder, and "frames", from 0."""
-        places = self.places_of(index)
-        videos = np.searchsorted(self.offsets, places, side="right") - 1
+        places, videos = self.places_of(index), self.files_of(index)
         return {"files": [self.index.names[v] for v in videos], "frames": (places - self.offsets[videos]).tolist()}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:

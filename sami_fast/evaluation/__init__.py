@@ -77,7 +77,7 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
     scores |= latent_scores(run, latents, jobs=jobs)
     guided = guidance(run)
     scores |= guidance_scores(guided, scores) | health_of(run, latents, guided, scores)
-    factors, *_ = known_factors(run)
+    factors, *_ = known_factors(run, attributes=False)
     return plain(scores | ({"mig_ceiling": ceiling(factors)} if "mig" in scores else {}))
 
 

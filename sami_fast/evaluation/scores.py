@@ -22,12 +22,19 @@ from .table import mean_of
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
 
 
-def known_factors(run: Run) -> tuple[np.ndarray, tuple[str, ...], dict[str, float]]:
-    """Factors of the evaluation images that vary among them, [N, K], their names, and the periods of those that come round again."""
+def known_factors(run: Run, attributes: bool | None = None) -> tuple[np.ndarray, tuple[str, ...], dict[str, float]]:
+    """Factors of the evaluation images that vary among them, [N, K], their names, and the periods of those that come round again.
+
+    Args:
+        run: Whose images these are.
+        attributes: Only those that are attributes (True) or are not (False); None is both.
+    """
     names = run.evaluation.factor_names
     values = run.factors().double().numpy()
     halves = values[: run.count // 2], values[run.count // 2 :]  # what is fitted on one is scored on the other
     varying = [column for column in range(len(names)) if all(len(half) and np.ptp(half[:, column]) > 0 for half in halves)]
+    if attributes is not None:
+        varying = [column for column in varying if (names[column] in run.evaluation.attribute_names) == attributes]
     return values[:, varying], tuple(names[column] for column in varying), run.evaluation.periods
 
 
@@ -51,15 +58,16 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
         quick: Leave out what takes long or learns.
         jobs: Processes for what takes long.
     """
-    factors, names, periods = known_factors(run)
+    factors, names, periods = known_factors(run, attributes=False)
+    attributes, _, _ = known_factors(run, attributes=True)
     scores, seed = rate_scores(latents), run.config.seed
     images, dims = latents.z.shape
     if images > dims > 1 and not quick:
         scores |= of_factors.dependence_scores(latents.z)
+    if attributes.shape[1]:
+        scores |= of_factors.attribute_scores(latents.z, attributes, seed=seed)
     if not names:
         return scores
-    if run.config.data.kind == "celeba":
-        return scores | of_factors.attribute_scores(latents.z, factors, seed=seed)
     scores |= of_factors.recovery_scores(latents.z, factors, names, periods)
     scores["linear_r2_mu"] = scores["linear_r2"] if latents.kl is None else of_factors.linear_scores(latents.mu, factors, names, periods)
     if not quick:
@@ -82,9 +90,9 @@ def baseline_scores(
     noiseless = np.broadcast_to(0.0, components.shape)
     scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, np.arange(components.shape[1])), jobs=jobs)
     say("pixels")
-    factors, names, periods = known_factors(run)
+    factors, names, periods = known_factors(run, attributes=False)
     scores["pixels"] = {}
-    if names and run.config.data.kind != "celeba":
+    if names:
         scores["pixels"] = of_factors.matched_scores(baselines.pixels, factors, names) | {
             "linear_r2": of_factors.linear_scores(baselines.pixels, factors, names, periods)
         }

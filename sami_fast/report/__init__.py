@@ -86,7 +86,8 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     scores["untrained"] = latent_scores(run, encode(run, untrained(run)), quick=True)
     found, clips = discoveries(run, latents), read_clips(run)
     if found:
-        scores["axes"] = axis_scores(found, latents, factors, names if "mcc" in scores else ())
+        recovered, recovered_names, _ = known_factors(run, attributes=False)
+        scores["axes"] = axis_scores(found, latents, recovered, recovered_names)
     if clips is not None:
         scores |= clip_scores(clips)
     figures = _figures(run, latents, factors, names, measured, found, clips, scores)

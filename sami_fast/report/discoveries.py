@@ -34,7 +34,7 @@ def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndar
         found: By method.
         latents: Of the evaluation images; sampled z is scored.
         factors: [N, F], F may be 0.
-        names: Of the factors.
+        names: Of the factors, none of them an attribute.
     """
 
     def recovery(codes: np.ndarray) -> dict[str, Any]:
