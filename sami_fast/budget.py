@@ -127,7 +127,8 @@ def course(config: Config, pace: Pace) -> list[str]:
     encoder = max(0, config.first_denoiser_step - first)
     new = min(encoder, train.bank_steps or encoder)
     beta, joint = config.kl_weight, train.steps - first
-    found = f"; beta halves every {beta.search * joint:.0f} steps from {beta.high:g} on until a latent lives" if beta.kind == "auto" else ""
+    halved = f"; beta halves every {beta.search * joint:.0f} steps from {beta.start:g} on, until a latent lives"
+    found = halved if beta.kind == "auto" else ""
     stage("the encoder beside it", encoder, encoder * pace.encoder + new * pace.outputs, found)
     both = train.steps - first - encoder
     stage("both networks", both, both * pace.both, "" if encoder else found)

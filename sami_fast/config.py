@@ -288,18 +288,18 @@ class ObjectiveConfig(Section):
 class KLWeightConfig(Section):
     section = "kl_weight"
     kind: str = setting("exponential", "course of beta", one_of("constant", "linear", "exponential", "controller", "auto"))
-    start: float = setting(0.25, "beta at the first joint step, but of auto; 1 is the bound", number(0))
+    start: float = setting(0.25, "beta at the first joint step; 1 is the bound", number(0))
     end: float = setting(0.08, "linear, exponential: beta at the end of its course; auto: beta of the validation loss", number(0))
     fraction: float = setting(0.8, "share of the joint steps that the course takes", number(0, 1, open_low=True))
     target: float = setting(0.0, "controller: KL to hold", number(0), "nats per image")
     gain: float = setting(0.002, "controller: change of ln beta per step at 100 % error", number(0, 1))
     low: float = setting(1e-3, "controller, auto: smallest beta", number(0, open_low=True))
-    high: float = setting(1.0, "controller: largest beta; auto: the first", number(0, open_low=True))
+    high: float = setting(1.0, "controller, auto: largest beta", number(0, open_low=True))
     search: float = setting(
-        0.04, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
+        0.08, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
     )
-    rebound: float = setting(1.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
-    fall: float = setting(0.2, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
+    rebound: float = setting(2.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
+    fall: float = setting(0.25, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
     sharpest: float = setting(
         4.0, "auto: information of the most informative latent at which beta falls no further, and is held", number(0.1, 4.5), "nats"
     )
@@ -310,7 +310,7 @@ class KLWeightConfig(Section):
             raise UserError("kl_weight.kind: exponential needs kl_weight.start and kl_weight.end above 0; use linear to reach 0")
         if self.kind == "controller" and not self.target > 0:
             raise UserError("kl_weight.target: expected above 0 nats with kl_weight.kind controller, found 0")
-        if self.kind == "controller" and not self.low <= self.start <= self.high:
+        if self.kind in ("controller", "auto") and not self.low <= self.start <= self.high:
             raise UserError(f"kl_weight.start: expected between kl_weight.low and kl_weight.high, found {self.start:g}")
 
 

@@ -30,7 +30,7 @@ class KLWeight:
     linear:      from start to end over the first `fraction` of the joint steps, then end
     exponential: the same, geometrically
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
-    auto:        halves every `search` of the joint steps from high on, until a latent comes alive; then it is multiplied by `rebound`
+    auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
@@ -46,9 +46,10 @@ class KLWeight:
 
     def __init__(self, settings: KLWeightSettings, joint_steps: int, scale: float = 1.0) -> None:
         self.settings, self.joint_steps, self.scale = settings, joint_steps, scale
-        self.controlled = scale * (settings.high if settings.kind == "auto" else settings.start)  # what controller and auto have come to
+        self.controlled = scale * settings.start  # what controller and auto have come to
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
         self.found: int | None = None  # auto: joint step at which the first latent came alive
+        self.highest = settings.high  # auto: beta from then on at most
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
@@ -79,23 +80,24 @@ class KLWeight:
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
             if self.found is None and max(self.information) > ALIVE_NATS:
                 self.found = joint_step
-                self.controlled *= s.rebound
+                self.controlled = self.highest = min(s.high, s.rebound * self.controlled)
             share = s.search if self.found is None else s.fall
             missing = max(-1.0, min(1.0, 10.0 * (1.0 - max(self.information) / s.sharpest)))  # of full speed, from 10 % off
             self.controlled *= 0.5 ** (missing / max(1.0, share * self.joint_steps))
-            self.controlled = min(s.high, max(s.low, self.controlled))
+            self.controlled = min(self.highest, max(s.low, self.controlled))
 
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; what JSON can hold."""
-        return {"controlled": self.controlled, "information": self.information, "found": self.found, "scale": self.scale}
+        keys = ("controlled", "information", "found", "highest", "scale")
+        return {key: getattr(self, key) for key in keys}
 
     def restore(self, state: dict[str, Any] | float) -> None:
         """Go on from a `state`; checkpoints of before 2026-11-29 hold the controller's alone."""
         if not isinstance(state, dict):
-            state = {"controlled": state, "information": [], "found": None, "scale": 1.0}
-        self.controlled, self.information, self.scale = state["controlled"], state["information"], state["scale"]
-        self.found = state["found"]
+            state = {"controlled": state}
+        for key, value in state.items():
+            setattr(self, key, value)
 
     @property
     def reference(self) -> float:

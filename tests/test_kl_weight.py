@@ -127,7 +127,7 @@ def alive(weight: KLWeight, threshold: float, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2, 0.05])
 def test_auto_falls_until_a_latent_lives_and_then_slowly_until_it_is_sharp(threshold):
-    weight = KLWeight(settings(kind="auto"), 2000)
+    weight = KLWeight(settings(kind="auto", start=1.0), 2000)
     course = alive(weight, threshold, 2000)
     assert course[0] == 1.0
     assert course[80] == pytest.approx(0.5)  # halves every 4 % of the steps
@@ -141,26 +141,26 @@ def test_auto_falls_until_a_latent_lives_and_then_slowly_until_it_is_sharp(thres
 
 
 def test_auto_is_held_where_the_sharpest_latent_is():
-    weight = KLWeight(settings(kind="auto", fall=0.05), 4000)
+    weight = KLWeight(settings(kind="auto", start=1.0, fall=0.05), 4000)
     course = alive(weight, 0.3, 4000)
     assert course[2000:] == pytest.approx([0.3 * math.exp(-2.0)] * 2000, rel=0.05)
 
 
 def test_auto_may_rebound():
-    weight = KLWeight(settings(kind="auto", rebound=1.5), 1000)
+    weight = KLWeight(settings(kind="auto", start=1.0, rebound=1.5), 1000)
     course = alive(weight, 0.2, 1000)
     assert course[weight.found + 1] == pytest.approx(1.5 * course[weight.found], rel=0.01)
 
 
 def test_auto_finds_nothing_where_nothing_lives():
-    weight = KLWeight(settings(kind="auto", low=0.01), 500)
+    weight = KLWeight(settings(kind="auto", start=1.0, low=0.01), 500)
     course = alive(weight, 0.0, 500)
     assert weight.found is None
     assert course[-1] == 0.01
 
 
 def test_auto_takes_one_lucky_batch_for_noise():
-    weight = KLWeight(settings(kind="auto"), 500)
+    weight = KLWeight(settings(kind="auto", start=1.0), 500)
     weight.observe(0, 1.0, [2.0, 0.0])
     assert weight.found is None
 
@@ -169,14 +169,14 @@ def test_auto_takes_one_lucky_batch_for_noise():
 @pytest.mark.parametrize("kind", ["auto", "controller", "exponential"])
 def test_a_restored_course_goes_on_as_if_nothing_had_happened(kind, stop):
     changes = {"kind": kind, "target": 2.0}
-    whole = KLWeight(settings(**changes), 1000)
+    whole = KLWeight(settings(start=1.0, **changes), 1000)
     expected, resumed = [], []
-    for weight, course in ((whole, expected), (KLWeight(settings(**changes), 1000), resumed)):
+    for weight, course in ((whole, expected), (KLWeight(settings(start=1.0, **changes), 1000), resumed)):
         told = 1e-3
         for step in range(1000):
             if weight is not whole and step == stop:
                 state = json.loads(json.dumps(weight.state))
-                weight = KLWeight(settings(**changes), 1000)
+                weight = KLWeight(settings(start=1.0, **changes), 1000)
                 weight.restore(state)
             beta = weight(step)
             course.append(beta)

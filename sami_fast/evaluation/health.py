@@ -7,11 +7,11 @@ import numpy as np
 
 from ..metrics.latents import live_dims
 
-REDUNDANT = 0.6  # mean squared standardised error below which latents say less than their variance admits
+MODEST = 0.3  # mean squared standardised error below which latents say less than their variance admits
 OVERSURE = 2.0  # and above which the encoder is surer than it may be
 RISING = 0.15  # share of the information that the last fifth of training brought, from which a run was cut short
-COPIED = 0.7  # rank correlation of two latents from which they say the same, or tilted factors
-MIXED = 0.8  # MCC below which factors that can be read linearly lie on several latents
+COPIED = 0.7  # rank correlation of two latents above which they share half of their variance: they say the same
+READABLE, MIXED = 0.9, 0.8  # linear R2 and MCC: factors that can be read, but lie on several latents each
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def diagnose(
             return Health(
                 "redundant",
                 f"the latents hold {told:.1f} nats and guidance gains nothing for them ({gain:.1f} nats).",
-                "a smaller kl_weight.sharpest, or a higher kl_weight.end",
+                "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
             )
     if rising > RISING:
         return Health(
@@ -87,27 +87,24 @@ def diagnose(
             f"the last fifth of training brought {rising:.0%} of the {told:.1f} nats of information.",
             "more train.steps (or train.minutes)",
         )
-    if spread is not None and spread < REDUNDANT:
+    copied = 0.0 if correlation is None or len(live) < 2 else float((np.abs(correlation[np.ix_(live, live)]) - np.eye(len(live))).max())
+    if copied > COPIED:
+        return Health(
+            "redundant",
+            f"two latents say the same (rank correlation {copied:.2f}).",
+            "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
+        )
+    if spread is not None and spread < MODEST:
         return Health(
             "redundant",
             f"latents miss by less than their variance admits (squared standardised errors of {spread:.2f}; 1 is right): "
-            "several say the same.",
-            "a smaller encoder.latent_size or kl_weight.sharpest, or a higher kl_weight.end",
+            "they pull the same pixels.",
+            "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
         )
-    copied = 0.0
-    if correlation is not None and len(live) > 1:
-        off = np.abs(correlation[np.ix_(live, live)])
-        copied = float((off - np.eye(len(live))).max())
-    if linear_r2 is not None and mcc is not None and linear_r2 > 0.9 and mcc < MIXED:
+    if linear_r2 is not None and mcc is not None and linear_r2 > READABLE and mcc < MIXED:
         return Health(
             "tilted",
             f"the factors can be read linearly (R2 {linear_r2:.2f}) but not from a latent each (MCC {mcc:.2f}).",
-            "a slower fall of beta (kl_weight.search, kl_weight.fall), so that latents come alive one after another",
-        )
-    if copied > COPIED:
-        return Health(
-            "tilted",
-            f"two latents move together (rank correlation {copied:.2f}).",
             "a slower fall of beta (kl_weight.search, kl_weight.fall), or `sami-fast axes` for directions",
         )
     return Health("healthy", f"{len(live)} of {len(information)} latents hold {told:.1f} nats of information.", "")
