@@ -151,7 +151,8 @@ def guidance_scores(guided: GuidanceProfile | None, scores: dict[str, Any]) -> d
     """What guidance is worth, nats, over noise levels and in all; `scores` holds the rate."""
     if guided is None:
         return {}
-    kl = scores["kl_nats"]
+    kl, live = scores["kl_nats"], live_dims(np.array(scores["information_per_dim"]))
+    spread = guided.zscore_square[:, live].mean(1) if len(live) else np.full(len(guided.logsnr), math.nan)
     return {
         "gain_nats": guided.total,
         "gain_of_another_nats": guided.other_total,
@@ -159,7 +160,7 @@ def guidance_scores(guided: GuidanceProfile | None, scores: dict[str, Any]) -> d
         "gain_logsnr": plain(guided.logsnr),  # [L]
         "gain_by_level": plain(guided.gain),  # [L], nats per unit of logsnr
         "gain_of_another_by_level": plain(guided.other),
-        "zscore_square_by_level": plain(guided.zscore_square[:, live_dims(np.array(scores["information_per_dim"]))].mean(1)),
+        "zscore_square_by_level": plain(spread),
     }
 
 
