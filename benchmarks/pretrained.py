@@ -30,7 +30,7 @@ from .table import Columns, page_table
 from .tables import publish
 
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
-# What differs from configs/disks.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
+# What differs from configs/disks_joint.yaml: short, and a beta for the little that a strong denoiser leaves to gain.
 FROZEN = ["train.mode=frozen", "train.steps=300", "encoder.start=denoiser", "objective.time_power=2", "optimizer.encoder_lr=0.002"]
 FROZEN += ["kl_weight.start=0.05", "kl_weight.end=0.005", "optimizer.warmup_steps=100", "optimizer.clip=3", "optimizer.ema_decay=0.95"]
 IMAGES = 4000
@@ -104,7 +104,7 @@ def run(config: Config, every: int) -> Iterator[Reached]:
 
 def settings(arguments: argparse.Namespace, name: str, seed: int, overrides: Sequence[str]) -> Config:
     own = [f"name={name}_seed{seed}", f"seed={seed}", f"runs_dir={arguments.runs}", "engine.threads=1"]
-    return load_config("disks", [*own, *overrides])
+    return load_config("disks_joint", [*own, *overrides])
 
 
 def compare(arguments: argparse.Namespace, seed: int) -> tuple[Reached, Reached | None, Reached]:
@@ -160,7 +160,7 @@ def table(rows: list[Row]) -> str:
         f"mean squared error {unet['loss']:.4f} per pixel.",
         "",
         f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor at the end of the "
-        "frozen run, in less than a third of the time in which the joint run of `configs/disks.yaml` gets its worst factor as far. Scores "
+        "frozen run, in less than a third of the time in which the run of `configs/disks_joint.yaml` gets its worst factor as far. Scores "
         "are from sampled z; seconds are processor time of training alone.",
         "",
     ]

@@ -1,6 +1,6 @@
 """Do the latents recover the factors, seed by seed? Trains a config over many seeds and writes rows and a table, losers included.
 
-python -m benchmarks.recovery                          # eight seeds of disks: results/recovery.jsonl and docs/results.md
+python -m benchmarks.recovery                          # ten seeds of disks: results/recovery.jsonl and docs/results.md
 python -m benchmarks.recovery --seeds 0 1 --output try.md optimizer.ema_decay=0        # try.md and try.jsonl
 python -m benchmarks.recovery --record runs/disks --seconds 264.6      # a run of make train, and how long it took: results/train.jsonl
 """
@@ -27,7 +27,8 @@ from .rows import RESULTS, ROOT, Row, address, committed, write_rows
 from .table import Columns, page_table
 from .tables import publish
 
-MIN_R2, MIN_MCC = 0.95, 0.9
+BOUNDS = {"disks_joint": (0.95, 0.9)}  # of the lowest R2 and of the MCC, by config
+MIN_R2, MIN_MCC = 0.97, 0.97  # of others
 KEY = ("config", "settings", "seed")  # two runs that agree in these are the same
 ENERGY_IMAGES, ENERGY_STEP = 4096, 1e-3
 
@@ -74,7 +75,7 @@ def row_of(folder: Path, **more: object) -> Row:
     return {
         **more,
         "seed": config.seed,
-        "passes": passes(scores),
+        "passes": passes(scores, str(more.get("config", ""))),
         **{key: value for key, value in scores.items() if key not in curves},
         **({"pixel_energy": pixel_energy(config)} if config.data.kind == "disks" else {}),
         "kl_weight": {str(row["step"]): row["kl_weight"] for row in log if "kl_weight" in row and row["step"] % 400 == 0},
@@ -82,10 +83,10 @@ def row_of(folder: Path, **more: object) -> Row:
     }
 
 
-def passes(scores: dict) -> bool:
+def passes(scores: dict, config: str = "") -> bool:
     """R2 of every factor and the mean MCC from sampled z, and exactly as many live dimensions as factors."""
-    r2 = scores["linear_r2"]
-    return min(r2.values()) >= MIN_R2 and scores["mcc"] >= MIN_MCC and scores["active_dims"] == len(r2)
+    r2, (min_r2, min_mcc) = scores["linear_r2"], BOUNDS.get(config, (MIN_R2, MIN_MCC))
+    return min(r2.values()) >= min_r2 and scores["mcc"] >= min_mcc and scores["active_dims"] == len(r2)
 
 
 def generated(what: str) -> str:
@@ -116,12 +117,13 @@ def seeds_table(rows: list[Row]) -> str:
         "passes": (lambda row: _yes(row["passes"]), ""),
         "minutes": (lambda row: row["wall_seconds"] / 60, ".1f"),
     }
+    min_r2, min_mcc = BOUNDS.get(first["config"], (MIN_R2, MIN_MCC))
     rule = "information" if "information_per_dim" in first else "KL"  # rows of before 2026-11-29 count by KL
     lines = [
         f"`{first['command']}`, {max(row['date'] for row in rows)}, torch {first['torch']}, {first['device']}, one thread per run, "
         f"commit {', '.join(sorted({row['commit'] for row in rows}))}.",
         "",
-        f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {MIN_R2} for every factor, MCC >= {MIN_MCC}, "
+        f"**{sum(row['passes'] for row in rows)} of {len(rows)} seeds pass**: linear R2 >= {min_r2} for every factor, MCC >= {min_mcc}, "
         f"exactly as many live dimensions ({rule} > 0.05 nats) as factors. Scores are from sampled z, on images training never saw.",
     ]
     if "pixel_energy" in first:
@@ -182,7 +184,7 @@ def _yes(passed: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.recovery --seeds 0 1")
     parser.add_argument("--config", default="disks", help="name of a config that comes with the package")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/recovery", help="where the run folders go")
     parser.add_argument("--output", type=Path, help="markdown file for the tables, with rows beside it; docs/results.md by default")

@@ -86,13 +86,13 @@ def laid_out(config: Config, pace: Pace) -> Config:
     train, minutes = config.train, config.train.minutes
     seconds = 60 * minutes / OVERHEAD
     denoiser_steps = train.denoiser_steps
-    if train.mode == "staged":
+    if config.mode == "staged":
         denoiser_steps = _rounded(DENOISER_SHARE * seconds / pace.denoiser)
         seconds *= 1 - DENOISER_SHARE
-    alone = {"frozen": 1.0, "finetune": train.encoder_warmup, "staged": train.encoder_warmup}.get(train.mode, 0.0)
-    if train.mode == "denoiser":
+    alone = {"frozen": 1.0, "finetune": train.encoder_warmup, "staged": train.encoder_warmup}.get(config.mode, 0.0)
+    if config.mode == "denoiser":
         per_step = pace.denoiser
-    elif train.mode == "joint":
+    elif config.mode == "joint":
         warmup = train.denoiser_warmup if config.capabilities.warmup else 0.0
         per_step = warmup * pace.denoiser + (1 - warmup) * pace.both
     else:
@@ -119,11 +119,11 @@ def course(config: Config, pace: Pace) -> list[str]:
         if steps:
             lines.append(f"{what}: {steps} steps of {seconds / steps:.2g} s, until minute {elapsed / 60:.1f}{note}")
 
-    alone = train.denoiser_steps if train.mode == "staged" else config.first_joint_step
+    alone = train.denoiser_steps if config.mode == "staged" else config.first_joint_step
     stage("the denoiser alone", alone, alone * pace.denoiser)
-    if train.mode == "denoiser":
+    if config.mode == "denoiser":
         return lines
-    first = 0 if train.mode == "staged" else config.first_joint_step
+    first = 0 if config.mode == "staged" else config.first_joint_step
     encoder = max(0, config.first_denoiser_step - first)
     new = min(encoder, train.bank_steps or encoder)
     beta, joint = config.kl_weight, train.steps - first

@@ -343,7 +343,7 @@ class TrainConfig(Section):
     mode: str = setting(
         "joint",
         "joint trains both networks, denoiser that one alone, frozen the encoder alone beside denoiser.pretrained, finetune that encoder "
-        "and then both; staged: denoiser, then finetune beside it, in one command",
+        "and then both; staged: denoiser, then finetune beside it, in one command (of other methods joint)",
         one_of(*MODES),
     )
     denoiser_steps: int = setting(
@@ -461,7 +461,7 @@ class Config(Section):
             raise UserError("log.wandb: asked for, but wandb is not installed; `pip install wandb`, or leave it off")
 
     def _check_networks(self) -> None:
-        mode, pretrained = self.train.mode, self.denoiser.pretrained
+        mode, pretrained = self.mode, self.denoiser.pretrained
         if mode not in self.capabilities.modes:
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
         if (mode in ("frozen", "finetune")) != bool(pretrained):
@@ -506,6 +506,11 @@ class Config(Section):
         return CAPABILITIES[self.method]
 
     @property
+    def mode(self) -> str:
+        """train.mode, but for methods without a stage of their own for the denoiser, which take staged configs jointly."""
+        return "joint" if self.train.mode == "staged" and "staged" not in self.capabilities.modes else self.train.mode
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
@@ -514,9 +519,9 @@ class Config(Section):
         """The step from which the encoder learns: from the first, unless the denoiser has to learn to denoise before it.
 
         The number of steps where it never does. A staged run counts its steps from the first in which the encoder learns."""
-        if self.train.mode == "denoiser":
+        if self.mode == "denoiser":
             return self.train.steps
-        if not self.capabilities.warmup or self.train.mode != "joint":
+        if not self.capabilities.warmup or self.mode != "joint":
             return 0
         return min(round(self.train.denoiser_warmup * self.train.steps), self.train.steps - 1)
 
@@ -525,12 +530,12 @@ class Config(Section):
         """The step from which the network beside the encoder learns; the number of steps where it never does."""
         train = self.train
         first = {"frozen": train.steps} | dict.fromkeys(("finetune", "staged"), round(train.encoder_warmup * train.steps))
-        return first.get(train.mode, 0)
+        return first.get(self.mode, 0)
 
     @property
     def first_network(self) -> str:
         """The network that learns from the first step on."""
-        return "denoiser" if self.phase(0) == "denoiser" or self.train.mode == "joint" else "encoder"
+        return "denoiser" if self.phase(0) == "denoiser" or self.mode == "joint" else "encoder"
 
     def shown(self, step: int) -> int:
         """The step whose images and noise a step shows: its own, or while outputs of a frozen denoiser are at hand an earlier one's."""

@@ -231,7 +231,7 @@ def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, i
         # z reaches the other network as an input, with a gradient for the encoder, unless the encoder guides it from outside.
         arguments = (*((image, t) if model.noisy else ()), *(() if model.guides else (z,)))
         differentiable = [argument is z for argument in arguments]
-        learns, recompute = config.train.mode != "frozen", config.engine.checkpoint_activations
+        learns, recompute = config.mode != "frozen", config.engine.checkpoint_activations
         return (
             count(model.networks["encoder"], (image,), (False,), True),
             count(model.networks[model.partner], arguments, differentiable, learns, recompute),

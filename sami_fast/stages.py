@@ -98,7 +98,7 @@ def is_finished(run_dir: Path) -> bool:
 
 def beside_denoiser(config: Config, dataset: Dataset) -> Config:
     """What follows the first stage of a staged run, as the finetune run that it is; other configs as they are."""
-    if config.train.mode != "staged":
+    if config.mode != "staged":
         return config
     denoiser = replace(config.denoiser, pretrained=str(denoiser_stage(config, dataset).run_dir))
     return replace(config, train=replace(config.train, mode="finetune"), denoiser=denoiser)

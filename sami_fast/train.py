@@ -315,7 +315,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> float | None:
         """Loss on held-out images with fixed noise and one fixed beta, nats per image; None before the encoder learns, if it ever does."""
-        alone = self.config.train.mode == "denoiser"
+        alone = self.config.mode == "denoiser"
         if self.step <= self.config.first_joint_step and not alone:
             return None
         count = self.config.checkpoint.validation_images
@@ -339,7 +339,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     if config.train.minutes:
         before = stages.begun(config) if resume else None
         config = budget.laid_out(config, _pace(config)) if before is None else stages.with_steps_of(config, before)
-    if config.train.mode == "staged":
+    if config.mode == "staged":
         _train_denoiser(config, resume=resume, overwrite=overwrite)
     for attempt in range(RESTARTS):
         try:
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         chief = torch.distributed.get_rank() == 0
         leave_distributed()
-        if chief and (arguments.no_report or config.train.mode == "denoiser"):
+        if chief and (arguments.no_report or config.mode == "denoiser"):
             print(folder, flush=True)
         elif chief:
             from sami_fast.evaluation import Health

@@ -282,14 +282,26 @@ def test_same_run_same_scores(disks):
     assert (disks / "report" / "metrics.json").read_text() == before
 
 
+def test_the_page_says_how_the_run_is_doing(disks, collapsed, vae, diffae):
+    for run, word in ((collapsed, "collapsed"), (disks, None), (vae, None)):
+        health = scores_of(run)["health"]
+        assert word in (None, health["word"])
+        assert f"Health: {health['word']}." in Page(run).text
+        assert not health["remedy"] or health["remedy"] in Page(run).text
+    assert "Health" not in Page(diffae).text  # nothing is known of noiseless latents
+    scores = scores_of(disks)
+    assert scores["gain_per_kl"] == pytest.approx(scores["gain_nats"] / scores["kl_nats"])
+    assert len(scores["gain_by_level"]) == len(scores["zscore_square_by_level"]) == len(scores["gain_logsnr"])
+
+
 # Pictures
 
 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        ("disks", {"traversals", "correlations", "latents", "information", "calibration", "axes"}),
-        ("array", {"traversals", "information", "calibration"}),
+        ("disks", {"traversals", "correlations", "latents", "information", "calibration", "guidance", "axes"}),
+        ("array", {"traversals", "information", "calibration", "guidance"}),
         ("collapsed", set()),
         ("vae", {"traversals", "correlations", "latents", "information", "calibration", "trajectories", "curvature"}),
         ("diffae", {"traversals", "correlations", "latents"}),

@@ -37,7 +37,7 @@ def _lines(found: "Plan") -> list[str]:
     channels, height, width = found.image_shape
     lines = [
         f"{config.name}: {width}x{height} pixels, {channels} channel(s), batches of {config.train.batch_size} images, "
-        f"{config.objective.noise_levels} noise level(s) each, {config.engine.precision}, train.mode {config.train.mode}",
+        f"{config.objective.noise_levels} noise level(s) each, {config.engine.precision}, train.mode {config.mode}",
         "",
         "Counted, for one image and one forward pass",
     ]

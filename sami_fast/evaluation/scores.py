@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.guidance import GuidanceProfile
@@ -19,6 +20,7 @@ from .latents import Baselines, Latents
 from .run import Run
 from .table import mean_of
 
+CORRELATED_IMAGES = 512  # from which it is told whether two latents say the same
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
 
 
@@ -164,10 +166,22 @@ def guidance_scores(guided: GuidanceProfile | None, scores: dict[str, Any]) -> d
     }
 
 
+@torch.no_grad()
+def _training_codes(run: Run) -> np.ndarray:
+    """Sampled latents of training images. [N, Z]."""
+    parts = []
+    for index in torch.arange(min(CORRELATED_IMAGES, run.num_train)).split(run.batch_size):
+        posterior = run.model.encode(run.train_images(index))
+        parts.append(posterior.draw(index.to(posterior.mu.device), run.config.seed + 1).double().cpu())
+    return torch.cat(parts).numpy()
+
+
 def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores: dict[str, Any]) -> dict[str, Any]:
     """The verdict on the run; of a deterministic encoder, of which no information is known, none."""
     if latents.information is None:
         return {}
+    # Few images have many chance correlations, so few held-out ones are joined by some of training.
+    codes = latents.z if run.count >= CORRELATED_IMAGES else np.concatenate((latents.z, _training_codes(run)))
     return {
         "health": asdict(
             diagnose(
@@ -177,7 +191,7 @@ def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores
                 other=guided.other_total if guided else None,
                 zscore_square=guided.zscore_square if guided else None,
                 rising=rise(run.log),
-                correlation=correlation_matrix(latents.z, latents.z),
+                correlation=correlation_matrix(codes, codes),
                 linear_r2=mean_of(scores.get("linear_r2")),
                 mcc=scores.get("mcc"),
             )
