@@ -243,3 +243,40 @@ def test_bad_data_gets_one_sentence(name, make, overrides, fragment, tmp_path, c
 def test_unreadable_config_is_named(tmp_path):
     with pytest.raises(UserError, match="no file"):
         load_config(str(tmp_path))
+
+
+# What is left to the data, and stages
+
+
+def test_only_settings_that_can_be_left_to_the_data_may_be_auto():
+    assert load_config(None, ["schedule.logsnr_min=auto"]).schedule.logsnr_min is None
+    assert load_config(None, ["schedule.logsnr_min=-3"]).schedule.logsnr_min == -3
+    with pytest.raises(UserError, match=r"schedule\.logsnr_max: Value 'auto' cannot be read as Float"):
+        load_config(None, ["schedule.logsnr_max=auto"])
+    with pytest.raises(UserError, match=r"schedule\.logsnr_min: Value 'none' cannot be read as Float"):
+        load_config(None, ["schedule.logsnr_min=none"])
+
+
+def test_auto_survives_the_saved_config(tmp_path):
+    config = load_config(None, ["schedule.logsnr_min=auto", "train.mode=staged"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    assert "schedule.logsnr_min=-7.0" in settings_table()
+
+
+def test_phases_of_a_staged_run():
+    config = load_config(None, ["train.mode=staged", "train.steps=10", "train.encoder_warmup=0.6", "train.bank_steps=4"])
+    assert [config.phase(step) for step in range(10)] == ["encoder"] * 6 + ["both"] * 4
+    assert [config.shown(step) for step in range(10)] == [0, 1, 2, 3, 0, 1, 6, 7, 8, 9]
+    assert config.first_network == "encoder"
+    alone = load_config(None, ["train.mode=denoiser", "train.steps=10"])
+    assert {alone.phase(step) for step in range(10)} == {"denoiser"}
+    assert alone.first_network == load_config(None).first_network == "denoiser"
+
+
+def test_methods_without_a_denoiser_of_their_own_take_staged_configs_jointly():
+    config = load_config("photos_small", ["data.path=photos", "method=beta_vae"])
+    assert (config.train.mode, config.mode) == ("staged", "joint")
+    assert {config.phase(step) for step in (0, config.train.steps - 1)} == {"both"}
+    with pytest.raises(UserError, match=r"train\.mode: expected joint with method beta_vae, found denoiser"):
+        load_config(None, ["method=beta_vae", "train.mode=denoiser"])

@@ -361,7 +361,7 @@ def test_latents_of_a_trained_denoiser_recover_the_factors(tmp_path):
     ]
     options += ["objective.time_power=2", "kl_weight.start=0.05", "kl_weight.end=0.005", "optimizer.warmup_steps=40", "optimizer.clip=3"]
     fixed = ["optimizer.ema_decay=0.95", "log.tensorboard=false", "engine.threads=1", f"runs_dir={tmp_path}"]
-    model, data = load_model(train(load_config("disks", [*options, *fixed]))), open_dataset(load_config("disks").data, 0, split=1)
+    model, data = load_model(train(load_config("disks_joint", [*options, *fixed]))), open_dataset(load_config("disks").data, 0, split=1)
     index = torch.arange(2000)
     codes = encode(model, data.images(index)).draw(index, seed=0).numpy()
     assert linear_r2(codes, data.factors(index).numpy()).min() > 0.8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config
+from ..config import Config, ScheduleConfig
 from ..errors import UserError
 from ..pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
 from ..schedule import Discrete, Schedule, build_schedule
@@ -110,6 +110,8 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
         UserError: the image size does not fit the networks, or the pretrained denoiser does not fit the images.
     """
     method = METHODS[config.method]
+    if config.schedule.logsnr_min is None:  # of no weight to plans and timings, which ask no data; training has settled it
+        config = replace(config, schedule=ScheduleConfig(config.schedule.kind, logsnr_max=config.schedule.logsnr_max))
     try:
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)
