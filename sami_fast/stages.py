@@ -18,7 +18,7 @@ from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_con
 from .data import Dataset, open_dataset
 from .data.spectrum import noisiest_level
 from .engine.processes import on_chief
-from .methods.build import noise_levels_of_denoiser, with_images_of_denoiser
+from .methods.build import noisiest_level_of_denoiser, with_images_of_denoiser
 
 DENOISERS = "denoisers"  # folder of the first stages, beside the runs
 
@@ -34,7 +34,8 @@ def with_data(config: Config) -> tuple[Config, Dataset]:
         on_chief(lambda: open_dataset(config.data, config.seed))
     dataset = open_dataset(config.data, config.seed)
     if config.schedule.logsnr_min is None:
-        level = [noise_levels_of_denoiser(config) or noisiest_level(dataset)]
+        known = noisiest_level_of_denoiser(config)
+        level = [noisiest_level(dataset) if known is None else known]
         torch.distributed.broadcast_object_list(level)  # the same on every rank, to the last bit
         config = replace(config, schedule=replace(config.schedule, logsnr_min=level[0]))
     return config, dataset

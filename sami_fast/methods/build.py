@@ -28,7 +28,7 @@ def with_images_of_denoiser(config: Config) -> Config:
     return replace(config, data=data)
 
 
-def noise_levels_of_denoiser(config: Config) -> float | None:
+def noisiest_level_of_denoiser(config: Config) -> float | None:
     """The noisiest level that the config's pretrained denoiser was trained at, if it is one of this package, with levels of its own."""
     source = config.denoiser.pretrained
     if not source or is_diffusers(source):
@@ -62,6 +62,7 @@ def schedule_of(config: Config, levels: Sequence[float] = ()) -> Schedule:
     settings = config.schedule
     if settings.kind != Discrete.kind:
         return build_schedule(asdict(settings))
+    assert settings.logsnr_min is not None  # settled by `build_model`
     inside = [level for level in levels if settings.logsnr_min <= level <= settings.logsnr_max]
     if len(inside) < 2:
         raise UserError(
@@ -111,7 +112,9 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
     """
     method = METHODS[config.method]
     if config.schedule.logsnr_min is None:  # of no weight to plans and timings, which ask no data; training has settled it
-        config = replace(config, schedule=ScheduleConfig(config.schedule.kind, logsnr_max=config.schedule.logsnr_max))
+        known = noisiest_level_of_denoiser(config)
+        level = ScheduleConfig().logsnr_min if known is None else known
+        config = replace(config, schedule=replace(config.schedule, logsnr_min=level))
     try:
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)

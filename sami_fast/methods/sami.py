@@ -37,10 +37,10 @@ class Sami(LatentModel):
     prose: ClassVar[Prose] = Prose(
         summary="SAMI is an autoencoder without a decoder. An encoder turns an image into a few numbers, the latents. To get an image "
         "back, an ordinary diffusion model removes noise step by step while the encoder steers it, towards images that the encoder would "
-        "give the wanted latents. Both networks learn together, without labels, and every latent has to be worth the information it costs.",
+        "give the wanted latents. Both networks learn without labels, and every latent has to be worth the information it costs.",
         collapsed="The posterior has collapsed: none of the {latents} latents carries information ({information:.3f} nats in all, at a "
         "cost of {kl:.3f}). The diffusion model works without them, so there is nothing to traverse, and the reconstructions below are "
-        "mere samples. A lower kl_weight.start, a longer train.denoiser_warmup or objective.free_bits above 0 usually helps.",
+        "mere samples. Training in stages with a beta that is found (train.mode=staged, kl_weight.kind=auto) usually helps.",
         reconstructions="Above, images that the scores are measured on; below, what {steps} guided denoising steps make of fresh noise "
         "when all they know of the image is its latents.",
         samples="Above, images of the data. Middle, new images: latents drawn from the prior, the distribution that training pulls them "

@@ -34,6 +34,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 TEMPLATES = Environment(
     loader=PackageLoader("sami_fast.report"),
     autoescape=True,
@@ -42,7 +46,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     extensions=["jinja2.ext.do"],
 )
-TEMPLATES.filters |= {"number": number, "duration": duration, "capitalised": lambda text: text[:1].upper() + text[1:]}
+TEMPLATES.filters |= {"number": number, "duration": duration, "capitalised": capitalised}
 CONSTANTS: dict[str, Any] = {
     "COVERAGE": f"{COVERAGE:.0%}",
     "FOUND": FOUND,
