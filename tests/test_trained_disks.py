@@ -1,7 +1,7 @@
 """What the probabilities of a trained model say about its axes, without labels.
 
-disks_model/ is the model of `python sami_fast/train.py --config disks_joint seed=0`, its weights rounded to 16 bits: a run whose latents of y and
-background came out tilted into each other.
+disks_model/ is the model of `python sami_fast/train.py --config disks_joint seed=0`, its weights rounded to 16 bits: a run whose latents of
+y and background came out tilted into each other.
 """
 
 from pathlib import Path
