@@ -40,7 +40,7 @@ docs: install
 cuda: install
 	$(BIN)/python csrc/check_cuda.py $(ARGS)
 
-# Eight seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
+# Ten seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "budget": {"config", "data", "errors", "step"},
     "stages": {"config", "data", "engine", "methods"},
     "plan": {"config", "data", "errors", "methods", "score"},
-    "metrics": {"methods", "ops", "schedule"},  # only `bound` and `scale_profile` run networks
+    "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
     "evaluation": {"config", "data", "errors", "methods", "metrics"},
     "report": {"config", "errors", "evaluation", "files", "latents", "metrics", "schedule"},
