@@ -27,6 +27,7 @@ SETTINGS = (
     *("encoder.channels=[8,8]", "encoder.latent_size=4", "denoiser.channels=[4,8]", "denoiser.embedding_size=16", "encoder.groups=2"),
     *("denoiser.groups=2", "engine.threads=1", "log.every=1", "log.tensorboard=false", "checkpoint.every=4", "report.images=16"),
     *("checkpoint.validation_images=8", "report.sample_steps=2", "optimizer.eps=1e-3", "optimizer.warmup_steps=2"),
+    *("train.mode=joint", "kl_weight.kind=exponential"),  # one stage, whose steps are those of the feed
 )
 
 
