@@ -147,7 +147,7 @@ class Trainer:
         changed = stages.difference(manifest["architecture"], self.model.architecture)
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        changed = stages.difference(manifest["settings"], self.lasting)
+        changed = stages.difference(stages.with_later_settings(manifest["settings"], self.lasting), self.lasting)
         if changed:
             raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
         state = self.engine.load(checkpoint, manifest)

@@ -198,6 +198,21 @@ def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
     assert rows(run)[0]["kl_nats"] > 0
 
 
+def test_a_run_of_before_a_setting_was_there_goes_on(tmp_path):
+    """Its checkpoints do not name the setting: it had what is now the default, and nothing else."""
+    run = train(tiny(tmp_path, "train.steps=8"))
+    expected = weights(run)
+    manifest = run / "checkpoints/step_4/manifest.json"
+    shutil.rmtree(run / "checkpoints/step_8")
+    stated = json.loads(manifest.read_text())
+    del stated["settings"]["train"]["minutes"], stated["settings"]["data"]["rooms"], stated["settings"]["kl_weight"]["search"]
+    manifest.write_text(json.dumps(stated))
+    with pytest.raises(UserError, match=r"kl_weight\.search \(0\.08 there, 0\.5 here\)"):
+        train(tiny(tmp_path, "train.steps=8", "kl_weight.search=0.5"), resume=True)
+    again = weights(train(tiny(tmp_path, "train.steps=8"), resume=True))
+    assert all(torch.equal(value, again[name]) for name, value in expected.items())
+
+
 def test_collapse_is_said_once(tmp_path, capsys):
     # A KL this dear presses every dimension onto the prior at once.
     train(tiny(tmp_path, *DEAR))

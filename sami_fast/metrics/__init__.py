@@ -1,5 +1,5 @@
-"""What latents mean, in numbers. One metric per file; plain numpy arrays in, plain numbers out, but for `bound`, `scale_profile` and `guidance`,
-which run the networks.
+"""What latents mean, in numbers. One metric per file; plain numpy arrays in, plain numbers out, but for `bound`, `scale_profile` and
+`guidance`, which run the networks.
 
     factors with classes     mig, dci, sap, interventions (FactorVAE and BetaVAE scores), modularity (and explicitness), irs
     factors with values      identifiability (linear and nonlinear R2, MCC), sap
