@@ -61,13 +61,13 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
 
 def with_later_settings(old: dict[str, Any], new: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Settings as an earlier version wrote them, with those of `new` that it did not know at their defaults."""
-    default = asdict(Config()) if default is None else default
+    known: dict[str, Any] = asdict(Config()) if default is None else default
     filled = dict(old)
     for key, value in new.items():
         if isinstance(value, dict):
-            filled[key] = with_later_settings(old.get(key) or {}, value, default.get(key) or {})
-        elif key not in old and key in default:
-            filled[key] = default[key]
+            filled[key] = with_later_settings(old.get(key) or {}, value, known.get(key) or {})
+        elif key not in old and key in known:
+            filled[key] = known[key]
     return filled
 
 
