@@ -87,7 +87,7 @@ def laid_out(config: Config, pace: Pace) -> Config:
     seconds = 60 * minutes / OVERHEAD
     denoiser_steps = train.denoiser_steps
     if config.mode == "staged":
-        denoiser_steps = _rounded(DENOISER_SHARE * seconds / pace.denoiser)
+        denoiser_steps = _enough(DENOISER_SHARE * seconds, pace.denoiser, minutes)
         seconds *= 1 - DENOISER_SHARE
     alone = {"frozen": 1.0, "finetune": train.encoder_warmup, "staged": train.encoder_warmup}.get(config.mode, 0.0)
     if config.mode == "denoiser":
@@ -101,11 +101,7 @@ def laid_out(config: Config, pace: Pace) -> Config:
             per_step += alone * pace.outputs
         else:
             seconds -= train.bank_steps * pace.outputs
-    steps = _rounded(seconds / per_step)
-    if min(steps, denoiser_steps) < FEWEST:
-        raise UserError(
-            f"train.minutes: {minutes:g} minutes are {steps} steps of {per_step:.2g} s here; give more, or take smaller images or networks"
-        )
+    steps = _enough(seconds, per_step, minutes)
     return replace(config, train=replace(train, steps=steps, denoiser_steps=denoiser_steps))
 
 
@@ -135,7 +131,16 @@ def course(config: Config, pace: Pace) -> list[str]:
     return lines
 
 
-def _rounded(steps: float) -> int:
-    """Down to two digits: the rest would only be noise of the clock."""
-    unit = max(1, 10 ** (len(str(max(1, int(steps)))) - 2))
-    return int(steps) // unit * unit
+def _enough(seconds: float, per_step: float, minutes: float) -> int:
+    """Steps that fit into seconds, down to two digits: the rest would only be noise of the clock.
+
+    Raises:
+        UserError: hardly any do.
+    """
+    steps = int(seconds / per_step)
+    if steps < FEWEST:
+        raise UserError(
+            f"train.minutes: {minutes:g} minutes are {steps} steps of {per_step:.2g} s here; give more, or take smaller images or networks"
+        )
+    unit = 10 ** (len(str(steps)) - 2)
+    return steps // unit * unit

@@ -63,6 +63,11 @@ class KLWeight:
             return self.scale * (s.start + (s.end - s.start) * progress)
         return self.scale * s.start * (s.end / s.start) ** progress
 
+    @property
+    def searching(self) -> bool:
+        """Whether auto still looks for the beta at which a latent comes alive, and has any left to try."""
+        return self.settings.kind == "auto" and self.found is None and self.controlled > self.settings.low
+
     def observe(self, joint_step: int, kl: float, information: Sequence[float]) -> None:
         """Tell what a joint step measured on its batch, once and in order.
 

@@ -53,7 +53,7 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
     settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
-    del settings["train"]["on_collapse"]
+    del settings["train"]["on_collapse"], settings["data"]["labels"]  # what labels say of the split is in the fingerprint
     settings["data"]["files"] = dataset.fingerprint
     settings["denoiser"]["pretrained"] = denoiser
     return settings
@@ -85,11 +85,21 @@ def denoiser_stage(config: Config, dataset: Dataset) -> Config:
         optimizer=replace(config.optimizer, encoder_lr=0.0),
         train=train,
     )
-    settings = json.dumps(lasting_settings(alone, dataset, ""), sort_keys=True)
+    # By what differs from the defaults, so that settings which later versions add change no name.
+    settings = json.dumps(_departures(lasting_settings(alone, dataset, ""), asdict(Config())), sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:12]
     alone = replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
     before = begun(alone) if asked.minutes else None
     return replace(alone, train=replace(train, steps=before.train.steps if before else asked.denoiser_steps))
+
+
+def _departures(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Of nested settings those that are not the default."""
+    return {
+        key: _departures(value, default.get(key, {})) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != default.get(key)
+    }
 
 
 def with_steps_of(config: Config, other: Config) -> Config:

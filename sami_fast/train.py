@@ -77,7 +77,7 @@ class TrainingModule(nn.Module):
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
-    def __init__(self, config: Config, *, resume: bool, overwrite: bool, patient: bool = False, attempt: int = 0) -> None:
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool, run_folder: RunFolder | None = None, attempt: int = 0) -> None:
         self.rank, self.world_size, self.device = init_distributed()
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
@@ -85,7 +85,7 @@ class Trainer:
         config, self.dataset = stages.with_data(config)
         self.validation = open_dataset(config.data, config.seed, split=1)
         self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset))
-        self.run_folder = RunFolder(config.run_dir, patient)
+        self.run_folder = run_folder or RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         self.model = build_model(config, self.dataset.image_shape).to(self.device)
@@ -208,7 +208,9 @@ class Trainer:
         shown = self.config.shown(self.step)
         x_0, place = self.feed.micro_batch(shown, micro)
         draw = Draw(self.config.seed, shown, place, self.config.train.batch_size, self.step)
-        if self.bank is None or phase != "encoder":
+        if phase != "encoder":
+            self.bank = None  # for good: who learns in the end is both
+        if self.bank is None:
             return self.engine.losses(x_0, draw, kl_weight, phase)
         self.bank.turn_to(shown, micro)
         return self.engine.losses(x_0, draw, kl_weight, phase, self.bank)
@@ -281,6 +283,8 @@ class Trainer:
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
         if self.model.deterministic or self.warned:
             return
+        if self.kl_weight.searching:  # a higher beta than latents can live with is how auto begins
+            return
         if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
             self.warned = True
             collapsed = f"the posterior has collapsed ({told:.3f} nats of information), the latents carry nothing"
@@ -341,16 +345,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         config = budget.laid_out(config, _pace(config)) if before is None else stages.with_steps_of(config, before)
     if config.mode == "staged":
         _train_denoiser(config, resume=resume, overwrite=overwrite)
-    for attempt in range(RESTARTS):
+    attempt = 0
+    while True:
+        trainer = Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt)
         try:
-            return Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt).run()
+            return trainer.run()
         except CollapsedError as error:
-            if config.train.on_collapse == "stop":
+            attempt = round(math.log(trainer.kl_weight.scale, RESTART_SCALE)) + 1  # a resumed run knows how often it had begun
+            if config.train.on_collapse == "stop" or attempt > RESTARTS:
                 raise
-            if torch.distributed.get_rank() == 0:
-                print(f"{error}; restart {attempt + 1} of {RESTARTS} with {RESTART_SCALE ** (attempt + 1):.2g} of beta", flush=True)
+            trainer.say(f"{error}; restart {attempt} of {RESTARTS} with {RESTART_SCALE**attempt:.2g} of beta")
             resume, overwrite = False, True
-    return Trainer(config, resume=False, overwrite=True, attempt=RESTARTS).run()
 
 
 def _pace(config: Config) -> budget.Pace:
@@ -384,13 +389,18 @@ def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
     on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
     if config.encoder.start == "fresh":
         build_model(config, dataset.image_shape)
-    first = stages.denoiser_stage(config, dataset)
-    finished = stages.is_finished(first.run_dir)
+    folder = RunFolder(stages.denoiser_stage(config, dataset).run_dir, patient=True)
+    on_chief(folder.lock)
+    # One rank looks, and only while no other run can train there: what is found holds for all ranks until the end.
+    found = [(stages.denoiser_stage(config, dataset), stages.is_finished(folder.path))]
+    torch.distributed.broadcast_object_list(found)
+    first, finished = found[0]
     if torch.distributed.get_rank() == 0:
-        print(f"stage 1, the denoiser alone: {first.run_dir}{', done before' if finished else ''}", flush=True)
-    if not finished:
-        # Where another run is training it, this one finds its last checkpoint in the end.
-        Trainer(first, resume=True, overwrite=False, patient=True).run()
+        print(f"stage 1, the denoiser alone: {folder.path}{', done before' if finished else ''}", flush=True)
+    if finished:
+        folder.release()
+    else:
+        Trainer(first, resume=True, overwrite=False, run_folder=folder).run()
     if torch.distributed.get_rank() == 0:
         print("stage 2, the encoder beside it", flush=True)
 

@@ -41,14 +41,15 @@ class RunFolder:
             strange = ", ".join(sorted(entries - CONTENTS)[:1]) or "no run"
             raise UserError(f"{self.path}: expected a run folder, and this one holds {strange}; set name= or runs_dir=")
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder this process's own until `release` or the process's end, cleared of what a killed one left half-written.
+    def lock(self) -> None:
+        """Make the folder this process's own until `release` or the process's end, if it is not yet.
 
         Raises:
-            UserError: as `check`, or another process trains there.
+            UserError: another process trains there, and this one is not `patient`.
             OSError: the system refuses.
         """
-        self.check(resume=resume, overwrite=overwrite)
+        if self._lock is not None:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
         try:
@@ -59,6 +60,16 @@ class RunFolder:
                 raise UserError(f"{self.path}: another process is training there") from None
             print(f"{self.path}: another process is training there; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """`lock` the folder, and clear it of what a killed process left half-written.
+
+        Raises:
+            UserError: as `check` and `lock`.
+            OSError: the system refuses.
+        """
+        self.check(resume=resume, overwrite=overwrite)
+        self.lock()
         if overwrite:
             for entry in self.path.iterdir():
                 if entry.is_dir():

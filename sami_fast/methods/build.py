@@ -42,7 +42,7 @@ def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser:
     encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
     del encoder["start"], partner["pretrained"]
     if config.encoder.start == "denoiser":
-        encoder = {"half_of": denoiser, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
+        encoder = {"half_of": denoiser or partner, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
     method = METHODS[config.method]
     if not method.guides:  # then z reaches the network beside the encoder as an input
         partner["latent_size"] = config.encoder.latent_size
