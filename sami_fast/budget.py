@@ -89,7 +89,7 @@ def laid_out(config: Config, pace: Pace) -> Config:
     if config.mode == "staged":
         denoiser_steps = _enough(DENOISER_SHARE * seconds, pace.denoiser, minutes)
         seconds *= 1 - DENOISER_SHARE
-    alone = {"frozen": 1.0, "finetune": train.encoder_warmup, "staged": train.encoder_warmup}.get(config.mode, 0.0)
+    alone = config.encoder_share
     if config.mode == "denoiser":
         per_step = pace.denoiser
     elif config.mode == "joint":

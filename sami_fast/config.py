@@ -528,9 +528,13 @@ class Config(Section):
     @property
     def first_denoiser_step(self) -> int:
         """The step from which the network beside the encoder learns; the number of steps where it never does."""
-        train = self.train
-        first = {"frozen": train.steps} | dict.fromkeys(("finetune", "staged"), round(train.encoder_warmup * train.steps))
-        return first.get(self.mode, 0)
+        return round(self.encoder_share * self.train.steps)
+
+    @property
+    def encoder_share(self) -> float:
+        """Share of the steps in which the encoder learns alone."""
+        warmup = self.train.encoder_warmup
+        return {"frozen": 1.0, "finetune": warmup, "staged": warmup}.get(self.mode, 0.0)
 
     @property
     def first_network(self) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sami_fast import budget, ops, stages
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
-from sami_fast.data import Feed, open_dataset
+from sami_fast.data import Dataset, Feed, open_dataset
 from sami_fast.engine import checkpoints
 from sami_fast.engine.bank import Bank
 from sami_fast.engine.compiled import compiled_parts, eager_parts
@@ -281,9 +281,7 @@ class Trainer:
         state = "deterministic encoder" if self.model.deterministic else state
         pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}{waits}"
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
-        if self.model.deterministic or self.warned:
-            return
-        if self.kl_weight.searching:  # a higher beta than latents can live with is how auto begins
+        if self.model.deterministic or self.warned or self.kl_weight.searching:  # auto begins with a beta that latents cannot live with
             return
         if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
             self.warned = True
@@ -340,11 +338,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         UserError: something in the config, the data or the folder cannot work.
         NonFiniteError: a loss term became NaN or infinite.
     """
-    if config.train.minutes:
-        before = stages.begun(config) if resume else None
-        config = budget.laid_out(config, _pace(config)) if before is None else stages.with_steps_of(config, before)
-    if config.mode == "staged":
-        _train_denoiser(config, resume=resume, overwrite=overwrite)
+    if config.train.minutes or config.mode == "staged":
+        config, dataset, device = _opened(config)  # what is left to the data is settled once for all that follows
+        if config.train.minutes:
+            before = stages.begun(config) if resume else None
+            config = budget.laid_out(config, _pace(config, dataset, device)) if before is None else stages.with_steps_of(config, before)
+        if config.mode == "staged":
+            _train_denoiser(config, dataset, resume=resume, overwrite=overwrite)
     attempt = 0
     while True:
         trainer = Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt)
@@ -358,13 +358,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             resume, overwrite = False, True
 
 
-def _pace(config: Config) -> budget.Pace:
-    """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
-    _, ranks, device = init_distributed()
+def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
+    """Join the other ranks, and `stages.with_data`; also this rank's device."""
+    *_, device = init_distributed()
     set_threads(config.engine.threads)
-    config, dataset = stages.with_data(config)
+    return *stages.with_data(config), device
+
+
+def _pace(config: Config, dataset: Dataset, device: torch.device) -> budget.Pace:
+    """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
     model = build_model(config, dataset.image_shape).to(device)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
+    ranks = torch.distributed.get_world_size()
     found = [budget.measure(TrainingModule(model, config), denoiser, config, dataset, device, ranks)]
     torch.distributed.broadcast_object_list(found)
     return found[0]
@@ -373,7 +378,8 @@ def _pace(config: Config) -> budget.Pace:
 def _course(config: Config) -> str:
     """What a run will have done when, measured on this machine; or why that cannot be said."""
     try:
-        pace = _pace(config)
+        config, dataset, device = _opened(config)
+        pace = _pace(config, dataset, device)
         config = budget.laid_out(config, pace) if config.train.minutes else config
     except UserError as error:
         return f"not measured ({error})"
@@ -381,11 +387,8 @@ def _course(config: Config) -> str:
     return "\n".join((f"by the speed of {torch.get_num_threads()} CPU threads or a GPU, as measured", *budget.course(config, pace)))
 
 
-def _train_denoiser(config: Config, *, resume: bool, overwrite: bool) -> None:
+def _train_denoiser(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool) -> None:
     """The first stage of a staged run, unless it has been done. What would stop the second is looked for first."""
-    init_distributed()
-    set_threads(config.engine.threads)
-    config, dataset = stages.with_data(config)
     on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
     if config.encoder.start == "fresh":
         build_model(config, dataset.image_shape)

@@ -99,31 +99,13 @@ class Avatars(Rendered):
     factor_names = tuple(ATTRIBUTES)
     attribute_names = frozenset(ATTRIBUTES)
 
-    def __init__(
-        self,
-        count: int,
-        seed: int = 0,
-        *,
-        image_size: int = 64,
-        channels: int = 3,
-        holdout: float = 0.1,
-        split: int = 0,
-        cache_dir: str = "",
-    ) -> None:
+    def __init__(self, count: int, seed: int = 0, **others: Any) -> None:
         self.seed = seed
-        super().__init__(count, {"seed": seed}, image_size, channels, holdout, split, cache_dir)
+        super().__init__(count, {"seed": seed}, **others)
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
-        return cls(
-            config.avatars.images,
-            config.avatars.seed,
-            image_size=config.image_size or 64,
-            channels=config.channels or 3,
-            holdout=config.holdout,
-            split=split,
-            cache_dir=config.cache_dir,
-        )
+        return cls(config.avatars.images, config.avatars.seed, **cls.options(config, split))
 
     def factors(self, index: Tensor) -> Tensor:
         """The attributes. [n] int64 -> [n, F] float32, 0 or 1, columns in the order of `factor_names`."""

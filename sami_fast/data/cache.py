@@ -28,9 +28,8 @@ def cache_dir(configured: str, source: Path) -> Path:
         OSError: the folder cannot be made.
     """
     source = source.resolve()
-    folder = (
-        base_dir(configured) / f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"
-    )  # a name has at most 255 bytes
+    name = f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"  # a name has at most 255 bytes
+    folder = base_dir(configured) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..config import DataConfig
 from ..errors import UserError
 from .dataset import EightBit
 from .pixels import with_channels
@@ -47,7 +48,15 @@ class Rendered(EightBit):
     version: ClassVar[int] = 1  # of the renderer: with another one, all images are rendered anew
 
     def __init__(
-        self, count: int, settings: Mapping[str, Any], image_size: int, channels: int, holdout: float, split: int, cache_dir: str
+        self,
+        count: int,
+        settings: Mapping[str, Any],
+        *,
+        image_size: int = 64,
+        channels: int = 3,
+        holdout: float = 0.1,
+        split: int = 0,
+        cache_dir: str = "",
     ) -> None:
         if channels not in (1, 3):
             raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {channels}")
@@ -56,6 +65,12 @@ class Rendered(EightBit):
         self.size, self.held_out = len(self.places), holdout > 0 and count > 1
         self._digest = self._of(settings, count)
         self.array = self._kept(f"images-{image_size}-{self._digest}", (count,), lambda: self._rendered(torch.arange(count)))
+
+    @staticmethod
+    def options(config: DataConfig, split: int) -> dict[str, Any]:
+        """The arguments that all of these share."""
+        sizes = {"image_size": config.image_size or 64, "channels": config.channels or 3}
+        return sizes | {"holdout": config.holdout, "split": split, "cache_dir": config.cache_dir}
 
     def _rendered(self, numbers: Tensor) -> Iterator[np.ndarray]:
         """Images by their place among all, [n] int64: [S, S, 3] uint8 each, in order."""

@@ -70,12 +70,7 @@ class Rooms(Rendered):
         moving: Sequence[str] = ("size", "x", "y", "yaw"),
         seed: int = 0,
         clip_length: int = 16,
-        *,
-        image_size: int = 64,
-        channels: int = 3,
-        holdout: float = 0.1,
-        split: int = 0,
-        cache_dir: str = "",
+        **others: Any,
     ) -> None:
         for name, values, known in (("shapes", shapes, [*SHAPES]), ("moving", moving, ROOM_RANGES)):
             if not values or not {*values} <= {*known}:
@@ -89,18 +84,14 @@ class Rooms(Rendered):
         self.factor_names = tuple(name for name in names if name != "shape" or len(shapes) > 1)
         self.clip_length, self._clip_count = clip_length, num_clips
         self._settings = {"shapes": self.shapes, "ranges": self.ranges, "seed": seed}
-        super().__init__(count, self._settings, image_size, channels, holdout, split, cache_dir)
+        super().__init__(count, self._settings, **others)
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
         rooms = config.rooms
         return cls(
             *(rooms.images, rooms.clips, rooms.shapes, vars(rooms), rooms.moving, rooms.seed, config.video.clip_length),
-            image_size=config.image_size or 64,
-            channels=config.channels or 3,
-            holdout=config.holdout,
-            split=split,
-            cache_dir=config.cache_dir,
+            **cls.options(config, split),
         )
 
     def factors(self, index: Tensor) -> Tensor:

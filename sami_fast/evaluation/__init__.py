@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..methods.sami import Sami
 from ..metrics.guidance import GuidanceProfile, guidance_profile
@@ -47,26 +48,26 @@ GUIDANCE_IMAGES = 256  # that the gain of guidance is taken from, which runs the
 LEVELS = 15
 
 
-def _levels(run: Run) -> list[float]:
+def _over_levels(run: Run) -> dict[str, Any]:
+    """Arguments of what is measured over noise levels."""
     schedule = run.model.schedule
     step = (schedule.logsnr_max - schedule.logsnr_min) / (LEVELS - 1)
-    return [schedule.logsnr_min + step * level for level in range(LEVELS)]
+    levels = [schedule.logsnr_min + step * level for level in range(LEVELS)]
+    return {"logsnr": levels, "seed": run.config.seed, "batch_size": run.batch_size}
 
 
 def profile(run: Run) -> ScaleProfile | None:
     """Information and calibration over the run's noise levels; None of a deterministic encoder, which has no density."""
     if run.model.deterministic or run.count < 2:
         return None
-    common = {"logsnr": _levels(run), "seed": run.config.seed, "batch_size": run.batch_size}
-    return scale_profile(run.model, run.images, min(PROFILE_IMAGES, run.count), **common)
+    return scale_profile(run.model, run.images, min(PROFILE_IMAGES, run.count), **_over_levels(run))
 
 
 def guidance(run: Run) -> GuidanceProfile | None:
     """What guidance is worth over the run's noise levels; None of methods that do not guide."""
     if not isinstance(run.model, Sami) or run.count < 2:
         return None
-    common = {"logsnr": _levels(run), "seed": run.config.seed, "batch_size": run.batch_size}
-    return guidance_profile(run.model, run.images, min(GUIDANCE_IMAGES, run.count), **common)
+    return guidance_profile(run.model, run.images, min(GUIDANCE_IMAGES, run.count), **_over_levels(run))
 
 
 def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: int = 1, say: Say = lambda stage: None) -> dict:
