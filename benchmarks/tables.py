@@ -16,7 +16,8 @@ from pathlib import Path
 
 from .rows import RESULTS, ROOT, Row, write_rows
 
-WRITERS = {"recovery": "recovery", "methods": "methods", "pretrained": "pretrained", "plan": "scaling", "performance": "performance"}
+# By the first word of a table's name, the module that writes it.
+WRITERS = {name: name for name in ("claims", "recovery", "methods", "pretrained", "performance")} | {"plan": "scaling"}
 BLOCK = re.compile(r"^<!-- (?P<name>[\w -]+?) -->\n(?P<inside>(?:.*\n)*?)<!-- end of (?P=name) -->$", re.MULTILINE)
 
 
@@ -65,8 +66,8 @@ def publish(rows: list[Row], key: Sequence[str], file: str, output: Path | None,
         blocks: Its tables by name.
     """
     write_rows(output.with_suffix(".jsonl") if output else RESULTS / f"{file}.jsonl", rows, key)
-    if output is None:
-        rewrite(ROOT / "docs/results.md", file)
+    for written in (file, "claims") if output is None else ():
+        rewrite(ROOT / "docs/results.md", written)
     for name, text in blocks.items():
         if output is not None:
             write_block(output, name, text)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 ALIVE_NATS = 0.2  # smoothed information of batches at which a latent has come alive beyond doubt
 SMOOTHING = 0.95  # decay per step of that average
+GROWTH_SMOOTHING = 0.98  # the same, of what is added to it per step
 
 
 class KLWeightSettings(Protocol):
@@ -31,12 +32,13 @@ class KLWeight:
     exponential: the same, geometrically
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
     auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
-                 and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held
+                 and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
+                 slower, or not at all, while the information grows fast enough to get there in the time of a halving
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
-    them come alive together, which leaves the axes tilted. Where the first comes alive depends on the data. A latent is sharp when the
-    spread of its means is e^4 = 55 times its standard deviation: below that beta its variance would reach its floor (`models.encoder`),
-    and other latents would have to say the same once more.
+    them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive
+    depends on the data. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its
+    variance would reach its floor (`models.encoder`), and other latents would have to say the same once more.
 
     Args:
         settings: The `kl_weight` section of a config.
@@ -48,6 +50,7 @@ class KLWeight:
         self.settings, self.joint_steps, self.scale = settings, joint_steps, scale
         self.controlled = scale * settings.start  # what controller and auto have come to
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
+        self.growth = 0.0  # auto: of the information of the most informative latent, nats per step, smoothed
         self.found: int | None = None  # auto: joint step at which the first latent came alive
         self.highest = settings.high  # auto: beta from then on at most
 
@@ -83,18 +86,23 @@ class KLWeight:
         if s.kind == "auto":
             before = self.information or [0.0] * len(information)
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
-            if self.found is None and max(self.information) > ALIVE_NATS:
+            most = max(self.information)
+            self.growth = GROWTH_SMOOTHING * self.growth + (1 - GROWTH_SMOOTHING) * (most - max(before))
+            if self.found is None and most > ALIVE_NATS:
                 self.found = joint_step
                 self.controlled = self.highest = min(s.high, s.rebound * self.controlled)
-            share = s.search if self.found is None else s.fall
-            missing = max(-1.0, min(1.0, 10.0 * (1.0 - max(self.information) / s.sharpest)))  # of full speed, from 10 % off
-            self.controlled *= 0.5 ** (missing / max(1.0, share * self.joint_steps))
+            share, wanted = (s.search, ALIVE_NATS) if self.found is None else (s.fall, s.sharpest)
+            halving = max(1.0, share * self.joint_steps)
+            speed = max(-1.0, min(1.0, 10.0 * (1.0 - most / wanted)))  # full from 10 % off
+            if speed > 0:
+                speed *= 1.0 - max(0.0, min(1.0, self.growth * halving / (wanted - most)))
+            self.controlled *= 0.5 ** (speed / halving)
             self.controlled = min(self.highest, max(s.low, self.controlled))
 
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; what JSON can hold."""
-        keys = ("controlled", "information", "found", "highest", "scale")
+        keys = ("controlled", "information", "growth", "found", "highest", "scale")
         return {key: getattr(self, key) for key in keys}
 
     def restore(self, state: dict[str, Any] | float) -> None:

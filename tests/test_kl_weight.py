@@ -130,14 +130,28 @@ def test_auto_falls_until_a_latent_lives_and_then_slowly_until_it_is_sharp(thres
     weight = KLWeight(settings(kind="auto", start=1.0), 2000)
     course = alive(weight, threshold, 2000)
     assert course[0] == 1.0
-    assert course[80] == pytest.approx(0.5)  # halves every 4 % of the steps
+    assert course[80] == pytest.approx(0.5, rel=0.05)  # halves every 4 % of the steps
     beta = course[weight.found]
     assert 0.5 * threshold < beta < threshold  # found a little late, as information takes time to grow
-    assert course[weight.found + 400] == pytest.approx(beta / 2, rel=0.01)  # from then on every 20 %
     sharp = threshold * math.exp(-2.0)  # where the latent holds 4 nats
     lowest = min(course)
-    assert lowest == pytest.approx(sharp, rel=0.2)
-    assert course[-1] == pytest.approx(sharp, rel=0.2) or course[-1] > sharp  # held there, or not yet reached
+    assert lowest == pytest.approx(sharp, rel=0.2) or lowest > sharp  # held there, or not yet reached
+    assert course[-1] < beta
+
+
+@pytest.mark.parametrize(
+    ("growth", "halvings"),
+    [(0.0, 1.0), (-0.01, 1.0), (0.0025, 0.5), (0.02, 0.0)],
+    ids=["none", "negative", "half of what it takes", "ample"],
+)
+def test_auto_waits_for_a_latent_that_grows(growth, halvings):
+    weight = KLWeight(settings(kind="auto", start=1.0, sharpest=4.0), 2000)  # then halves every 400 steps
+    weight.restore({"controlled": 0.1, "information": [2.0], "found": 0, "growth": growth})
+    for step in range(20):  # 2 nats are missing: 0.005 a step would bring them in the time of a halving
+        smooth = weight.information[0] + growth
+        weight.observe(step, 1.0, [weight.information[0] + growth / 0.05])
+        assert weight.information[0] == pytest.approx(smooth)
+    assert weight(20) == pytest.approx(0.1 * 0.5 ** (halvings * 20 / 400), rel=2e-3)
 
 
 def test_auto_is_held_where_the_sharpest_latent_is():

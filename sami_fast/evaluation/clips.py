@@ -1,6 +1,6 @@
 """How straight the clips of a dataset run: through the latents, and through what they are compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,16 @@ def _std(latents: Latents) -> np.ndarray:
     return np.where(used, latents.mu.std(0), 0.0)
 
 
-def straightness_scores(run: Run, latents: Latents, baselines: Baselines | None = None) -> dict[str, dict[str, Any]]:
+def straightness_scores(
+    run: Run, latents: Latents, baselines: Baselines | None = None, others: Mapping[str, tuple[Represent, np.ndarray]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Straightness by representation, each raw and standardised (keys `standardized_...`); {} without clips.
 
     Args:
         run: The run.
         latents: Of its evaluation images, whose spread standardises.
         baselines: Also of these.
+        others: Also of these representations: by name, how a frame is taken to its codes, and their standard deviation over images, [D].
     """
     if not num_clips(run):
         return {}
@@ -70,6 +73,7 @@ def straightness_scores(run: Run, latents: Latents, baselines: Baselines | None 
         rows["untrained"] = means(baselines.untrained), baselines.untrained_latents.mu.std(0)
         rows["pca"] = (lambda part: pca.transform(flat(part))), np.sqrt(pca.explained_variance_)
         rows["pixels"] = flat, baselines.pixels.std(0)
+    rows |= others or {}
     frames, *paths = through(run, flat, *(represent for represent, _ in rows.values()))
     scores = {}
     for (name, (_, std)), clips in zip(rows.items(), paths, strict=True):

@@ -1,0 +1,218 @@
+"""What is claimed of learning, in one table: what must be seen, what was seen, and whether that is enough; what does not hold comes first.
+
+python -m benchmarks.claims                    # trains and scores everything, with one thread per run: many hours on two cores
+python -m benchmarks.claims --only rooms pretrained
+python -m benchmarks.claims --only             # trains nothing: judges the committed rows
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from .rows import ROOT, Row, committed
+from .table import markdown
+
+RIVALS = {"beta_vae": "beta-VAE", "beta_vae_falling": "beta-VAE, falling beta", "diffae": "DiffAE"}
+FACES = ("carphone", "interview", "webcam")  # sources of clips that show someone talking
+FIVE = ["--seeds", *map(str, range(5))]
+THREE = ["--seeds", *map(str, range(3))]
+METHODS = ["--methods", "sami", *RIVALS]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the table."""
+
+    what: str
+    needed: str
+    command: list[str]  # the module of benchmarks that measures it, and its arguments
+    judged: Callable[[], tuple[bool, str]]  # whether it holds, and what was measured; ValueError: no row
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether our mean over seeds is ahead by more than the larger standard deviation over seeds."""
+    return len(ours) > 1 and mean(ours) - mean(theirs) > max(stdev(values) for values in (ours, theirs) if len(values) > 1)
+
+
+def seeds_passing(config: str, least: int) -> Callable[[], tuple[bool, str]]:
+    def judged() -> tuple[bool, str]:
+        rows = committed("recovery.jsonl", config=config, settings="")
+        passing = sum(row["passes"] for row in rows)
+        worst = min(min(row["linear_r2"].values()) for row in rows), min(row["mcc"] for row in rows)
+        return passing >= least, f"{passing} of {len(rows)} seeds; least R2 {worst[0]:.3f}, least MCC {worst[1]:.3f}"
+
+    return judged
+
+
+def _scores(data: str, key: str) -> dict[str, list[float]]:
+    """A score over seeds, by method and baseline."""
+    rows = committed("methods.jsonl", data=data, settings="")
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row[key])
+        for name, scores in row["baselines"].items():
+            if scores.get(key) is not None:
+                found.setdefault(name, []).append(scores[key])
+    return found
+
+
+def leads(data: str, key: str, others: Sequence[str]) -> Callable[[], tuple[bool, str]]:
+    """Whether SAMI's score is ahead of all others'."""
+
+    def judged() -> tuple[bool, str]:
+        found = _scores(data, key)
+        missing = [name for name in ("sami", *others) if name not in found]
+        told = ", ".join(f"{RIVALS.get(name, name)} {_over_seeds(values)}" for name, values in found.items())
+        return not missing and all(ahead(found["sami"], found[name]) for name in others), told
+
+    return judged
+
+
+def _interval(rows: Sequence[Row], source: str, codes: str, key: str) -> tuple[float, float, float] | None:
+    """Mean and 95 % interval over clips, averaged over the seeds."""
+    found = [row["straightness_by_source"].get(source, {}).get(codes, {}) for row in rows]
+    ends = [[scores[f"{key}{end}"] for scores in found if f"{key}{end}" in scores] for end in ("", "_low", "_high")]
+    return (mean(ends[0]), mean(ends[1]), mean(ends[2])) if all(ends) else None
+
+
+def straightest(data: str, source: str) -> Callable[[], tuple[bool, str]]:
+    """Whether curvature through SAMI's means, raw, is the least, its interval apart from that of pixels and of two trained rivals."""
+
+    def judged() -> tuple[bool, str]:
+        rows = committed("methods.jsonl", data=data, settings="")
+        of_method = {name: [row for row in rows if row["method"] == name] for name in ("sami", *RIVALS)}
+        found = {name: _interval(of_method[name], source, "latents", "curvature") for name in of_method}
+        found |= {name: _interval(of_method["sami"], source, name, "curvature") for name in ("pixels", "pca", "untrained", "imagenet")}
+        known = {name: interval for name, interval in found.items() if interval is not None}
+        if "sami" not in known or "pixels" not in known:
+            raise ValueError(f"{data} {source}: no row")
+        high = known["sami"][2]
+        apart = [name for name, interval in known.items() if high < interval[1]]
+        least = min(known, key=lambda name: known[name][0]) == "sami"
+        told = ", ".join(f"{RIVALS.get(name, name)} {i[0]:.0f} ({i[1]:.0f} to {i[2]:.0f})" for name, i in known.items())
+        return least and "pixels" in apart and len({*RIVALS} & {*apart}) >= 2, told
+
+    return judged
+
+
+def all_healthy(data: str, latents: int, nats: float) -> Callable[[], tuple[bool, str]]:
+    """Whether every seed ends healthy, with so many latents of so much information on images that training never saw."""
+
+    def judged() -> tuple[bool, str]:
+        rows = committed("methods.jsonl", data=data, method="sami", settings="")
+        counts = [sum(value >= nats for value in row["information_per_dim"]) for row in rows]
+        words = [row["health"]["word"] for row in rows]
+        told = f"{', '.join(words)}; {', '.join(map(str, counts))} latents of {nats:g} nats"
+        return len(rows) >= 5 and {*words} == {"healthy"} and min(counts) >= latents, told
+
+    return judged
+
+
+def pretrained() -> tuple[bool, str]:
+    rows = committed("pretrained.jsonl", data="disks", settings="")
+    least, shares = ([f"{value(row):.2f}" for row in rows] for value in (lambda row: min(row["r2"].values()), lambda row: row["share"]))
+    told = f"least R2 {', '.join(least)}; share of the joint run's time {', '.join(shares)}"
+    return len(rows) >= 5 and all(row["passes"] for row in rows), told
+
+
+def found_axes(data: str, key: str, raw: str) -> Callable[[], tuple[bool, str]]:
+    """Whether axes found without labels score above the latents as they are, by any method of finding them."""
+
+    def judged() -> tuple[bool, str]:
+        rows = [row for row in committed("methods.jsonl", data=data, method="sami", settings="") if row.get(key)]
+        if not rows:
+            raise ValueError(f"{data} {key}: no row")
+        as_they_are = [row[raw] for row in rows]
+        by_method = {name: [row[key][name] for row in rows] for name in rows[0][key]}
+        told = ", ".join(f"{name} {_over_seeds(values)}" for name, values in {"as they are": as_they_are, **by_method}.items())
+        return max(mean(values) for values in by_method.values()) > mean(as_they_are), told
+
+    return judged
+
+
+def _methods(data: str, seeds: Sequence[str], *more: str) -> list[str]:
+    return ["methods", "--data", data, *seeds, *more]
+
+
+CLAIMS = {
+    "disks": Claim("disks 16x16: every factor recovered", "10 of 10 seeds", ["recovery"], seeds_passing("disks", 10)),
+    "disks32": Claim("disks 32x32: the same", "9 of 10 seeds", ["recovery", "--config", "disks32"], seeds_passing("disks32", 9)),
+    "rooms": Claim("rooms: MCC", "ahead of all", _methods("rooms", FIVE, *METHODS), leads("rooms", "mcc", [*RIVALS, "pca"])),
+    "rooms dci": Claim(
+        "rooms: DCI disentanglement", "ahead of all", _methods("rooms", FIVE, *METHODS), leads("rooms", "dci_d", [*RIVALS, "pca"])
+    ),
+    "avatars": Claim(
+        "avatars: TAD", "ahead of the trained ones", _methods("avatars", THREE, *METHODS), leads("avatars", "tad_nashae", [*RIVALS])
+    ),
+    "rooms straight": Claim(
+        "moving rooms: curvature, degrees",
+        "least, apart from pixels and two trained ones",
+        _methods("rooms", FIVE, *METHODS),
+        straightest("rooms", "moving rooms"),
+    ),
+    **{
+        f"stills {source}": Claim(
+            f"unseen clips, {source}{', talking' if source in FACES else ''}: curvature, degrees",
+            "least, apart from pixels and two trained ones",
+            _methods("stills", THREE, *METHODS),
+            straightest("stills", source),
+        )
+        for source in (*FACES, "bikes", "bigbuckbunny")
+    },
+    **{
+        data: Claim(
+            f"photos_small, {what}",
+            f"healthy on 5 seeds, {latents} latents of {nats:g} nats",
+            _methods(data, FIVE, "--methods", "sami"),
+            all_healthy(data, latents, nats),
+        )
+        for data, what, latents, nats in (
+            ("faces", "people never seen", 8, 1.0),
+            ("patches", "photographs never seen", 5, 0.5),
+            ("mixed", "mixed snapshots", 5, 0.5),
+        )
+    },
+    "pretrained": Claim("an encoder on a pretrained UNet", "R2 >= 0.9 in a third of the time, 5 seeds", ["pretrained"], pretrained),
+    "rooms axes": Claim(
+        "rooms: MCC on axes found without labels", "above the raw axes", _methods("rooms", FIVE), found_axes("rooms", "mcc_axes", "mcc")
+    ),
+    "avatars axes": Claim(
+        "avatars: TAD on axes found without labels",
+        "above the raw axes",
+        _methods("avatars", THREE),
+        found_axes("avatars", "tad_axes", "tad_nashae"),
+    ),
+}
+
+
+def generated(what: str) -> str:
+    """The table of docs/results.md: what does not hold, what was not measured, what holds."""
+    lines: list[tuple[int, list[str]]] = []
+    for claim in CLAIMS.values():
+        try:
+            holds, measured = claim.judged()
+            lines.append((2 if holds else 0, [claim.what, claim.needed, measured, "yes" if holds else "**no**"]))
+        except ValueError:
+            lines.append((1, [claim.what, claim.needed, "", "not measured"]))
+    return markdown(["claim", "needed", "measured", "holds"], [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=CLAIMS, default=list(CLAIMS), metavar="CLAIM", help=f"some of {', '.join(CLAIMS)}")
+    arguments = parser.parse_args()
+    commands = {" ".join(CLAIMS[name].command): CLAIMS[name].command for name in arguments.only}
+    for module, *options in commands.values():
+        subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *options], cwd=ROOT, check=module != "pretrained")
+    print(generated(""))
+
+
+if __name__ == "__main__":
+    main()
