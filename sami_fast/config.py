@@ -232,6 +232,7 @@ class EncoderConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
+    smooth: float = setting(0.5, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
     start: str = setting(
         "fresh",
         "denoiser: the way down and the middle of denoiser.pretrained with new heads, whatever else stands here but latent_size, init_std",

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from sami_fast import ops, score
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.models.denoiser import time_embedding
-from sami_fast.models.encoder import MIN_VAR
+from sami_fast.models.encoder import MIN_VAR, smooth_kernels
 from sami_fast.models.layers import STYLES, AttentionBlock, GroupNormSiLU
 
 each_style = pytest.mark.parametrize("style", STYLES)
@@ -66,6 +66,35 @@ def test_a_new_encoder_is_close_to_its_initial_deviation(style, init_std):
     torch.manual_seed(0)
     _, var = Encoder(1, 16, 8, [16, 16], style=style, init_std=init_std)(normal(20, 1, 16, 16, dtype=torch.float32))
     assert var.sqrt().mean().item() == pytest.approx(init_std, rel=0.1)
+
+
+def test_smooth_kernels_are_a_blur_of_the_same_variance():
+    blur = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]])
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(32, 64, 3), torch.nn.Conv2d(64, 64, 1))
+    before, pointwise = layers[0].weight.detach().clone(), layers[1].weight.detach().clone()
+    smooth_kernels(layers, 1.0)
+    whole = layers[0].weight.detach()
+    torch.testing.assert_close(whole / whole[:, :, :1, :1], blur.expand_as(whole))
+    assert whole.square().mean().item() == pytest.approx(before.square().mean().item(), rel=0.05)
+    assert torch.equal(layers[1].weight, pointwise)
+
+
+def test_a_smooth_encoder_sees_a_faint_colour_through_noise():
+    """Its latents follow a colour that covers an image, at a tenth of the noise; those of independent kernels hardly do."""
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.randn(512, 3, generator=generator)
+    x = 0.1 * colours[:, :, None, None] + torch.randn(512, 3, 32, 32, generator=generator)
+    explained = {}
+    for smooth in (0.0, 0.5):
+        torch.manual_seed(0)
+        encoder = Encoder(3, 32, 16, [32, 32, 32], smooth=smooth)
+        with torch.no_grad():
+            mu = encoder(x)[0]
+        mu = mu - mu.mean(0)
+        fitted = colours @ torch.linalg.lstsq(colours, mu).solution
+        explained[smooth] = (fitted.square().sum() / mu.square().sum()).item()
+    assert explained[0.5] > 2 * explained[0.0] > 0, explained
 
 
 def test_images_do_not_mix():

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
 from .layers import AttentionBlock, ResBlock, checked_sides, conv, norm_act
@@ -39,6 +39,22 @@ def gaussian_heads(features: int, latent_size: int, init_std: float, bias: bool 
     return mu, raw_var, Variance(MIN_VAR)
 
 
+@torch.no_grad()
+def smooth_kernels(module: nn.Module, share: float) -> None:
+    """Make new 3x3 kernels partly smooth: this share of their variance becomes a blur, [1, 2, 1] along both sides, of mixed channels.
+
+    Under strong noise only what is averaged over many pixels can be seen, and kernels of independent weights average nothing: the first
+    latents to live then teach them to, each for itself alone, and whatever else the image holds stays unseen. Smooth kernels see all of
+    its coarse content from the first step on, and so do their gradients, which are the guidance.
+    """
+    blur = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0]))
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3):
+            weight = part.weight
+            mixed = torch.randn(weight.shape[:2], device=weight.device) * weight.square().mean().sqrt() * 3 / blur.norm()
+            weight.mul_(math.sqrt(1 - share)).add_(math.sqrt(share) * mixed[:, :, None, None] * blur.to(weight.device))
+
+
 class Encoder(Layer[tuple[Tensor, Tensor]]):
     """Images to a diagonal Gaussian over latents.
 
@@ -54,6 +70,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         groups: Groups of the norms (fewer where the width does not divide).
         style: "group_norm_silu" or "bias_free_relu" (no norms, no biases; the paper's).
         init_std: Posterior standard deviation at the start, and the scale of the variance head's first weights is 0.1 of the default.
+        smooth: Share of the kernels' variance at the start that is a blur, 0 to 1; see `smooth_kernels`.
     Shapes:
         x [B, C, H, W] -> mu, var, both [B, Z] float32 (float64 for a float64 model).
     Raises:
@@ -73,6 +90,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         groups: int = 4,
         style: str = "group_norm_silu",
         init_std: float = 0.97,
+        smooth: float = 0.0,
     ) -> None:
         super().__init__()
         attention = attention or []
@@ -91,6 +109,8 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         # The middle: a plain convolution that ends every path, residual or not, in a norm and an activation.
         layers += [conv(width, width, 3, style), norm_act(width, groups, style)]
         self.body: Layer[Tensor] = Chain(*layers)
+        if smooth:
+            smooth_kernels(self.body, smooth)
         self.mu, self.raw_var, self.var = gaussian_heads(width * side * side, latent_size, init_std, style != "bias_free_relu")
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
