@@ -1,0 +1,98 @@
+"""The table of claims: what it takes for one to hold, and that it says what does not."""
+
+import pytest
+
+from benchmarks import claims
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows in place of the committed ones: a list to fill."""
+    kept: list[dict] = []
+
+    def committed(name, **fields):
+        found = [row for row in kept if row["file"] == name and all(row.get(key) == value for key, value in fields.items())]
+        if not found:
+            raise ValueError(name)
+        return found
+
+    monkeypatch.setattr(claims, "committed", committed)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "holds"),
+    [
+        ([0.9, 0.8], [0.5, 0.5], True),
+        ([0.9, 0.8], [0.8, 0.82], False),  # by 0.04; ours spread by 0.07
+        ([0.9, 0.9], [0.3, 0.9], False),  # theirs spread by 0.42
+        ([0.9], [0.1], False),  # one seed says nothing of the spread
+    ],
+)
+def test_ahead_by_more_than_the_spread_over_seeds(ours, theirs, holds):
+    assert claims.ahead(ours, theirs) is holds
+
+
+def test_a_lead_needs_every_rival(rows):
+    for method, scores in {"sami": (0.8, 0.82), "beta_vae": (0.5, 0.52)}.items():
+        rows += [
+            {"file": "methods.jsonl", "data": "rooms", "settings": "", "method": method, "mcc": score, "baselines": {"pca": {"mcc": 0.3}}}
+            for score in scores
+        ]
+    assert claims.leads("rooms", "mcc", ["beta_vae", "pca"])() == (
+        True,
+        "sami 0.810 ± 0.014, pca 0.300 ± 0.000, beta-VAE 0.510 ± 0.014",
+    )
+    assert not claims.leads("rooms", "mcc", ["beta_vae", "diffae"])()[0]
+
+
+def clip_row(method: str, curvature: float, more: dict | None = None) -> dict:
+    def scores(value: float) -> dict:
+        return {"curvature": value, "curvature_low": value - 2, "curvature_high": value + 2}
+
+    codes = {"latents": scores(curvature), **{name: scores(value) for name, value in (more or {}).items()}}
+    where = {"file": "methods.jsonl", "data": "stills", "settings": ""}
+    return {**where, "method": method, "straightness_by_source": {"carphone": codes}}
+
+
+@pytest.mark.parametrize(
+    ("curvatures", "pixels", "holds"),
+    [
+        ({"sami": 40, "beta_vae": 50, "diffae": 60}, 70, True),
+        ({"sami": 40, "beta_vae": 43, "diffae": 60}, 70, False),  # apart from one trained rival only
+        ({"sami": 40, "beta_vae": 50, "diffae": 60}, 43, False),  # not from pixels
+        ({"sami": 40, "beta_vae": 30, "beta_vae_falling": 50, "diffae": 60}, 70, False),  # not the least
+    ],
+)
+def test_straightest_needs_intervals_apart(rows, curvatures, pixels, holds):
+    rows += [clip_row(name, value, {"pixels": pixels} if name == "sami" else None) for name, value in curvatures.items()]
+    assert claims.straightest("stills", "carphone")()[0] is holds
+
+
+def test_health_is_asked_of_five_seeds(rows):
+    def run(seed: int, word: str = "healthy", latents: int = 8) -> dict:
+        where = {"file": "methods.jsonl", "data": "faces", "settings": "", "method": "sami", "seed": seed}
+        return where | {"health": {"word": word}, "information_per_dim": [1.2] * latents + [0.4] * 4}
+
+    judged = claims.all_healthy("faces", 8, 1.0)
+    rows += [run(seed) for seed in range(4)]
+    assert not judged()[0]
+    rows.append(run(4))
+    assert judged() == (True, "healthy, healthy, healthy, healthy, healthy; 8, 8, 8, 8, 8 latents of 1 nats")
+    rows[-1] = run(4, latents=7)
+    assert not judged()[0]
+    rows[-1] = run(4, word="redundant")
+    assert not judged()[0]
+
+
+def test_what_does_not_hold_comes_first_and_what_was_not_measured_says_so(rows):
+    where = {"file": "recovery.jsonl", "settings": "", "linear_r2": {"x": 0.98}, "mcc": 0.99}
+    rows += [where | {"config": "disks", "passes": True}] * 10
+    rows += [where | {"config": "disks32", "passes": seed < 8} for seed in range(10)]
+    lines = claims.generated("").splitlines()[2:]
+    assert len(lines) == len(claims.CLAIMS)
+    assert lines[0].startswith("| disks 32x32")
+    assert lines[0].endswith("8 of 10 seeds; least R2 0.980, least MCC 0.990 | **no** |")
+    assert lines[1].endswith("|  | not measured |")
+    assert lines[-1].startswith("| disks 16x16")
+    assert lines[-1].endswith("| yes |")
