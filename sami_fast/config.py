@@ -232,7 +232,7 @@ class EncoderConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
-    smooth: float = setting(0.5, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
+    smooth: float = setting(0.15, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
     start: str = setting(
         "fresh",
         "denoiser: the way down and the middle of denoiser.pretrained with new heads, whatever else stands here but latent_size, init_std",
@@ -301,6 +301,9 @@ class KLWeightConfig(Section):
     )
     rebound: float = setting(2.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
     fall: float = setting(0.25, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
+    patience: float = setting(
+        1.0, "auto: how much of that fall is left out while the information grows fast enough to get there; 0: none", number(0, 1)
+    )
     sharpest: float = setting(
         4.0, "auto: information of the most informative latent at which beta falls no further, and is held", number(0.1, 4.5), "nats"
     )

@@ -21,6 +21,7 @@ class KLWeightSettings(Protocol):
     search: float
     rebound: float
     fall: float
+    patience: float
     sharpest: float
 
 
@@ -33,7 +34,7 @@ class KLWeight:
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
     auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
-                 slower, or not at all, while the information grows fast enough to get there in the time of a halving
+                 slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
     them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive
@@ -95,7 +96,7 @@ class KLWeight:
             halving = max(1.0, share * self.joint_steps)
             speed = max(-1.0, min(1.0, 10.0 * (1.0 - most / wanted)))  # full from 10 % off
             if speed > 0:
-                speed *= 1.0 - max(0.0, min(1.0, self.growth * halving / (wanted - most)))
+                speed *= 1.0 - s.patience * max(0.0, min(1.0, self.growth * halving / (wanted - most)))
             self.controlled *= 0.5 ** (speed / halving)
             self.controlled = min(self.highest, max(s.low, self.controlled))
 
