@@ -12,7 +12,7 @@ from sami_fast.kl_weight import KLWeight
 
 def settings(**changes) -> SimpleNamespace:
     base = {"kind": "constant", "start": 0.25, "end": 0.08, "fraction": 0.8, "target": 0.0, "gain": 0.002, "low": 1e-3, "high": 1.0}
-    base |= {"search": 0.04, "rebound": 1.0, "fall": 0.2, "sharpest": 4.0}
+    base |= {"search": 0.04, "rebound": 1.0, "fall": 0.2, "patience": 1.0, "sharpest": 4.0}
     return SimpleNamespace(**base | changes)
 
 
@@ -140,12 +140,12 @@ def test_auto_falls_until_a_latent_lives_and_then_slowly_until_it_is_sharp(thres
 
 
 @pytest.mark.parametrize(
-    ("growth", "halvings"),
-    [(0.0, 1.0), (-0.01, 1.0), (0.0025, 0.5), (0.02, 0.0)],
-    ids=["none", "negative", "half of what it takes", "ample"],
+    ("growth", "patience", "halvings"),
+    [(0.0, 1.0, 1.0), (-0.01, 1.0, 1.0), (0.0025, 1.0, 0.5), (0.0025, 0.5, 0.75), (0.02, 1.0, 0.0), (0.02, 0.0, 1.0)],
+    ids=["none", "negative", "half of it", "half the patience", "ample", "no patience"],
 )
-def test_auto_waits_for_a_latent_that_grows(growth, halvings):
-    weight = KLWeight(settings(kind="auto", start=1.0, sharpest=4.0), 2000)  # then halves every 400 steps
+def test_auto_waits_for_a_latent_that_grows(growth, patience, halvings):
+    weight = KLWeight(settings(kind="auto", start=1.0, patience=patience), 2000)  # halves every 400 steps
     weight.restore({"controlled": 0.1, "information": [2.0], "found": 0, "growth": growth})
     for step in range(20):  # 2 nats are missing: 0.005 a step would bring them in the time of a halving
         smooth = weight.information[0] + growth
