@@ -17,7 +17,7 @@ install: $(BIN)/.installed
 
 # Continues a run that was interrupted; ends with the path of the report.
 train: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level warning sami_fast/train.py --config $(CONFIG) --resume $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed -q sami_fast/train.py --config $(CONFIG) --resume $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sami_fast.environment import describe
+from sami_fast.environment import cores, describe
 from sami_fast.plan import GPUS
 
 SMALLEST, LARGEST = 1 << 16, {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes moved by the copies whose bandwidth bounds a row
@@ -37,7 +37,7 @@ def address(device: str, command: str) -> dict[str, Any]:
         "cpu": _cpuinfo("model name") or platform.processor(),
         "cpu_features": " ".join(f for f in CPU_FEATURES if f in flags),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "python": here["python"],
         "torch": torch.__version__,

@@ -7,7 +7,6 @@ python -m benchmarks.recovery --record runs/disks --seconds 264.6      # a run o
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import torch
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.data.disks import Disks
+from sami_fast.environment import cores
 
 from .rows import RESULTS, ROOT, Row, address, committed, write_rows
 from .table import Columns, page_table
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.recovery --seeds 0 1")
     parser.add_argument("--config", default="disks", help="name of a config that comes with the package")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="seeds trained side by side, one thread each")
+    parser.add_argument("--jobs", type=int, default=cores(), help="seeds trained side by side, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/recovery", help="where the run folders go")
     parser.add_argument("--output", type=Path, help="markdown file for the tables, with rows beside it; docs/results.md by default")
     parser.add_argument("--record", type=Path, help="train nothing: the row of this finished run of make train")

@@ -46,7 +46,7 @@ def measure(module: nn.Module, denoiser: nn.Module | None, config: Config, datas
     whole = max(1, config.train.batch_size // (pieces * ranks))
     count = min(whole, max(1, VALUES // math.prod(dataset.image_shape)))
     place = torch.arange(count)
-    x_0 = dataset.images(place % (dataset.size or count)).to(device)
+    x_0 = dataset.training_images(place % (dataset.size or count)).to(device)
     draw = Draw(config.seed, 0, place.to(device), config.train.batch_size)
 
     def timed(step: Callable[[], object]) -> float:

@@ -5,12 +5,10 @@ A run is a YAML file that holds only what differs from here, plus `key=value` ov
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, fields
-from functools import reduce
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,6 +18,7 @@ import yaml
 
 from .capabilities import CAPABILITIES, Capabilities
 from .errors import UserError
+from .files import absent, expanded
 from .models.layers import STYLES
 from .schedule import KINDS as SCHEDULE_KINDS
 from .schedule import WEIGHTINGS
@@ -83,6 +82,18 @@ class Section:
 
     def key(self, name: str) -> str:
         return f"{self.section}.{name}" if self.section else name
+
+
+def _departures(settings: Section) -> dict[str, Any]:
+    """The settings of a section that are not their defaults, by their keys within it."""
+    found: dict[str, Any] = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, Section):
+            found |= {f"{item.name}.{key}": inner for key, inner in _departures(value).items()}
+        elif value != (item.default if item.default_factory is MISSING else item.default_factory()):
+            found[item.name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,19 @@ KINDS = (
 )
 WITHOUT_FILES = ("disks", "sprites", "rooms", "avatars")  # kinds that are drawn or rendered
 LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and data.holdout_by
+DECODED = (*LABELLED, "celeba")  # kinds whose images are decoded
+USED_BY: dict[str, tuple[str, ...]] = {  # kinds that have a use for a setting or section of `data`; what is not here is for all
+    "path": tuple(kind for kind in KINDS if kind not in WITHOUT_FILES),
+    **dict.fromkeys(("array_key", "range"), ("array",)),
+    **dict.fromkeys(("labels", "holdout_by"), LABELLED),
+    "holdout": tuple(kind for kind in KINDS if kind not in ("disks", "sprites", "celeba")),
+    **dict.fromkeys(("max_bad", "decoder", "workers", "cache_gib"), DECODED),
+    "cache_dir": tuple(kind for kind in KINDS if kind not in ("disks", "sprites")),
+    **{kind: (kind,) for kind in (*WITHOUT_FILES, "celeba")},
+    "video": ("video_folder",),
+    "video.clip_length": ("video_folder", "sprites", "rooms"),
+}
+GREY_OR_COLOUR = (*DECODED, "rooms", "avatars")  # kinds whose images can have 1 channel or 3
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,11 @@ class DataConfig(Section):
     kind: str = setting("disks", "where images come from", one_of(*KINDS))
     path: str = setting("", "the file or folder of every kind but disks, sprites, rooms and avatars: see docs/data.md")
     array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
+    range: str = setting(
+        "auto",
+        "array of floats: unit, [0, 1], or signed, [-1, 1]; auto is signed, with a warning where no value is below 0",
+        one_of("auto", "unit", "signed"),
+    )
     labels: str = setting("", "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes")
     holdout_by: str = setting(
         "", "folders: hold out whole groups of files: a column of data.labels, such as a person's name, or folder, the folder a file is in"
@@ -198,7 +227,7 @@ class DataConfig(Section):
         "pixels",
     )
     channels: int = setting(0, "3 for colour, 1 for grey; 0: 3 for rooms, avatars and folders, else as they are", number(0, 64))
-    flip: bool = setting(False, "mirror training images left to right at random; folders and celeba")
+    flip: bool = setting(False, "mirror training images left to right at random")
     max_bad: float = setting(0.01, "largest share of unreadable files that is skipped; more is an error", number(0, 1))
     decoder: str = setting("auto", "folders: DALI, or Pillow and PyAV; auto is DALI where it is installed", one_of("auto", "dali", "torch"))
     workers: int = setting(0, "folders: batches decoded at a time on each rank; 0: as many as there are CPU cores per rank", number(0, 256))
@@ -215,9 +244,11 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("labels", "holdout_by"):
-            if getattr(self, key) and self.kind not in LABELLED:
-                raise UserError(f"{self.key(key)}: expected none with data.kind {self.kind}; it is for {' and '.join(LABELLED)}")
+        for key in _departures(self).keys() & {"labels", "holdout_by", "range"}:
+            if self.kind not in USED_BY[key]:
+                raise UserError(f"{self.key(key)}: has no effect with data.kind {self.kind}; it is for {', '.join(USED_BY[key])}")
+        if self.kind in GREY_OR_COLOUR and self.channels not in (0, 1, 3):
+            raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {self.channels}")
         if self.holdout_by not in ("", "folder") and not self.labels:
             raise UserError(f"data.holdout_by: expected folder, or a column of data.labels, which is empty; found {self.holdout_by}")
 
@@ -232,7 +263,7 @@ class EncoderConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
-    smooth: float = setting(0.15, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
+    smooth: float = setting(0.0, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
     start: str = setting(
         "fresh",
         "denoiser: the way down and the middle of denoiser.pretrained with new heads, whatever else stands here but latent_size, init_std",
@@ -302,7 +333,7 @@ class KLWeightConfig(Section):
     rebound: float = setting(2.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
     fall: float = setting(0.25, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
     patience: float = setting(
-        1.0, "auto: how much of that fall is left out while the information grows fast enough to get there; 0: none", number(0, 1)
+        0.0, "auto: how much of that fall is left out while the information grows fast enough to get there; 0: none", number(0, 1)
     )
     sharpest: float = setting(
         4.0, "auto: information of the most informative latent at which beta falls no further, and is held", number(0.1, 4.5), "nats"
@@ -387,6 +418,7 @@ class EngineConfig(Section):
     score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*SCORE_METHODS))
     store_eps: bool = setting(True, "keep the noise from noising to loss; false draws it twice: 4 bytes per noisy pixel less")
     threads: int = setting(0, "CPU threads per rank; 0 shares the cores among the ranks of the machine", number(0, 1024))
+    patience: float = setting(180.0, "how long ranks wait for one that does not come, or gives no sign of life", number(1.0), "s")
 
 
 @dataclass(frozen=True)
@@ -575,7 +607,7 @@ def _find(path: str) -> Path:
     if builtin.is_file() and given.suffix in ("", ".yaml") and len(given.parts) <= 2 and not given.is_absolute():
         return builtin
     names = ", ".join(sorted(p.stem for p in builtin_configs().glob("*.yaml")))
-    raise UserError(f"--config: no file {path}; configs that come with sami-fast: {names}")
+    raise UserError(f"--config: {absent(given, 'file')}; configs that come with sami-fast: {names}")
 
 
 def setting_keys(cls: type[Section] = Config, prefix: str = "") -> dict[str, Field[Any]]:
@@ -596,8 +628,11 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML file, then `key=value` overrides.
 
-    Text settings are taken as they are written, in the file and after "="; other values are read as YAML reads them. A leading `~` in a
-    path is the home folder.
+    Text settings are taken as they are written, in the file and after "="; other values are numbers, truth values and lists in brackets.
+    Nothing is interpolated. A leading `~` in a path is the home folder.
+
+    A file may hold settings that its method or kind of data has no use for: methods are compared by one file, and that of a run holds
+    every setting. An override may not: it asks for something, and would be ignored.
 
     Args:
         path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
@@ -605,15 +640,19 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
     """
-    settings = {} if path is None else _read(_find(path))
+    settings = {} if path is None else _read(_find(expanded(path)))
+    asked: dict[str, Any] = {}
     for override in overrides:
-        settings |= _override(override)
+        asked |= _override(override)
+    settings |= asked
     for key in PATHS & settings.keys():
-        settings[key] = os.path.expanduser(settings[key])
+        settings[key] = expanded(settings[key])
     for key in ("data.path", "data.labels", "denoiser.pretrained"):  # a saved config must mean the same from any folder
         if settings.get(key) and Path(settings[key]).exists():
             settings[key] = str(Path(settings[key]).resolve())
-    return _build(Config, settings)
+    config = _build(Config, settings)
+    _refuse_unused(config, asked)
+    return config
 
 
 def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") -> Any:
@@ -628,31 +667,51 @@ def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") ->
 
 
 class _Loader(yaml.SafeLoader):
-    """Every scalar stays the text it is in the file; what it means depends on the setting. A key that stands twice is an error."""
+    """Every scalar stays the text it is in the file; what it means depends on the setting. A tag and a key that stands twice are errors."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        for place, (key, _) in enumerate(node.value):
-            if key.value in [earlier.value for earlier, _ in node.value[:place]]:
-                raise yaml.MarkedYAMLError(None, None, f"found duplicate key {key.value}", key.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"found duplicate key {key.value}", problem_mark=key.start_mark)
+                seen.add(key.value)
         return node
 
 
 _Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # of all that YAML reads in text, the merge key <<
+_Loader.yaml_constructors = {
+    kind: yaml.SafeLoader.yaml_constructors[kind] for kind in (*(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")), None)
+}
+
+
+def _parsed(text: str) -> Any:
+    """The text, list or mapping that YAML text holds; text where it holds nothing.
+
+    Raises:
+        ValueError: it is no YAML; says where and why.
+    """
+    try:
+        found = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
+    return "" if found is None else found
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            values = yaml.load(stream, _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: cannot read {file}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict | None):
-        found = "a list" if isinstance(values, list) else repr(values)
-        raise UserError(f"--config: {file} should hold `key: value` lines, found {found}")
-    return _checked(values or {}, str(file))
+        values = _parsed(file.read_text("utf-8-sig")) or {}
+    except OSError as error:
+        raise UserError(f"--config: cannot read {file}: {error.strerror}") from None
+    except ValueError as error:  # also of a file that is not UTF-8
+        raise UserError(f"--config: {file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config: {file} should hold `key: value` lines, found {_shown(values)}")
+    return _checked(values, str(file))
 
 
 def _override(override: str) -> dict[str, Any]:
@@ -660,13 +719,14 @@ def _override(override: str) -> dict[str, Any]:
     if not separator or not key:
         raise UserError(f"{override}: expected key=value, for example train.steps=50")
     item = setting_keys().get(key)
-    values: Any = value  # text
+    values: Any = value
     if item is None or item.type is not str:
         try:
-            values = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override}: not a value YAML can read: {' '.join(str(error).split())}") from None
-    return _checked(reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), values), "command line")
+            values = _parsed(value)
+        except ValueError as error:
+            hint = "; a list with spaces needs quotes around it in a shell" if value.startswith("[") else ""
+            raise UserError(f"{key}: {_shown(value)} is not a value that YAML can read ({error}){hint}") from None
+    return _checked({key: values}, "command line")
 
 
 def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
@@ -676,31 +736,100 @@ def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[s
     for name, value in values.items():
         key = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}")
         if key in keys:
-            found[key] = _typed(keys[key].type, value, key, origin)
+            new = {key: _typed(keys[key].type, value, key, origin)}
         elif not any(known.startswith(f"{key}.") for known in keys):
             raise _unknown(key, origin)
         elif isinstance(value, Mapping):
-            found |= _checked(value, origin, f"{key}.")
+            new = _checked(value, origin, f"{key}.")
         else:
-            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {_meaning(value)!r} ({origin})")
+            raise UserError(f"{key}: expected settings below it, like {key}.<setting>, found {_shown(value)} ({origin})")
+        both = found.keys() & new.keys()  # once in its section and once by its dotted key, or by the name it once had
+        if twice := {one for one in both if one not in RENAMED.values() or found[one] != new[one]}:
+            raise UserError(f"{min(twice)}: expected once, found twice ({origin})")
+        found |= new
     return found
 
 
+# What an override needs to have a use: keys, the need in words, and whether a config has it.
+NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
+    (("train.steps", "train.denoiser_steps"), "train.minutes=0: steps are laid out for the minutes", lambda c: not c.train.minutes),
+    (("train.denoiser_steps",), "train.mode staged", lambda c: c.mode == "staged"),
+    (("train.denoiser_warmup",), "train.mode joint with method sami", lambda c: c.mode == "joint" and c.capabilities.warmup),
+    (
+        ("train.bank_steps", "train.encoder_warmup"),
+        "train.mode frozen, finetune or staged",
+        lambda c: c.mode in ("frozen", "finetune", "staged"),
+    ),
+    (("engine.score", "objective.unconditional_weight", "objective.free_bits"), "method sami", lambda c: c.method == "sami"),
+    (
+        ("objective.weighting", "objective.noise_levels", "objective.time_power", "engine.store_eps", "denoiser.embedding_size"),
+        "a method with noise, sami or diffae",
+        lambda c: c.method != "beta_vae",
+    ),
+    (("beta_vae.decoder_std",), "method beta_vae", lambda c: c.method == "beta_vae"),
+    (("diffae.stochastic",), "method diffae", lambda c: c.method == "diffae"),
+    (("kl_weight",), "a mode in which an encoder learns", lambda c: c.mode != "denoiser"),
+    (("kl_weight",), "diffae.stochastic=true", lambda c: c.method != "diffae" or c.diffae.stochastic),
+    (("kl_weight.end",), "kl_weight.kind linear, exponential or auto", lambda c: c.kl_weight.kind in ("linear", "exponential", "auto")),
+    (("kl_weight.fraction",), "kl_weight.kind linear or exponential", lambda c: c.kl_weight.kind in ("linear", "exponential")),
+    (("kl_weight.target", "kl_weight.gain"), "kl_weight.kind controller", lambda c: c.kl_weight.kind == "controller"),
+    (("kl_weight.low", "kl_weight.high"), "kl_weight.kind controller or auto", lambda c: c.kl_weight.kind in ("controller", "auto")),
+    (
+        ("kl_weight.search", "kl_weight.rebound", "kl_weight.fall", "kl_weight.patience", "kl_weight.sharpest"),
+        "kl_weight.kind auto",
+        lambda c: c.kl_weight.kind == "auto",
+    ),
+    (
+        tuple(f"denoiser.{name}" for name in ("channels", "blocks", "attention", "groups", "style", "embedding_size")),
+        "an empty denoiser.pretrained, which has its own",
+        lambda c: not c.denoiser.pretrained,
+    ),
+    (
+        tuple(f"encoder.{name}" for name in ("channels", "blocks", "attention", "groups", "style", "smooth")),
+        "encoder.start fresh",
+        lambda c: c.encoder.start == "fresh",
+    ),
+    (("engine.encoder_zero_stage",), "engine.zero_stage 3", lambda c: c.engine.zero_stage == 3),
+)
+
+
+def _refuse_unused(config: Config, asked: Mapping[str, Any]) -> None:
+    for key in _departures(config).keys() & asked.keys():
+        inside = key.removeprefix("data.")
+        kinds = next((USED_BY[place] for place in (inside, inside.partition(".")[0]) if inside != key and place in USED_BY), KINDS)
+        if config.data.kind not in kinds:
+            raise UserError(f"{key}: has no effect with data.kind {config.data.kind}; it is for {', '.join(kinds)}")
+        for keys, need, has in NEEDS:
+            if (key in keys or key.partition(".")[0] in keys) and not has(config):
+                raise UserError(f"{key}: has no effect here, it needs {need}")
+
+
 def _unknown(key: str, origin: str) -> UserError:
-    candidates = [*setting_keys(), *(item.name for item in fields(Config))]
-    near = difflib.get_close_matches(key, candidates, 1, 0.5) or [
-        known for known in candidates if known.endswith("." + key.rsplit(".", 1)[-1])
-    ]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return UserError(f"{key}: no such setting ({origin}){hint}")
+    """What to say of a key that is none, with the settings that may have been meant: of the same name in other sections, else similar."""
+    keys, name = setting_keys(), key.rpartition(".")[2]
+    meant = [known for known in keys if known.rpartition(".")[2] == name]
+    meant = difflib.get_close_matches(key, meant, 4, 0.0) or difflib.get_close_matches(
+        key, [*keys, *(item.name for item in fields(Config))], 1, 0.5
+    )
+    return UserError(f"{key}: no such setting ({origin})" + (f"; did you mean {' or '.join(meant)}?" if meant else ""))
 
 
-def _meaning(text: Any) -> Any:
-    """What YAML reads in the text of a scalar: a number, a truth value, None, or the text itself. Other values are left as they are."""
-    try:
-        return yaml.safe_load(text) if isinstance(text, str) else text
-    except (yaml.YAMLError, ValueError):
-        return text
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _text(text: str) -> str:
+    if "\0" in text:  # which no file name can hold
+        raise ValueError
+    return text
+
+
+# By the type of a setting: how its text is read, and what is expected. 010 is refused: it is ten to some and eight to others.
+READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: TRUTH[text.lower()], "true or false"),
+    int: (lambda text: int(text, 0), "a whole number"),
+    float: (float, "a number"),
+    str: (_text, "text"),
+}
 
 
 def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
@@ -711,17 +840,21 @@ def _typed(kind: Any, value: Any, key: str, origin: str) -> Any:
             return None
     if inner := get_args(kind):
         if not isinstance(value, list):
-            raise UserError(f"{key}: expected a list, found {_meaning(value)!r} ({origin})")
+            example = "[a,b]" if inner[0] is str else "[1,2]"
+            raise UserError(f"{key}: expected a list in brackets, such as {example}, found {_shown(value)} ({origin})")
         return [_typed(inner[0], one, f"{key}[{place}]", origin) for place, one in enumerate(value)]
-    if kind is not str:
-        value = _meaning(value)
-    if type(value) is kind or (kind is bool and value in (0, 1)):
-        return kind(value)
-    if kind is float and type(value) in (int, str):  # YAML 1.1 takes 1e-3 for text
-        with suppress(ValueError, OverflowError):
-            return float(value)
-    names = {bool: "bool, true or false", int: "Integer, a whole number", float: "Float, a number", str: "text"}
-    raise UserError(f"{key}: Value {str(value)!r} cannot be read as {names[kind]} ({origin})")
+    read, expected = READERS[kind]
+    if isinstance(value, str):
+        with suppress(ValueError, KeyError):
+            return read(value)
+    raise UserError(f"{key}: expected {expected}, found {_shown(value)} ({origin})")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; one that refers to itself, or is very long, has to stay short."""
+    if not isinstance(value, str):
+        return "a list" if isinstance(value, list) else "settings below it"
+    return repr(value if len(value) <= 60 else f"{value[:57]}...")
 
 
 def to_yaml(config: Config) -> str:

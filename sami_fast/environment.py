@@ -1,12 +1,19 @@
-"""What this machine is and which implementation each op would run: written into every run folder, printed by `sami-fast env`."""
+"""What this machine is, asked in one place, since not every machine has an answer: its cores, its launcher, a place for caches.
+
+`describe` says it together with which implementation each op would run: written into every run folder, printed by `sami-fast env`.
+"""
 
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "scipy", "scikit-learn", "pyyaml", "safetensors", "tensorboard", "pillow")
 DATA_PACKAGES = (
@@ -15,10 +22,65 @@ DATA_PACKAGES = (
     "av",
     "h5py",
     "pyarrow",
+    "pillow-heif",
     "panda3d",
     "python-avatars",
     "resvg-py",
 )  # of extras
+
+
+def whole_number(name: str, default: int) -> int:
+    """A whole number that a launcher left in the environment; the default where it left none, or left it empty.
+
+    Raises:
+        UserError: it is something else.
+    """
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"environment variable {name}: expected a whole number, found {text!r}")
+    return int(text)
+
+
+def cores() -> int:
+    """Processors that this process may use: on a shared machine often fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS cannot say
+
+
+def cores_of_rank() -> int:
+    """This rank's share of the cores, if all ranks on this machine take the same; all of them where no launcher started it.
+
+    Raises:
+        UserError: as `whole_number`.
+    """
+    if not os.environ.get("RANK"):
+        return cores()
+    name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), "WORLD_SIZE")
+    return max(1, cores() // max(1, whole_number(name, 1)))
+
+
+def speaks() -> bool:
+    """Whether this process prints errors: one per machine, since what is wrong may be wrong on one of them only."""
+    return not os.environ.get("RANK") or (os.environ.get("LOCAL_RANK") or "0") == "0"
+
+
+def temporary_home() -> Path:
+    """A folder of this user's own among the temporary ones, where processes find what others of this user keep."""
+    folder = Path(tempfile.gettempdir()) / f"sami-fast-{os.geteuid()}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not folder.is_symlink() and folder.stat().st_uid == os.geteuid():
+            return folder
+    return Path(tempfile.mkdtemp(prefix="sami-fast-"))  # that name is somebody else's
+
+
+def cache_home() -> Path:
+    """Where to keep what can be made again. A container may run as a user who has no home: then it is among the temporary files."""
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return temporary_home()
 
 
 def _version(package: str) -> str | None:
@@ -54,7 +116,7 @@ def describe() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"machine": platform.machine(), "cores": cores(), "threads": torch.get_num_threads()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in (*PACKAGES, *DATA_PACKAGES)},

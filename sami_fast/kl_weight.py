@@ -107,9 +107,23 @@ class KLWeight:
         return {key: getattr(self, key) for key in keys}
 
     def restore(self, state: dict[str, Any] | float) -> None:
-        """Go on from a `state`; checkpoints of before 2026-11-29 hold the controller's alone."""
+        """Go on from a `state`; checkpoints of before 2026-11-29 hold the controller's alone.
+
+        Raises:
+            ValueError: it is none; nothing is changed.
+        """
         if not isinstance(state, dict):
             state = {"controlled": state}
+        state = self.state | state
+        information, found = state["information"], state["found"]
+        numbers = [state["controlled"], state["highest"], *(information if isinstance(information, list) else [None])]
+        if (
+            state.keys() != self.state.keys()
+            or not all(isinstance(number, int | float) and 0 <= number < math.inf for number in [*numbers, state["scale"]])
+            or not state["scale"] > 0
+            or not isinstance(found, int | None)
+        ):
+            raise ValueError(f"state: expected what `KLWeight.state` gives, found {state}")
         for key, value in state.items():
             setattr(self, key, value)
 

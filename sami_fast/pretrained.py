@@ -1,7 +1,7 @@
 """Denoisers that somebody else trained: discrete timesteps, any prediction, diffusers' UNet2DModel; and encoders that start from one."""
 
 import copy
-import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,10 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .accelerate import accelerate
 from .errors import UserError
-from .hub import located
+from .hub import WEIGHTS, located
 from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
+from .saved import SETTINGS, read_model_settings, read_settings, read_weights
 from .schedule import Schedule, alpha_sigma, fractional_index
 
+# Beyond what any UNet or scheduler of diffusers has, and small enough to build: of a number, of layers per block, of a list.
+MOST, MOST_LAYERS, LONGEST = 2**17, 64, 2**17
 PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of the noise, of alpha_t eps - sigma_t x_0, of x_0
 
 
@@ -180,7 +183,7 @@ def scheduler_settings(scheduler: dict[str, Any]) -> Any:
 
     if not {"beta_schedule", "trained_betas"} & scheduler.keys():
         raise ValueError(f"scheduler: expected one with betas, found {scheduler.get('_class_name', 'none')}")
-    made: Any = DDPMScheduler.from_config({name: value for name, value in scheduler.items() if not name.startswith("_")})
+    made: Any = DDPMScheduler.from_config(_plain(_bounded(scheduler)))
     if made.config.prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type: expected {', '.join(PREDICTIONS)}, found {made.config.prediction_type}")
     return made
@@ -190,13 +193,42 @@ def _plain(settings: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if not name.startswith("_")}
 
 
+def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a class of diffusers, which anybody may have written, and which diffusers does not check.
+
+    Raises:
+        ValueError: a number or a list is larger than there is any use for.
+    """
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        most = MOST_LAYERS if name == "layers_per_block" else MOST
+        numbers = [each for each in values if isinstance(each, int | float) and not math.isinf(each)]  # which is how no limit is written
+        if len(values) > LONGEST or not all(abs(each) <= most for each in numbers):
+            raise ValueError(f"{name}: expected numbers of at most {most} and lists of at most {LONGEST}, found {str(value)[:40]}")
+    return settings
+
+
+def _unet(settings: dict[str, Any]) -> Any:
+    """A fresh UNet of diffusers."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_config(_bounded(settings))
+
+
 def build_denoiser(arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
     """A fresh denoiser of this architecture: this package's, or a diffusers UNet."""
     if "unet" not in arguments:
         return Denoiser(**arguments)
-    from diffusers import UNet2DModel
+    return DiffusersDenoiser(_unet(arguments["unet"]), arguments["scheduler"], schedule)
 
-    return DiffusersDenoiser(UNet2DModel.from_config(arguments["unet"]), arguments["scheduler"], schedule)
+
+def sketch(encoder: dict[str, Any], denoiser: dict[str, Any]) -> list[nn.Module]:
+    """Networks of which only the number of weights counts; of an encoder that is half of a diffusers UNet, the UNet alone."""
+    network = _unet(denoiser["unet"]) if "unet" in denoiser else Denoiser(**denoiser)
+    half_of = encoder.get("half_of", {})
+    if "unet" in half_of and half_of != denoiser:
+        raise ValueError("half_of: expected the denoiser beside it, found another")
+    return [network] if "unet" in half_of else [network, build_encoder(encoder)]
 
 
 def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) -> nn.Module:
@@ -211,9 +243,7 @@ def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) 
     arguments = dict(arguments)
     architecture = arguments.pop("half_of")
     if "unet" in architecture:
-        from diffusers import UNet2DModel
-
-        unet: Any = UNet2DModel.from_config(architecture["unet"]) if denoiser is None else denoiser.network
+        unet: Any = _unet(architecture["unet"]) if denoiser is None else denoiser.network
         shape = _image_shape(unet.config)
         assert shape is not None  # as `DiffusersDenoiser` checks
         return HalfUNet(UNetTrunk(unet), shape, groups=unet.config.norm_num_groups, **arguments)
@@ -229,10 +259,9 @@ def is_diffusers(folder_or_id: str | os.PathLike[str]) -> bool:
 def _config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; empty where there is none that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_model_settings(folder)
+    except UserError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _unet_folder(folder: Path) -> Path | None:
@@ -247,14 +276,15 @@ def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int]
     """
     folder = located(folder_or_id)
     config = _config(_unet_folder(folder) or folder)
-    own = config.get("denoiser", {}) if "format" in config else config
-    return _image_shape(own.get("unet", own))
+    own = config.get("denoiser") if "format" in config else config
+    network = own.get("unet", own) if isinstance(own, dict) else None
+    return _image_shape(network) if isinstance(network, dict) else None
 
 
 def _image_shape(network: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """(C, H, W) by the settings of a diffusers UNet or of this package's denoiser; None where they name no square images."""
     channels, side = network.get("in_channels", network.get("image_channels")), network.get("sample_size", network.get("image_size"))
-    if isinstance(side, list | tuple) and len({*side}) == 1:
+    if isinstance(side, list | tuple) and len(side) == side.count(side[0] if side else None) > 0:
         side = side[0]
     known = all(isinstance(value, int) and value > 0 for value in (channels, side))
     return (channels, side, side) if known else None
@@ -269,13 +299,7 @@ def read_scheduler(folder_or_id: str | os.PathLike[str]) -> dict[str, Any]:
     folder = located(folder_or_id)
     for candidate in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if candidate.is_file():
-            try:
-                scheduler = json.loads(candidate.read_text())
-            except ValueError as error:
-                raise UserError(f"{candidate}: not valid JSON ({error})") from None
-            if not isinstance(scheduler, dict):
-                raise UserError(f"{candidate}: expected a scheduler's settings, found a {type(scheduler).__name__}")
-            return scheduler
+            return read_settings(candidate)
     raise UserError(f"{folder_or_id}: no scheduler_config.json there, which says what the timesteps and the predictions mean")
 
 
@@ -309,15 +333,24 @@ def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> 
     folder = _unet_folder(folder) or folder
     if (kind := _config(folder).get("_class_name")) != "UNet2DModel":
         raise UserError(f"{folder}: expected a UNet2DModel, found {kind}; a denoiser works on pixels and is told nothing but the timestep")
-    scheduler = read_scheduler(folder_or_id)
-    if not (folder / "diffusion_pytorch_model.safetensors").is_file():
-        raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors there; pickled weights are not read, convert them first")
+    scheduler, files = read_scheduler(folder_or_id), sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+    if not files:
+        pickled = any(folder.glob("diffusion_pytorch_model*.bin"))
+        hint = "; pickled weights are not read, convert them first" if pickled else ""
+        raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors there{hint}")
+    settings = _plain(read_settings(folder / SETTINGS))
     try:
-        from diffusers import UNet2DModel
         from diffusers.utils import logging
 
         logging.set_verbosity_error()
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
-        return DiffusersDenoiser(unet, scheduler, schedule).eval()
-    except Exception as error:  # of config, weights or scheduler: diffusers raises many kinds
+        logging.disable_progress_bar()
+        with torch.device("meta"):  # where it takes no memory, however large its settings say that it is
+            unet = _unet(settings)
+        DiffusersDenoiser(unet, scheduler, schedule)
+    except Exception as error:  # of config or scheduler: diffusers raises many kinds
         raise _unusable(folder_or_id, error) from None
+    renamed = getattr(unet, "_fix_state_dict_keys_on_load", None)  # attention had other names once; diffusers knows which
+    weights = read_weights(files, unet.state_dict(), renamed or (lambda names: None))
+    unet = _unet(settings)
+    unet.load_state_dict(weights)
+    return DiffusersDenoiser(unet, scheduler, schedule).eval()

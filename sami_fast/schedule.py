@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 
+MOST_LOGSNR = 100.0  # of float64, where alpha_t or sigma_t is 0 in all but name
 WEIGHTINGS = ("elbo", "simple", "min_snr", "sigmoid")
 
 
@@ -30,6 +31,8 @@ class Schedule(ABC):
     def __init__(self, logsnr_min: float, logsnr_max: float) -> None:
         if not logsnr_min < logsnr_max:
             raise ValueError(f"logsnr_min: expected less than logsnr_max = {logsnr_max}, found {logsnr_min}")
+        if not max(-logsnr_min, logsnr_max) <= MOST_LOGSNR:
+            raise ValueError(f"logsnr: expected at most {MOST_LOGSNR:g} either way, found {logsnr_min:g} to {logsnr_max:g}")
         self.logsnr_min, self.logsnr_max = logsnr_min, logsnr_max
         self._raw_first, self._raw_last = (
             self._raw_time(torch.tensor(level, dtype=torch.float64)).item() for level in (logsnr_max, logsnr_min)

@@ -17,7 +17,8 @@ import torch
 from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config
 from .data import Dataset, open_dataset
 from .data.spectrum import noisiest_level
-from .engine.processes import on_chief
+from .engine.processes import on_chief, on_each
+from .errors import UserError
 from .methods.build import noisiest_level_of_denoiser, with_images_of_denoiser
 
 DENOISERS = "denoisers"  # folder of the first stages, beside the runs
@@ -30,15 +31,20 @@ def with_data(config: Config) -> tuple[Config, Dataset]:
         UserError: the data cannot be used.
     """
     config = with_images_of_denoiser(config)
-    if torch.distributed.get_world_size() > 1:  # one rank looks into new files, the others read what it found
-        on_chief(lambda: open_dataset(config.data, config.seed))
-    dataset = open_dataset(config.data, config.seed)
+    dataset = opened(config)
     if config.schedule.logsnr_min is None:
         known = noisiest_level_of_denoiser(config)
         level = [noisiest_level(dataset) if known is None else known]
         torch.distributed.broadcast_object_list(level)  # the same on every rank, to the last bit
         config = replace(config, schedule=replace(config.schedule, logsnr_min=level[0]))
     return config, dataset
+
+
+def opened(config: Config, split: int = 0) -> Dataset:
+    """Open the data; every rank calls it. One looks into new files, which may take hours, and the others read what it found."""
+    if torch.distributed.get_world_size() > 1:
+        on_chief(lambda: open_dataset(config.data, config.seed, split))
+    return on_each(lambda: open_dataset(config.data, config.seed, split))  # on another machine there may be another cache folder
 
 
 def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[str, Any]:
@@ -55,8 +61,21 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
         del settings["data"][key]
     del settings["train"]["on_collapse"], settings["data"]["labels"]  # what labels say of the split is in the fingerprint
     settings["data"]["files"] = dataset.fingerprint
+    if dataset.fingerprint:  # the same files may lie elsewhere
+        del settings["data"]["path"]
+    if settings["data"]["range"] == "signed":  # the same as auto, but for the warning
+        settings["data"]["range"] = "auto"
     settings["denoiser"]["pretrained"] = denoiser
     return settings
+
+
+def as_written_now(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Lasting settings of an earlier run in the form of `new`: also an earlier version's, which knew data by place and names of files."""
+    data = old.get("data")
+    if isinstance(data, dict) and "path" not in new["data"] and data.get("path"):
+        data = {name: value for name, value in data.items() if name != "path"}
+        data["files"] = new["data"]["files"]  # what they held, nobody wrote down
+    return with_later_settings({**old, "data": data}, new)
 
 
 def with_later_settings(old: dict[str, Any], new: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,7 +84,8 @@ def with_later_settings(old: dict[str, Any], new: dict[str, Any], default: dict[
     filled = dict(old)
     for key, value in new.items():
         if isinstance(value, dict):
-            filled[key] = with_later_settings(old.get(key) or {}, value, known.get(key) or {})
+            before = old.get(key)
+            filled[key] = with_later_settings(before if isinstance(before, dict) else {}, value, known.get(key) or {})
         elif key not in old and key in known:
             filled[key] = known[key]
     return filled
@@ -112,6 +132,14 @@ def begun(config: Config) -> Config | None:
     """The config with which the run in its folder was begun; None where there is none yet."""
     file = config.run_dir / "config.yaml"
     return load_config(str(file)) if file.is_file() else None
+
+
+def refuse_other_settings(config: Config, dataset: Dataset) -> None:
+    """A `UserError` where the run in the config's folder was begun with other settings than a resumed run must share."""
+    before = begun(config)
+    changed = difference(lasting_settings(before, dataset, ""), lasting_settings(config, dataset, "")) if before else ()
+    if changed:
+        raise UserError(f"{config.run_dir}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
 
 
 def is_finished(run_dir: Path) -> bool:

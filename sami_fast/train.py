@@ -1,39 +1,49 @@
 """Train SAMI: arguments -> config -> data, models, engine -> loop -> a run folder with a report.
 
-deepspeed sami_fast/train.py --config configs/disks.yaml
+deepspeed -q sami_fast/train.py --config configs/disks.yaml
 python sami_fast/train.py --config disks train.steps=500 name=short
 """
 
 import os
+import signal
 import sys
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is loaded; a rank that ends would fill pages of warnings
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while libraries load, there is nothing to keep and little to say
 
 if __name__ == "__main__" and not __package__:
     # As a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules.
     sys.path = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
 import argparse
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sami_fast import budget, ops, stages
+from sami_fast import __version__, budget, ops, stages
 from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
-from sami_fast.data import Dataset, Feed, open_dataset
-from sami_fast.engine import checkpoints
+from sami_fast.data import Dataset, Feed
+from sami_fast.engine import checkpoints, interruption
 from sami_fast.engine.bank import Bank
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
-from sami_fast.engine.processes import from_environment, init_distributed, leave_distributed, on_chief, set_threads
+from sami_fast.engine.memory import enough_memory
+from sami_fast.engine.processes import end_run, init_distributed, leave_distributed, lost_rank, on_chief, set_threads
 from sami_fast.engine.run_folder import RunFolder
-from sami_fast.environment import describe
-from sami_fast.errors import CollapsedError, NonFiniteError, UserError
+from sami_fast.environment import describe, speaks, whole_number
+from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import LatentModel
@@ -45,6 +55,7 @@ RESTART_SCALE, RESTARTS = 1 / 3, 3  # beta of a restart after a collapse, and ho
 REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start or set objective.free_bits"
 COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
+LESS_MEMORY = "lower it, raise engine.gradient_accumulation, set engine.checkpoint_activations=true, or take smaller images or networks"
 
 
 class TrainingModule(nn.Module):
@@ -74,26 +85,64 @@ class TrainingModule(nn.Module):
         return loss / x_0[0].numel(), torch.cat((measured, codes.mean(1).flatten(), codes[1].square().mean(0)))
 
 
+def _kept_bytes(model: LatentModel, config: Config, weights: bool) -> int:
+    """Of the trained weights, if asked for, Adam's two moments and the average."""
+    copies = weights + 2 + (config.optimizer.ema_decay > 0)
+    return copies * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _rehearse(module: TrainingModule, config: Config, device: torch.device, ranks: int) -> None:
+    """A step and a validation batch of blank images, beside room for the optimiser: what does not fit is said now, not hours later.
+
+    Raises:
+        UserError: there is not enough memory.
+    """
+    held = _kept_bytes(module.model, config, weights=False) // (ranks if config.engine.zero_stage else 1)
+
+    def blank(count: int) -> tuple[Tensor, Draw]:
+        x_0 = torch.zeros(count, *module.model.image_shape, device=device)
+        return x_0, Draw(config.seed, 0, torch.arange(count, device=device), count)
+
+    count = config.train.batch_size // (ranks * config.engine.gradient_accumulation)
+    with enough_memory(f"train.batch_size: a step of {count} images at a time", LESS_MEMORY):
+        optimizer = torch.empty(held if config.engine.offload == "none" else 0, dtype=torch.uint8, device=device)
+        module(*blank(count), 1.0, config.phase(config.train.steps - 1))[0].backward()
+    del optimizer
+    module.zero_grad(set_to_none=True)
+    count = min(VALIDATION_BATCH, config.checkpoint.validation_images)
+    with torch.no_grad(), enough_memory(f"checkpoint.validation_images: {count} images at a time", "lower it"):
+        module(*blank(count), 1.0, "denoiser" if config.mode == "denoiser" else "both")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool, run_folder: RunFolder | None = None, attempt: int = 0) -> None:
-        self.rank, self.world_size, self.device = init_distributed()
+        self.rank, self.world_size, self.device = init_distributed(config.engine.patience)
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
         config, self.dataset = stages.with_data(config)
-        self.validation = open_dataset(config.data, config.seed, split=1)
+        self.validation = stages.opened(config, split=1)
         self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset))
         self.run_folder = run_folder or RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
-        self.model = build_model(config, self.dataset.image_shape).to(self.device)
+        with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
+            self.model = build_model(config, self.dataset.image_shape).to(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         self.lasting = stages.lasting_settings(config, self.dataset, pretrained)
         optimizers = build_optimizers(self.model.networks, config, self.device)
-        on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite))
         self.module = TrainingModule(self.model, config)
+        on_chief(lambda: self.run_folder.check(resume=resume, overwrite=overwrite))
+        on_chief(lambda: self.run_folder.require_room(_kept_bytes(self.model, config, weights=True), overwrite=overwrite))
+        _rehearse(self.module, config, self.device, self.world_size)
+        if resume:
+            on_chief(self._refuse_others)
+        monitors = [name for name, wanted in (("tensorboard", config.log.tensorboard), ("csv", config.log.csv)) if wanted]
+        on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite, afresh=monitors))
         self.engine = Engine(self.module, self.model.networks, optimizers, config)
         denoiser = self.engine.denoiser or self.module.parts[True].denoiser
         self.bank = Bank(denoiser) if config.train.bank_steps else None
@@ -132,36 +181,77 @@ class Trainer:
 
     def say(self, message: str) -> None:
         if self.chief:
-            print(message, flush=True)
+            print(printable(message), flush=True)
+
+    def _refuse_others(self) -> None:
+        """Before anything is written there: what lies in the folder must be of this run.
+
+        Raises:
+            UserError: it is of a run with other settings, or of an earlier version.
+        """
+        checkpoints.refuse_other_formats(self.checkpoints)
+        found = [(path, checkpoints.read_manifest(path)) for path in checkpoints.list_checkpoints(self.checkpoints)]
+        if whole := [(path, manifest) for path, manifest in found if manifest is not None]:
+            self._refuse_other_run(*whole[0])
+        else:
+            stages.refuse_other_settings(self.asked, self.dataset)
 
     def _restore(self) -> None:
-        on_chief(lambda: checkpoints.refuse_other_formats(self.checkpoints))
-        on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say))
+        on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say, self._unfit))
         checkpoint = next(iter(checkpoints.list_checkpoints(self.checkpoints)), None)
         if checkpoint is None:
             on_chief(lambda: self.run_folder.cut_log(0))
             self.say(f"{self.folder}: no checkpoint to resume from, starting at step 0")
             return
         manifest = checkpoints.read_manifest(checkpoint)
-        assert manifest is not None  # damaged checkpoints have just been set aside
-        changed = stages.difference(manifest["architecture"], self.model.architecture)
-        if changed:
-            raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
-        changed = stages.difference(stages.with_later_settings(manifest["settings"], self.lasting), self.lasting)
-        if changed:
-            raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
+        assert manifest is not None  # what has none has just been set aside
         state = self.engine.load(checkpoint, manifest)
         self.step, self.seconds, self.warned = state["step"], state["seconds"], state["warned"]
         self.kl_weight.restore(state["kl_weight"])
         step, measured = state["pending"]
-        self.pending = (step, Measurement(torch.tensor(measured, dtype=torch.float64)))
+        self.pending = (step, Measurement(torch.tensor([*measured, 0.0], dtype=torch.float64)))
         on_chief(lambda: self.run_folder.cut_log(self.step))
+        if self.chief:
+            self.engine.log_again(row for row in self.run_folder.logged() if "loss_nats" in row)
         self.say(f"resumed from {checkpoint}")
+
+    def _unfit(self, checkpoint: Path, manifest: dict[str, Any]) -> str:
+        """Why a checkpoint whose every byte is as written is none that this run could have left; empty if it could."""
+        self._refuse_other_run(checkpoint, manifest)
+        return self._unfit_state(manifest["state"]) or self.engine.unfit(checkpoint)
+
+    def _refuse_other_run(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        changed = stages.difference(manifest["architecture"], self.model.architecture)
+        if changed:
+            raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
+        changed = stages.difference(stages.as_written_now(manifest["settings"], self.lasting), self.lasting)
+        if changed:
+            raise UserError(f"{checkpoint}: belongs to a run with other settings: {', '.join(changed)}; set name= for a new run")
+
+    def _unfit_state(self, state: dict[str, Any]) -> str:
+        """The same of what `_checkpoint` gave as state."""
+        latents, least = self.model.latent_size, 1 + len(self.model.terms) + self.model.latent_size
+        try:
+            kl_weight = copy.copy(self.kl_weight)
+            kl_weight.restore(state["kl_weight"])
+            step, measured = state["pending"]
+            right = (
+                checkpoints.is_number(state["seconds"])
+                and isinstance(state["warned"], bool)
+                and checkpoints.is_count(step)
+                and len(kl_weight.information) in (0, latents)
+                and len(measured) in (least, least + 3 * latents)
+                and all(map(checkpoints.is_number, measured))
+            )
+        except (KeyError, TypeError, ValueError):
+            right = False
+        return "" if right else "its manifest has no state of this run"
 
     def run(self) -> Path:
         """Train to the last step and save the model. Returns the run folder, which other processes may use again."""
         try:
-            self._steps()
+            with enough_memory("train.batch_size", LESS_MEMORY):
+                self._steps()
             with self.engine.averaged_weights():
                 weights = self.engine.weights()
             on_chief(lambda: self.model.save_pretrained(self.folder / "model", weights))
@@ -171,6 +261,7 @@ class Trainer:
         self.say(f"trained in {self.seconds:.0f} s")
         return self.folder
 
+    @interruption.held_back("stopping at the end of this step, which is kept; Ctrl-C once more stops at once")
     def _steps(self) -> None:
         config, steps = self.config, self.config.train.steps
         place = f"{self.world_size} rank(s) on {self.device}, {torch.get_num_threads()} CPU thread(s) each"
@@ -183,7 +274,7 @@ class Trainer:
         interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
         while self.step < steps:
             kl_weight, measured = self.update()
-            self._settle()
+            stop = self._settle() or (self.world_size == 1 and interruption.asked() > 0)
             self.pending = (self.step, measured)
             self.step += 1
             if self.step % config.log.every == 0 or self.step == steps:
@@ -193,10 +284,13 @@ class Trainer:
                 data_wait = (self.feed.waited - waited) / (now - interval_start)
                 self._log(kl_weight, measured, rate, data_wait)
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
-            if self.step % config.checkpoint.every == 0 or self.step == steps:
+            regular = self.step % config.checkpoint.every == 0 or self.step == steps
+            if regular or stop:
                 self.seconds += time.perf_counter() - interval_start
-                self._checkpoint()
+                self._checkpoint(validate=regular)
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
+            if stop:
+                raise Interrupted(interruption.asked() or signal.SIGTERM, f"step {self.step} of {steps} is kept in {self.checkpoints}")
 
     def update(self) -> tuple[float, Measurement]:
         """Take the optimiser step that is number `step`. Returns its beta and what it measured."""
@@ -215,10 +309,10 @@ class Trainer:
         self.bank.turn_to(shown, micro)
         return self.engine.losses(x_0, draw, kl_weight, phase, self.bank)
 
-    def _settle(self) -> None:
-        """Look at the measurements of the step before: stop on bad numbers, steer the KL."""
+    def _settle(self) -> bool:
+        """Look at the measurements of the step before: stop on bad numbers, steer the KL. Returns whether some rank was asked to stop."""
         if self.pending is None:
-            return
+            return False
         step, measured = self.pending
         values = measured.read()
         self._require_finite(step, values)
@@ -226,6 +320,7 @@ class Trainer:
             told = self._information(values) if self.kl_weight.settings.kind == "auto" else []
             self.kl_weight.observe(step - self.config.first_joint_step, sum(self._parts(values)[2]), told)
         self.pending = None
+        return measured.asked_to_stop()
 
     def _require_finite(self, step: int, values: list[float]) -> None:
         loss, terms, kl = self._parts(values)
@@ -271,7 +366,7 @@ class Trainer:
         self.engine.log(row, self.step)
         if self.chief:
             self.run_folder.append({**row, "kl_per_dim": kl_per_dim, "information_per_dim": information})
-        left = int((config.train.steps - self.step) * config.train.batch_size / rate)
+        left = _duration((config.train.steps - self.step) * config.train.batch_size / rate)
         waits = f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         state = (
             f"KL {kl:.2f} nats, information {told:.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
@@ -279,7 +374,7 @@ class Trainer:
             else "denoiser alone"
         )
         state = "deterministic encoder" if self.model.deterministic else state
-        pace = f"{rate:.0f} images/s | ETA {left // 60}:{left % 60:02d}{waits}"
+        pace = f"{rate:.0f} images/s | {left} left{waits}"
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
         if self.model.deterministic or self.warned or self.kl_weight.searching:  # auto begins with a beta that latents cannot live with
             return
@@ -290,12 +385,12 @@ class Trainer:
                 raise CollapsedError(f"step {self.step}: {collapsed}; {REMEDY}")
             self.say(f"warning: {collapsed}; {REMEDY}")
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, validate: bool) -> None:
         bad = self.engine.not_finite()
         if bad is not None:
             raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
         with self.engine.averaged_weights():
-            validation_nats = self._validate()
+            validation_nats = self._validate() if validate else None
         if validation_nats is not None and not math.isfinite(validation_nats):
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
         facts = {"architecture": self.model.architecture, "settings": self.lasting, "validation_nats": validation_nats}
@@ -307,7 +402,7 @@ class Trainer:
             "kl_weight": self.kl_weight.state,
             "pending": (step, measured.read()),
         }
-        if self.chief:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
+        if self.chief and validate:  # before the checkpoint: a resumed run drops log lines after its step, and cannot write this one again
             self.run_folder.append({"step": self.step, "validation_nats": validation_nats})
         self.engine.save(self.checkpoints, self.step, state, facts)
         if self.chief:
@@ -325,10 +420,17 @@ class Trainer:
         total = 0.0
         for place in torch.arange(count).split(VALIDATION_BATCH):
             draw = Draw(self.config.seed, ops.EVALUATION_STEP, place.to(self.device), count)
-            x_0 = self.validation.images(place).to(self.device)
+            x_0 = self.validation.training_images(place).to(self.device)
             loss, _ = self.module(x_0, draw, self.kl_weight.reference, "denoiser" if alone else "both", self.engine.denoiser)
             total += loss.item() * len(place)
         return total / count * math.prod(self.model.image_shape)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -344,7 +446,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             before = stages.begun(config) if resume else None
             config = budget.laid_out(config, _pace(config, dataset, device)) if before is None else stages.with_steps_of(config, before)
         if config.mode == "staged":
-            _train_denoiser(config, dataset, resume=resume, overwrite=overwrite)
+            _train_denoiser(config, dataset, device, resume=resume, overwrite=overwrite)
     attempt = 0
     while True:
         trainer = Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt)
@@ -360,7 +462,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
 def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
     """Join the other ranks, and `stages.with_data`; also this rank's device."""
-    *_, device = init_distributed()
+    *_, device = init_distributed(config.engine.patience)
     set_threads(config.engine.threads)
     return *stages.with_data(config), device
 
@@ -370,7 +472,8 @@ def _pace(config: Config, dataset: Dataset, device: torch.device) -> budget.Pace
     model = build_model(config, dataset.image_shape).to(device)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
     ranks = torch.distributed.get_world_size()
-    found = [budget.measure(TrainingModule(model, config), denoiser, config, dataset, device, ranks)]
+    with enough_memory("train.batch_size", LESS_MEMORY):
+        found = [budget.measure(TrainingModule(model, config), denoiser, config, dataset, device, ranks)]
     torch.distributed.broadcast_object_list(found)
     return found[0]
 
@@ -387,11 +490,14 @@ def _course(config: Config) -> str:
     return "\n".join((f"by the speed of {torch.get_num_threads()} CPU threads or a GPU, as measured", *budget.course(config, pace)))
 
 
-def _train_denoiser(config: Config, dataset: Dataset, *, resume: bool, overwrite: bool) -> None:
+def _train_denoiser(config: Config, dataset: Dataset, device: torch.device, *, resume: bool, overwrite: bool) -> None:
     """The first stage of a staged run, unless it has been done. What would stop the second is looked for first."""
     on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
+    if resume:
+        on_chief(lambda: stages.refuse_other_settings(config, dataset))
     if config.encoder.start == "fresh":
-        build_model(config, dataset.image_shape)
+        model = build_model(config, dataset.image_shape).to(device)
+        _rehearse(TrainingModule(model, config), config, device, torch.distributed.get_world_size())
     folder = RunFolder(stages.denoiser_stage(config, dataset).run_dir, patient=True)
     on_chief(folder.lock)
     # One rank looks, and only while no other run can train there: what is found holds for all ranks until the end.
@@ -412,8 +518,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sami_fast/train.py",
         description="Train SAMI and write a run folder: config, log, checkpoints, model, report.",
-        epilog="example: deepspeed --num_accelerators 2 sami_fast/train.py --config configs/disks.yaml train.steps=50 name=short",
+        epilog="example: deepspeed -q --num_accelerators 2 sami_fast/train.py --config configs/disks.yaml train.steps=50 name=short",
     )
+    parser.add_argument("--version", action="version", version=f"sami-fast {__version__}")
     parser.add_argument("--config", help="a YAML file, or the name of a config that comes with the package (disks)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, dotted keys: train.steps=50")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
@@ -425,54 +532,85 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _speaks() -> bool:
-    """Whether this process prints errors: one per machine, since what is wrong may be wrong on one of them only."""
-    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit status: 0 done, 1 stopped by bad numbers, 2 something the user gave cannot work, 130 interrupted."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments.settings:
-            print(settings_table())
-            return 0
-        if arguments.resume and arguments.overwrite:
-            raise UserError("--resume and --overwrite: choose one")
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            world_size = max(1, from_environment("WORLD_SIZE", 1))
-            if from_environment("RANK", 0) == 0:
-                deepspeed = json.dumps(deepspeed_dicts(config, world_size), indent=2)
-                course = _course(config) if world_size == 1 else "of one process is measured, and these are more"
-                print(f"{to_yaml(config)}\n# Course: {course}\n\n# DeepSpeed\n{deepspeed}")
-            return 0
-        folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-        chief = torch.distributed.get_rank() == 0
-        leave_distributed()
-        if chief and (arguments.no_report or config.mode == "denoiser"):
-            print(folder, flush=True)
-        elif chief:
-            from sami_fast.evaluation import Health
-            from sami_fast.report import write_report
+    """The command.
 
-            print("writing the report", flush=True)
-            page = write_report(folder)
-            if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
-                print(Health(**health), flush=True)
-            print(page, flush=True)
+    Exit status: 0 done, 1 stopped by bad numbers or a lost rank, 2 something the user gave cannot work, 130 Ctrl-C, 143 SIGTERM.
+    """
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    with interruption.handled():
+        try:
+            return _command(arguments)
+        except (Exception, Interrupted) as error:
+            with interruption.held_back(then_raised=False):  # a launcher ends all ranks when one has ended
+                return _ended(error, arguments)
+
+
+def _ended(error: BaseException, arguments: argparse.Namespace) -> int:
+    """Say what ended a run, here and to the other ranks. Returns the exit status; a mistake of ours is raised again."""
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        error = lost_rank() or error  # a collective says in words of its own that a rank is gone
+    says = speaks()
+    if isinstance(error, UserError | OSError):  # OSError: a name too long, no permission, a folder gone: the system's own words
+        words, status = str(error), 2
+    elif isinstance(error, NonFiniteError | CollapsedError):
+        words, status = str(error), 1
+    elif isinstance(error, Interrupted):
+        words, status = f"interrupted; {_way_on(arguments, error.kept)}", error.status
+    elif isinstance(error, RankLostError):
+        words, status, says = str(error) if error.explained else f"{error}; {_way_on(arguments)}", error.status, error.speaks
+    else:
+        end_run(f"{type(error).__name__}: {error}", 1)
+        raise error
+    if says:
+        print(printable(f"sami-fast: {words}"), file=sys.stderr, flush=True)
+    end_run(words, status)
+    return status
+
+
+def _way_on(arguments: argparse.Namespace, kept: str = "") -> str:
+    """How to go on with a run that was stopped."""
+    with suppress(UserError):  # it was interrupted before the config was read
+        config = load_config(arguments.config, arguments.overrides)
+        kept = kept or next((f"{found} is kept" for found in checkpoints.list_checkpoints(config.run_dir / "checkpoints")), "")
+        first = Path(config.runs_dir) / stages.DENOISERS
+        if not kept and config.mode == "staged" and first.is_dir():
+            kept = f"what the first stage has kept is in {first}"
+    if kept:
+        return f"{kept}; the same command with --resume goes on from there"
+    return "nothing was kept yet; the same command with --resume starts again"
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    """What the arguments ask for."""
+    if arguments.settings:
+        print(settings_table())
         return 0
-    except (UserError, NonFiniteError, CollapsedError) as error:
-        if _speaks():
-            print(f"sami-fast: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # a name too long, no permission, a folder gone: the system's own words
-        print(f"sami-fast: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if _speaks():
-            print("sami-fast: interrupted; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
-        return 130
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume and --overwrite: choose one")
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        world_size = max(1, whole_number("WORLD_SIZE", 1))
+        if whole_number("RANK", 0) == 0:
+            deepspeed = json.dumps(deepspeed_dicts(config, world_size), indent=2)
+            course = _course(config) if world_size == 1 else "of one process is measured, and these are more"
+            print(f"{to_yaml(config)}\n# Course: {course}\n\n# DeepSpeed\n{deepspeed}")
+        return 0
+    folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    chief = torch.distributed.get_rank() == 0
+    leave_distributed()
+    if chief and (arguments.no_report or config.mode == "denoiser"):
+        print(folder, flush=True)
+    elif chief:
+        from sami_fast.evaluation import Health
+        from sami_fast.report import write_report
+
+        print("writing the report", flush=True)
+        page = write_report(folder)
+        if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
+            print(Health(**health), flush=True)
+        print(page, flush=True)
+    return 0
 
 
 if __name__ == "__main__":

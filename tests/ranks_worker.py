@@ -35,6 +35,7 @@ COMMON = [
 STAGED = [
     *("train.mode=staged", "train.denoiser_steps=6", "train.bank_steps=3"),
     *("schedule.logsnr_min=auto", "kl_weight.kind=auto", "kl_weight.search=0.2"),
+    *("kl_weight.target=0", "kl_weight.gain=0.002"),  # of the controller: as if they had not been set
 ]
 STAGES = (0, 1, 2, 3)
 MODES = ("frozen", "finetune")

@@ -155,7 +155,7 @@ def test_the_decoder_is_the_denoisers_way_up():
     encoder = sum(p.numel() for p in sami.encoder.parameters())
     assert encoder == sum(p.numel() for p in model.encoder.parameters())
     with pytest.raises(ValueError, match="the decoder's 3 halvings"):
-        BetaVAE.build({"encoder": ENCODER, "decoder": PARTNER | {"image_size": 12, "channels": [4, 4, 4, 4]}}, SCHEDULE)
+        BetaVAE.build({"encoder": ENCODER, "decoder": PARTNER | {"image_size": 7, "channels": [4, 4, 4, 4]}}, SCHEDULE)
 
 
 def test_unknown_method_in_a_saved_model(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.write_video import write_video
 from sami_fast.cli import main, parser
 from sami_fast.cli.options import SOLVERS, STARTS, sampler_arguments
 from sami_fast.config import load_config, to_yaml
@@ -69,7 +70,12 @@ def inputs(tmp_path_factory) -> Path:
     np.save(folder / "bright.npy", np.full((5, 8, 8), 7.5, np.float32))
     np.save(folder / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
     (folder / "text.npy").write_text("not an array")
+    (folder / "weights.pt").write_bytes(b"PK")
     (folder / "empty").mkdir()
+    (folder / "photos").mkdir()
+    Image.fromarray(good[0]).save(folder / "photos/a.png")
+    (folder / "broken").mkdir()
+    (folder / "broken/a.png").touch()
     (folder / "unfinished").mkdir()
     (folder / "unfinished" / "config.yaml").write_text("name: unfinished\n")
     dead = build(live=0)
@@ -114,6 +120,76 @@ def test_a_saved_model_is_enough_with_data(run, inputs, tmp_path):
     data = ["--data", str(inputs / "two.npz"), "--array-key", "second"]
     assert main(["encode", str(run / "model"), *data, "--output", str(tmp_path / "z.npz")]) == 0
     assert np.load(tmp_path / "z.npz")["mu"].shape == (3, 4)
+
+
+def test_every_file_of_a_folder_has_its_row(run, tmp_path, capsys, monkeypatch):
+    """NaN and the reason where it cannot be read, at once or when its turn comes; nothing else stands in its place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(5):
+        Image.fromarray(np.full((8, 8), 40 * n, np.uint8)).save(photos / f"{n}.png")
+    (photos / "1.png").write_bytes(b"")
+    whole = (photos / "3.png").read_bytes()
+    (photos / "3.png").write_bytes(whole[:50] + bytes(len(whole) - 62) + whole[-12:])  # its header is good, and so is its end
+    arguments = ["encode", str(run), "--data", str(photos), "--output", str(tmp_path / "z.npz"), "--batch-size", "2"]
+    assert main(arguments) == 0
+    written = np.load(tmp_path / "z.npz")
+    assert written["files"].tolist() == [f"{n}.png" for n in range(5)]
+    assert np.isnan(written["mu"]).all(1).tolist() == np.isnan(written["var"]).any(1).tolist() == [n in (1, 3) for n in range(5)]
+    reasons = written["absent"].tolist()
+    assert [bool(reason) for reason in reasons] == [n in (1, 3) for n in range(5)]
+    assert reasons[1] == "1.png: zero bytes"
+    assert reasons[3].startswith("3.png: ")
+    grey = torch.full((1, 1, 8, 8), 160 / 127.5 - 1)
+    assert np.allclose(written["mu"][4], encode(Sami.from_pretrained(run), grey).mu[0], atol=1e-5)
+    assert "of 5 images, 4 latent dimensions; 2 cannot be read: their rows are NaN, and absent says why" in capsys.readouterr().out
+    start = ["traverse", str(run), "--data", str(photos), "--output", str(tmp_path / "x.npz"), "--axis", "0", *QUICK, "--image"]
+    for image in (1, 3):
+        assert main([*start, str(image)]) == 2
+        assert f"cannot read {photos}/{image}.png: " in capsys.readouterr().err
+    assert main([*start, "5"]) == 2
+    assert "--image: expected 0 to 4, found 5" in capsys.readouterr().err
+    assert main([*start, "4"]) == 0
+
+
+def test_frames_are_encoded_in_the_order_of_time(tmp_path, monkeypatch):
+    pytest.importorskip("av", reason="needs PyAV: pip install 'sami-fast[feed]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, clips = tmp_path / "videos", tmp_path / "clips"
+    clips.mkdir()
+    for name, level in (("b", 20), ("a", 120)):
+        frames = np.stack([np.full((16, 16, 3), level + 5 * n, np.uint8) for n in range(12)])
+        write_video(clips / f"{name}.avi", frames, codec="mjpeg", keyframe_interval=1)
+    build().save_pretrained(folder / "model")
+    settings = ["data.kind=video_folder", f"data.path={clips}", "data.image_size=8", "data.channels=1"]
+    (folder / "config.yaml").write_text(to_yaml(load_config(None, settings)))
+    arguments = ["encode", str(folder), "--data", str(clips), "--output"]
+    assert main([*arguments, str(tmp_path / "z.npz")]) == 0
+    written = np.load(tmp_path / "z.npz")
+    assert written["files"].tolist() == ["a.avi"] * 12 + ["b.avi"] * 12
+    assert written["frames"].tolist() == [*range(12)] * 2
+    model = Sami.from_pretrained(folder)
+    levels = torch.tensor([120.0 + 5 * n for n in range(12)] + [20.0 + 5 * n for n in range(12)]) / 127.5 - 1
+    expected = encode(model, levels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()).mu
+    assert np.abs(written["mu"] - expected.numpy()).max() < 0.2 * np.ptp(expected.numpy(), axis=0).max()
+    assert main([*arguments, str(tmp_path / "few.npz"), "--count", "3"]) == 0
+    assert np.load(tmp_path / "few.npz")["frames"].tolist() == [0, 1, 2]
+    picked = ["edit", str(folder), "--data", str(clips), "--axis", "0", "--amount", "0", "--image", "13", *QUICK]
+    assert main([*picked, "--output", str(tmp_path / "x.npz")]) == 0
+    assert np.abs((np.load(tmp_path / "x.npz")["images"] + 1) * 127.5 - 25).max() < 4  # row 13: the second frame of b
+
+
+def test_the_range_of_floats(run, tmp_path, caplog):
+    unit = np.random.default_rng(0).random((3, 8, 8), dtype=np.float32)
+    np.save(tmp_path / "unit.npy", unit)
+    arguments = ["encode", str(run), "--data", str(tmp_path / "unit.npy"), "--output"]
+    assert main([*arguments, str(tmp_path / "auto.npz")]) == 0
+    assert "unit.npy: all values lie in [0, 1], and are taken for values in [-1, 1]" in caplog.text
+    assert main([*arguments, str(tmp_path / "unit.npz"), "--range", "unit"]) == 0
+    for name, x_0 in (("auto", unit), ("unit", unit * 2 - 1)):
+        expected = encode(Sami.from_pretrained(run), torch.from_numpy(x_0)[:, None]).mu
+        assert np.allclose(np.load(tmp_path / f"{name}.npz")["mu"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["prior", "posterior", "none"])
@@ -302,7 +378,7 @@ def test_help_shows_an_example(command, capsys):
 
 
 BAD_INPUT = {
-    "no such run": ("sample {inputs}/nowhere --output {out}/x.png", "nowhere: no such folder; expected a run folder or a saved model"),
+    "no such run": ("sample {inputs}/nowhere --output {out}/x.png", "no folder {inputs}/nowhere; expected a run folder or a saved model"),
     "not a run": ("sample {inputs}/empty --output {out}/x.png", "no config.json there; expected a run folder or a saved model"),
     "run without a model": ("sample {inputs}/unfinished --output {out}/x.png", "unfinished: has no model/ yet"),
     "damaged weights": ("sample {inputs}/damaged --output {out}/x.png", "damaged or not a safetensors file"),
@@ -311,6 +387,23 @@ BAD_INPUT = {
     "latents as a picture": ("encode {run} --output {out}/x.png", "--output: expected a name ending in .npz, found"),
     "no output folder": ("sample {run} --output {out}/a/b.png", "--output: no folder"),
     "no data file": ("encode {run} --data {inputs}/no.npy --output {out}/x.npz", "--data: no file"),
+    "a folder of nothing": ("encode {run} --data {inputs}/empty --output {out}/x.npz", "--data: no images in {inputs}/empty"),
+    "one image": (
+        "encode {run} --data {inputs}/photos/a.png --output {out}/x.npz",
+        "--data: expected a folder, or an .npy or .npz of images, found the file {inputs}/photos/a.png; give its folder",
+    ),
+    "no image that can be read": (
+        "encode {run} --data {inputs}/broken --output {out}/x.npz",
+        "--data: none of the 1 images in {inputs}/broken can be read: a.png (zero bytes)",
+    ),
+    "a file in place of a model": (
+        "encode {inputs}/weights.pt --data {inputs}/good.npy --output {out}/x.npz",
+        "expected a folder, found the file {inputs}/weights.pt; expected a run folder or a saved model",
+    ),
+    "output beside a file": (
+        "sample {run} --output {inputs}/good.npy/x.png",
+        "--output: expected a folder, found the file {inputs}/good.npy",
+    ),
     "unreadable data": ("encode {run} --data {inputs}/text.npy --output {out}/x.npz", "not a readable .npy or .npz"),
     "pickled data": ("encode {run} --data {inputs}/pickle.npy --output {out}/x.npz", "not a readable .npy or .npz"),
     "range of data": ("encode {run} --data {inputs}/bright.npy --output {out}/x.npz", "--data: expected floats in [-1, 1]"),
@@ -373,12 +466,13 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_gets_one_sentence(case, run, inputs, tmp_path, capsys):
+def test_bad_input_gets_one_sentence(case, run, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(inputs / "cache"))
     command, message = BAD_INPUT[case]
     assert main(command.format(run=run, inputs=inputs, out=tmp_path).split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("sami-fast: ")
-    assert message in captured.err
+    assert message.format(run=run, inputs=inputs) in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -92,7 +92,14 @@ def test_a_grey_frame_is_resized_as_an_image_is():
 
 @pytest.mark.parametrize(
     ("box", "message"),
-    [((0, 0, 18), "leaves the frame"), ((-2, 0, 4), "leaves the frame"), ((1, 0, 4), "whole pixels"), ((0, 0, 0), "leaves the frame")],
+    [
+        ((0, 0, 18), "leaves the frame"),
+        ((-2, 0, 4), "leaves the frame"),
+        ((1, 0, 4), "whole pixels"),
+        ((0, 0, 0), "leaves the frame"),
+        ((2**63 - 1, 0, 1), "leaves the frame"),
+        ((0, 2**63 - 8, 8), "leaves the frame"),
+    ],
 )
 def test_a_square_that_does_not_fit(box, message):
     core_launchers()

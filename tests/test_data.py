@@ -1,7 +1,10 @@
 """Images: procedural disks, arrays from files, and the feed that batches them."""
 
+import logging
 import math
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,8 +227,8 @@ def test_unreadable_files(tmp_path):
     for path in (cut, text, objects):
         with pytest.raises(UserError, match=re.escape(f"data.path: {path} is not a readable .npy or .npz of plain numbers")):
             ArrayImages(str(path))
-    for path in (tmp_path / "missing.npy", tmp_path):
-        with pytest.raises(UserError, match=re.escape(f"data.path: no file {path}")):
+    for path, found in ((tmp_path / "missing.npy", "no file"), (tmp_path, "expected a file, found the folder")):
+        with pytest.raises(UserError, match=re.escape(f"data.path: {found} {path}")):
             ArrayImages(str(path))
 
 
@@ -238,6 +241,45 @@ def test_wrong_entry_of_an_npz(tmp_path):
     np.savez(tmp_path / "empty.npz")
     with pytest.raises(UserError, match="which holds nothing"):
         ArrayImages(str(tmp_path / "empty.npz"))
+
+
+def test_the_same_content_is_the_same_data(tmp_path):
+    first = ArrayImages(save(tmp_path, counting(200)))
+    copy = tmp_path / "copy.npy"
+    copy.write_bytes(Path(first.path).read_bytes())
+    os.utime(copy, (5, 5))
+    assert ArrayImages(str(copy)).fingerprint == first.fingerprint
+    other = counting(200)
+    other[150] += 1
+    found = {first.fingerprint, ArrayImages(save(tmp_path, other)).fingerprint, ArrayImages(save(tmp_path, counting(10))).fingerprint}
+    assert len(found | {ArrayImages(str(copy), holdout=0.5).fingerprint}) == 4
+
+
+def test_the_range_of_floats(tmp_path, caplog):
+    """Nobody guesses: what all lies in [0, 1] is said to be odd, once, and a setting says what it is."""
+    unit = np.linspace(0, 1, 4 * 8 * 8, dtype=np.float32).reshape(4, 8, 8)
+    path = save(tmp_path, unit)
+    signed = torch.from_numpy(unit)[:, None]
+    with caplog.at_level(logging.WARNING, "sami_fast.data"):
+        sources = {kind: ArrayImages(path, holdout=0.0, value_range=kind) for kind in ("auto", "auto", "signed", "unit")}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: all values lie in [0, 1], and are taken for values in [-1, 1], in which images are grey and bright; data.range=unit "
+        "(--range unit) says that 0 is black, signed that they are as they should be"
+    ]
+    index = torch.arange(4)
+    assert torch.equal(sources["auto"].images(index), signed)
+    assert torch.equal(sources["signed"].images(index), signed)
+    assert torch.equal(sources["unit"].images(index), signed * 2 - 1)
+    assert sources["unit"].facts()["values"] == "float32, 0 to 1, taken for values in [0, 1]"
+    assert len({source.fingerprint for source in sources.values()}) == 2
+    with pytest.raises(UserError, match=r"expected floats in \[0, 1\] in .*, found values from -1 to 1"):
+        ArrayImages(save(tmp_path, unit * 2 - 1), value_range="unit")
+    caplog.clear()
+    ArrayImages(path)  # which now holds values below 0
+    ArrayImages(save(tmp_path, (unit * 255).astype(np.uint8)), value_range="unit")  # bytes have one meaning
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"^data\.range: has no effect with data\.kind disks; it is for array$"):
+        DataConfig(range="unit")
 
 
 def test_open_dataset(tmp_path):

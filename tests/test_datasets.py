@@ -19,6 +19,7 @@ import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+from sami_fast import files
 from sami_fast.data import ArrayImages, cache, storage
 from sami_fast.data.cars3d import Cars3D
 from sami_fast.data.celeba import celeba_listing
@@ -235,12 +236,11 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, how):
     with refused(rf"data\.path: {re.escape(str(path))} is not a readable .* of plain numbers \("):
         load_array(path, "images", str(cached))
     assert [file.name for file in cached.rglob("*") if file.is_file()] == ["lock"]
-    killed, busy = (cache.cache_dir(str(cached), path) / f".partial-{n}-x.npy" for n in (1, 2))
+    killed, busy = (files.partial_of(cache.cache_dir(str(cached), path) / "x.npy") for _ in range(2))
     killed.touch()
-    busy.touch()
-    os.utime(killed, (0, 0))
     path.write_bytes(content)
-    assert_array_equal(load_array(path, "images", str(cached)), noise(60, 10, 10))
+    with files._begun(busy):  # as another process holds what it writes
+        assert_array_equal(load_array(path, "images", str(cached)), noise(60, 10, 10))
     assert not killed.exists()
     assert busy.exists()
 
@@ -319,6 +319,92 @@ def test_which_entry(tmp_path):
     (tmp_path / "text.h5").write_text("not one of them")
     with refused(r"data\.path: .*text\.h5 is not a readable HDF5 file of plain numbers \(it begins with b'not one '\)$"):
         load_array(tmp_path / "text.h5", "", "")
+
+
+@pytest.mark.parametrize("how", MAPPED)
+@pytest.mark.parametrize("shape", [(50, 8, 8, 3), (50, 3, 8, 8)])
+def test_a_file_that_becomes_shorter_under_a_run(tmp_path, how, shape):
+    """Mapped memory that is gone would end the process by a signal."""
+    array = noise(*shape)
+    path = write(tmp_path / f"file.{FORMATS[how]}", array, how)
+    source = ArrayImages(str(path), "" if how == "npy" else "images", holdout=0.0)
+    index = torch.tensor([3, 4, 5, 49, 0])
+    chosen = torch.from_numpy(array)[index]
+    expected = (chosen if shape[1] == 3 else chosen.permute(0, 3, 1, 2)).float() / 127.5 - 1
+    assert torch.equal(source.images(index), expected)
+    os.truncate(path, path.stat().st_size // 2)
+    assert torch.equal(source.images(index[:3]), expected[:3])
+    with refused(rf"data\.path: {path} has become shorter while it was in use$"):
+        source.images(index)
+
+
+def test_rows_of_views(tmp_path, monkeypatch):
+    """Whatever stands first, second or last in the file."""
+    monkeypatch.setattr(storage, "MEMORY", 0)
+    array = noise(9, 2, 5, 6).astype(">i4")
+    for order in "CF":
+        np.save(tmp_path / "file.npy", np.asarray(array, order=order))
+        mapped = load_array(tmp_path / "file.npy", "", "")
+        places = np.array([8, 0, 1, 2, 2])
+        views = lambda a: (a, a[:, 0], np.moveaxis(a, 1, -1), a[..., None], a[2:], a[:, :, ::2])  # noqa: E731
+        for seen, whole in zip(views(mapped), views(array), strict=True):
+            inside = places % len(whole)
+            assert_array_equal(storage.take(seen, inside), whole[inside], strict=True)
+            assert storage.take(seen, inside[:0]).shape == (0, *whole.shape[1:])
+        os.truncate(tmp_path / "file.npy", 200)
+        with refused(r"data\.path: .*file\.npy has become shorter"):
+            storage.take(mapped, places)
+    np.save(tmp_path / "file.npy", array)
+    with pytest.raises(IndexError, match="image 9 of 9"):
+        storage.take(load_array(tmp_path / "file.npy", "", ""), np.array([9]))
+
+
+def test_hdf5_reads_no_other_file(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(4 * 8 * 8))
+    h5py = pytest.importorskip("h5py")
+    with hdf5(tmp_path / "external.h5") as file:
+        file.create_dataset("images", (4, 8, 8), "u1", external=[(str(secret), 0, 4 * 8 * 8)])
+    with hdf5(tmp_path / "other.h5") as file:
+        file["images"] = noise(4, 8, 8)
+    with hdf5(tmp_path / "virtual.h5") as file:
+        layout = h5py.VirtualLayout((4, 8, 8), "u1")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "images", (4, 8, 8))
+        file.create_virtual_dataset("images", layout)
+    with hdf5(tmp_path / "link.h5") as file:
+        file["images"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "images")
+    for kind in ("external", "virtual"):
+        with refused(rf"data\.path: .*{kind}\.h5 is not a readable HDF5 file .* \('images' lies in other files, by {kind} storage\)$"):
+            load_array(tmp_path / f"{kind}.h5", "images", str(tmp_path))
+    with refused(r"data\.array_key: no entry 'images' in .*link\.h5, which holds nothing$"):
+        load_array(tmp_path / "link.h5", "images", str(tmp_path))
+
+
+def test_what_would_unpack_to_more_than_there_is_room_for(tmp_path, monkeypatch):
+    """A few kilobytes that say they are terabytes: nothing is written."""
+    with hdf5(tmp_path / "file.h5") as file:
+        file.create_dataset("images", (2 * 10**9, 64, 64, 3), "u1", chunks=(1, 64, 64, 3))
+    with refused(rf"data\.path: {tmp_path}/file\.h5 has .* KiB and would unpack to 22\.35 TiB: it holds no images$"):
+        load_array(tmp_path / "file.h5", "", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "LARGEST_RATIO", 10**15)
+    with refused(r"data\.cache_dir: expected room for 22\.35 TiB in .*cache.*, found .* [GT]iB$"):
+        load_array(tmp_path / "file.h5", "", str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_matlab_files_are_named(tmp_path):
+    """Since version 7.3 they are HDF5 behind a block of 512 bytes, in which MATLAB, or nobody, says what it is."""
+    h5py = pytest.importorskip("h5py")
+    for name, head in (("zeros.mat", b""), ("text.h5", b"MATLAB 7.3 MAT-file, Platform: GLNXA64"), ("other.h5", b"")):
+        with h5py.File(tmp_path / name, "w", userblock_size=512) as file:
+            file["images"] = noise(4, 8, 8)
+        with open(tmp_path / name, "r+b") as stream:
+            stream.write(head)
+    scipy.io.savemat(tmp_path / "old.mat", {"images": noise(4, 8, 8)})
+    for name in ("zeros.mat", "text.h5", "old.mat"):
+        with refused(rf"data\.path: .*{name} is not a readable .* \(it is a MATLAB file, whose axes are stored in reverse; save .*\)$"):
+            load_array(tmp_path / name, "", str(tmp_path))
+    assert_array_equal(load_array(tmp_path / "other.h5", "", str(tmp_path)), noise(4, 8, 8))
 
 
 def test_hdf5_without_h5py(tmp_path, monkeypatch):
@@ -641,6 +727,21 @@ def test_cars3d_from_its_folder(tmp_path, monkeypatch, below):
     assert_array_equal(again, pixels)
 
 
+def test_published_sets_are_known_by_their_content(tmp_path):
+    """At any place; and another image is another set."""
+    sources = []
+    for name in ("here", "there"):
+        write_cars(tmp_path / name, side=8)
+        write_norb(tmp_path / name)
+        sources.append([kind(str(tmp_path / name), cache_dir=str(tmp_path / "cache")) for kind in (Cars3D, SmallNORB)])
+    for one, other in zip(*sources, strict=True):
+        assert one.fingerprint == other.fingerprint
+    write_cars(tmp_path / "there", side=8, car_001_mesh=np.zeros_like(noise(8, 8, 3, 24, 4)))
+    flip_byte(tmp_path / "there" / f"{PARTS[0]}-dat.mat", 5000)
+    for one, kind in zip(sources[0], (Cars3D, SmallNORB), strict=True):
+        assert kind(str(tmp_path / "there"), cache_dir=str(tmp_path / "cache")).fingerprint != one.fingerprint
+
+
 def test_cars3d_is_decoded_again_when_a_car_or_the_size_changes(tmp_path):
     arguments = {"image_size": 2, "holdout": 0.0, "cache_dir": str(tmp_path / "cache")}
     images = write_cars(tmp_path, side=2, cars=2)
@@ -672,7 +773,7 @@ CAR = np.zeros((2, 2, 3, 24, 4), np.uint8)
 CAR_ERRORS = [
     (CAR[:, :1], r"expected 'im' in .*car_001_mesh\.mat to be uint8 \[H, H, 3, 24, 4\], found uint8 \[2, 1, 3, 24, 4\]$"),
     (CAR.swapaxes(3, 4), r"expected 'im' in .* to be uint8 \[H, H, 3, 24, 4\], found uint8 \[2, 2, 3, 4, 24\]$"),
-    (CAR.astype(np.float32), r"expected 'im' in .* to be uint8 \[H, H, 3, 24, 4\], found float32 "),
+    (CAR.astype(np.float32), r"expected 'im' in .* to be uint8 \[H, H, 3, 24, 4\], found single "),
     (CAR[0, 0], r"expected 'im' in .* to be uint8 \[H, H, 3, 24, 4\], found uint8 \[3, 24, 4\]$"),
 ]
 

@@ -7,13 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sami_fast.cli import main
 from sami_fast.config import load_config
-from sami_fast.data import Dataset
+from sami_fast.data import Dataset, ImageFolder
+from sami_fast.errors import UserError
 from sami_fast.evaluation import evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.factors import DCI_LEAST, attribute_scores, factor_classes, learned_scores, recovery_scores
-from sami_fast.evaluation.run import places
+from sami_fast.evaluation.run import places, readable
 from sami_fast.evaluation.scores import plain
 from sami_fast.evaluation.table import spread
 from sami_fast.metrics.attributes import tad
@@ -171,6 +173,17 @@ def test_images_of_a_sorted_set_are_chosen_at_random():
     assert places(Sorted(), 4).tolist() == [0, 333, 666, 999]
     Sorted.size = None
     assert places(Sorted(), 3).tolist() == [0, 1, 2]
+
+
+def test_an_image_that_cannot_be_read_is_not_scored(tmp_path):
+    """Nor does another one stand beside its factors."""
+    for n in range(6):
+        Image.fromarray(np.full((8, 8), 40 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    source = ImageFolder(str(tmp_path), image_size=8, holdout=0.0, max_bad=0.5, cache_dir=str(tmp_path / "cache"), cache_gib=0.0)
+    (tmp_path / "2.png").write_bytes(b"broken")
+    assert readable(source, torch.tensor([5, 2, 0])).tolist() == [5, 0]
+    with pytest.raises(UserError, match=r"^data\.path: none of the 1 evaluation images can be read$"):
+        readable(source, torch.tensor([2]))
 
 
 def test_a_factor_that_one_half_does_not_show_is_left_out(evaluated, runs, monkeypatch):

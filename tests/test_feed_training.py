@@ -151,6 +151,26 @@ def test_other_files_stop_a_resume(folder, tmp_path, capsys):
     assert "belongs to a run with other settings: data.files" in capsys.readouterr().err
 
 
+def test_an_array_is_known_by_its_content(tmp_path, capsys):
+    """Moved, a run goes on with it; replaced, even where it lies, it does not."""
+
+    def arguments(path: Path, steps: int) -> list[str]:
+        places = ["data.kind=array", f"data.path={path}", f"data.cache_dir={tmp_path}/cache", f"runs_dir={tmp_path}"]
+        settings = (setting for setting in SETTINGS if not setting.startswith("data.video"))
+        return ["--config", "array", "--resume", "--no-report", *places, *settings, "data.flip=false", f"train.steps={steps}"]
+
+    first, moved = tmp_path / "images.npy", tmp_path / "moved.npy"
+    np.save(first, np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8))
+    assert main(arguments(first, 4)) == 0
+    first.rename(moved)
+    os.utime(moved, (5, 5))
+    assert main(arguments(moved, 4)) == 0
+    assert "resumed from" in capsys.readouterr().out
+    np.save(moved, np.random.default_rng(1).integers(0, 256, (40, 16, 16), dtype=np.uint8))
+    assert main(arguments(moved, 4)) == 2
+    assert "belongs to a run with other settings: data.files" in capsys.readouterr().err
+
+
 # Size
 
 

@@ -10,6 +10,9 @@ import os
 import re
 import shutil
 import struct
+import sys
+import tempfile
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,17 +20,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, ImageOps, features
+from PIL import Image, ImageCms, ImageFile, ImageOps, features
 
 from sami_fast import files
 from sami_fast.config import DataConfig
-from sami_fast.data import CelebA, Feed, ImageFolder, image_folder, index, open_dataset
+from sami_fast.data import CelebA, Feed, ImageFolder, cache, identity, image_folder, index, open_dataset
 from sami_fast.data.cache import PixelCache, cache_dir
 from sami_fast.data.dali import DaliDecoder, available
-from sami_fast.data.decode import BadFile, decode_image, image_facts
+from sami_fast.data.decode import BadFile, decode_image, image_facts, image_suffixes
+from sami_fast.data.identity import content_of
 from sami_fast.data.image_folder import square
 from sami_fast.data.pixels import resize, with_channels
-from sami_fast.errors import UserError
+from sami_fast.errors import AbsentError, UserError
 
 dali = pytest.mark.skipif(not available(), reason="DALI is not installed")
 both_decoders = pytest.mark.parametrize("decoder", ["torch", pytest.param("dali", marks=dali)])
@@ -187,7 +191,8 @@ def opened(folder: Path, **settings: object) -> ImageFolder:
 
 
 def every(source: ImageFolder) -> torch.Tensor:
-    return source.pixels(torch.arange(source.size))
+    """As training sees them."""
+    return source.training_pixels(torch.arange(source.size))
 
 
 def numbers(source: ImageFolder) -> list[int]:
@@ -196,8 +201,8 @@ def numbers(source: ImageFolder) -> list[int]:
 
 
 def kept(folder: Path) -> list[Path]:
-    """All that lies in the cache of the folder."""
-    return sorted(path for path in cache_dir(str(folder.parent / "cache"), folder).rglob("*") if path.is_file())
+    """All that lies in the cache of the folder, but the lock."""
+    return sorted(p for p in cache_dir(str(folder.parent / "cache"), folder).rglob("*") if p.is_file() and p.name != "lock")
 
 
 def index_file(folder: Path) -> Path:
@@ -535,8 +540,107 @@ def test_a_file_that_breaks_after_the_start(folder, case, decoder, caplog):
                 assert numbers(source) == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9]
             assert list(source.lost) == ["004.png"]
     assert [re.sub(r": .*;", ": why;", record.getMessage()) for record in caplog.records] == [
-        f"{folder}/004.png: why; another one takes its place"
+        f"{folder}/004.png: why; in training another one takes its place"
     ] * 2
+
+
+def test_an_image_that_is_asked_for_is_not_replaced(folder):
+    write(folder, numbered(4))
+    source = opened(folder, max_bad=0.5, cache_gib=0.0)
+    (folder / "001.png").write_bytes(b"broken")
+    images, absent = source.read(torch.tensor([2, 1, 0]))
+    assert list(absent) == [1]
+    assert absent[1].startswith("001.png: cannot identify image file")
+    assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [2, 0, 0]
+    for ask in (source.pixels, source.images):
+        with pytest.raises(AbsentError, match=rf"^data\.path: cannot read {folder}/001\.png: "):
+            ask(torch.tensor([0, 1]))
+    assert source.training_pixels(torch.tensor([0, 1]))[:, 0, 0, 0].tolist() == [0, 2]
+    assert ((source.training_images(torch.tensor([1]))[0, 0, 0, 0] + 1) * 127.5).round() == 2
+
+
+def test_a_file_that_is_too_large_for_an_image(folder):
+    write(folder, numbered(2))
+    with open(folder / "sparse.jpg", "wb") as file:
+        file.write(encoded(photo(), "JPEG"))
+        file.truncate(30 * 2**30)
+    source = opened(folder, max_bad=0.5)
+    assert source.index.bad == {"sparse.jpg": "30 GiB, more than the 1 GiB of an image file"}
+    assert numbers(source) == [0, 1]
+    grown = opened(folder, max_bad=0.7, cache_gib=0.0)
+    os.truncate(folder / "001.png", 30 * 2**30)  # after it was looked at
+    assert grown.read(torch.arange(2))[1] == {1: "001.png: 30 GiB, more than the 1 GiB of an image file"}
+
+
+# Colour profiles
+
+
+def swapped() -> bytes:
+    """A profile of colours in which red is blue and blue red, and which otherwise is sRGB."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+
+
+@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow was built without LittleCMS")
+@both_decoders
+def test_colour_profiles_are_applied(folder, decoder):
+    colour = photo(16, 16)
+    rgba = np.dstack((colour, np.full((16, 16), 255, np.uint8)))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    files = {
+        "0.png": encoded(colour, "PNG", icc_profile=swapped()),
+        "1.png": encoded(rgba, "PNG", icc_profile=swapped()),
+        "2.tif": encoded(colour, "TIFF", icc_profile=swapped()),
+        "3.png": encoded(colour, "PNG", icc_profile=srgb),
+        "4.png": encoded(colour, "PNG", icc_profile=b"no profile"),
+        "5.png": encoded(colour[..., 0].copy(), "PNG", icc_profile=swapped()),  # of another kind than the image
+    }
+    source = opened(write(folder, files), decoder=decoder)
+    found = every(source).permute(0, 2, 3, 1).numpy().astype(int)
+    for image in found[:3]:
+        assert np.abs(image - colour[..., ::-1]).max() <= 2
+    assert np.array_equal(found[3], colour)
+    assert np.array_equal(found[4], colour)
+    assert np.array_equal(found[5], np.repeat(colour[..., :1], 3, -1))
+    if decoder == "dali":
+        assert [source.decoder_of(n)[0] for n in range(6)] == ["Pillow"] * 3 + ["DALI"] * 3
+
+
+@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow was built without LittleCMS")
+def test_a_jpeg_of_another_profile_is_shown_the_same_by_both(folder):
+    write(folder, {"a.jpg": encoded(photo(64, 64), "JPEG", icc_profile=swapped()), "b.jpg": encoded(photo(64, 64), "JPEG")})
+    places = torch.arange(2)
+    one, other = every(opened(folder)).numpy().astype(int)
+    assert np.abs(one[::-1] - other).max() <= 4
+    if available():
+        assert torch.equal(opened(folder, decoder="dali", cache_gib=0.0).pixels(places), opened(folder, cache_gib=0.0).pixels(places))
+
+
+# Files that are left out
+
+
+def test_what_is_left_out_is_told_once(folder, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(image_folder, "image_suffixes", image_suffixes.__wrapped__)
+    write(folder, numbered(3) | {"a.heic": b"", "b.HEIC": b"", "c.txt": b"", "sub/d.dng": b"", "e": b""})
+    with caplog.at_level(logging.WARNING, "sami_fast.data"):
+        for _ in range(2):
+            source = opened(folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: 62.50% of the files are left out, by their endings: 2 .heic, 1 without one, 1 .dng, 1 .txt; HEIC needs pillow-heif, "
+        "`pip install 'sami-fast[heic]'`"
+    ]
+    assert source.facts()["left out"] == "2 .heic, 1 without one, 1 .dng, 1 .txt"
+
+
+def test_heic(folder):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif: pip install 'sami-fast[heic]'")
+    write(folder, numbered(1))
+    pillow_heif.from_pillow(Image.fromarray(photo(64, 64))).save(folder / "a.heic", quality=100)
+    source = opened(folder, image_size=64)
+    assert source.index.names == ["000.png", "a.heic"]
+    assert np.abs(every(source)[1].permute(1, 2, 0).numpy().astype(int) - photo(64, 64)).mean() < 4
+    assert source.decoder_of(1)[0] == "Pillow"
 
 
 @both_decoders
@@ -588,6 +692,34 @@ def test_too_many_bad_files(folder, decoder):
     (folder / "007.png").unlink()  # one more while it runs
     with pytest.raises(UserError, match=r"^data\.path: 6 of 25 images in .* data\.max_bad=0\.2 allows 5: "):
         every(source)
+
+
+def test_what_an_earlier_command_has_said_is_not_said_again(folder, caplog, monkeypatch):
+    write(folder, numbered(10) | {"bad.jpg": b""})
+    opened(folder, max_bad=0.1)
+    monkeypatch.setattr(cache, "_told", set())  # another process
+    with caplog.at_level(logging.WARNING, "sami_fast.data"):
+        caplog.clear()
+        assert list(opened(folder, max_bad=0.1).index.bad) == ["bad.jpg"]
+        assert not caplog.records
+        write(folder, {"worse.jpg": b""})
+        opened(folder, max_bad=0.2)
+    assert "skipped 2 of 12 images: bad.jpg (zero bytes), worse.jpg (zero bytes)" in caplog.text
+
+
+@dali
+@pytest.mark.parametrize("profile", [b"bad\0\0" + zlib.compress(b"x" * 200), "srgb"])
+def test_a_png_with_a_colour_profile_is_decoded_without_a_word(folder, profile, capfd):
+    """libpng, which DALI uses, complains of damaged ones and of many that are common."""
+    if profile == "srgb":
+        profile = b"sRGB\0\0" + zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    plain = encoded(photo(), "PNG")
+    write(folder, {"a.png": plain, "b.png": plain[:33] + chunk(b"iCCP", profile) + plain[33:]})
+    source = opened(folder, decoder="dali", cache_gib=0.0)
+    assert source.decoder_of(1)[0] == "DALI"
+    first, second = source.pixels(torch.arange(2))
+    assert torch.equal(first, second)
+    assert capfd.readouterr().err == ""
 
 
 def test_very_many_bad_files_are_counted_and_some_named(folder, caplog):
@@ -768,14 +900,17 @@ def test_hidden_files_and_others_are_ignored(folder):
     )
     source = opened(folder)
     assert source.index.names == ["000.png", "001.png"]
-    assert source.index.others == 3
+    assert source.index.others == {".txt": 1, ".json": 1, "": 1}
 
 
 @pytest.mark.parametrize(
     ("contents", "sentence"),
     [
         ({}, r"no images in {0}; expected files ending in \.avif, \.bmp, \.gif, .* \.\.\., found 0 other file\(s\)$"),
-        ({"a.txt": b"", "b.mp4": b"", "sub/c": b""}, r"no images in {0}; expected files ending in .*, found 3 other file\(s\)$"),
+        (
+            {"a.txt": b"", "b.mp4": b"", "sub/c": b""},
+            r"no images in {0}; expected files ending in .*, found 3 other file\(s\): 1 without one, 1 \.mp4, 1 \.txt$",
+        ),
         ({".hidden.png": b""}, r"no images in {0}; expected .*, found 0 other file\(s\)$"),
         (None, r"no folder {0}$"),
     ],
@@ -793,7 +928,8 @@ def test_folders_without_images(tmp_path, contents, sentence):
 def test_a_file_is_no_folder(folder):
     write(folder, numbered(1))
     for path in (folder / "000.png", folder / "000.png" / "sub"):
-        with pytest.raises(UserError, match=f"^{re.escape(f'data.path: no folder {path}')}$"):
+        found = f"expected a folder, found the file {path}" if path.is_file() else f"no folder {path}"
+        with pytest.raises(UserError, match=f"^{re.escape(f'data.path: {found}')}$"):
             opened(path)
 
 
@@ -948,6 +1084,134 @@ def test_the_fingerprint_changes_with_the_files(folder):
     assert opened(folder.parent / "copy").fingerprint == found[0]  # a run may move to another machine
 
 
+def test_the_same_names_with_other_content_are_other_data(folder):
+    """And the same content at another place and time is the same data."""
+    write(folder, {f"{n}.ppm": encoded(np.full((8, 8, 3), n, np.uint8), "PPM") for n in range(4)})
+    before = opened(folder)
+    times = (folder / "2.ppm").stat()
+    (folder / "2.ppm").write_bytes(encoded(np.full((8, 8, 3), 99, np.uint8), "PPM"))  # as long
+    os.utime(folder / "2.ppm", ns=(times.st_atime_ns, times.st_mtime_ns))  # and as old, as unpacking programs make it
+    after = opened(folder)
+    assert after.fingerprint != before.fingerprint
+    assert numbers(after) == [0, 1, 99, 3]
+    for file in folder.iterdir():
+        os.utime(file, (5, 5))
+    (folder.parent / "elsewhere").mkdir()
+    for file in folder.iterdir():
+        (folder.parent / "elsewhere" / file.name).write_bytes(file.read_bytes())
+    for other in (opened(folder), opened(folder.parent / "elsewhere")):
+        assert (other.fingerprint, other.index.state) == (after.fingerprint, after.index.state)
+
+
+def test_samples_stand_for_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "BLOCK", 4)
+    monkeypatch.setattr(identity, "BLOCKS", 5)
+    path, found = tmp_path / "file", set()
+    for content in (bytes(100), bytes(99), b"\1" + bytes(99), bytes(99) + b"\1", bytes(49) + b"\1" + bytes(50), b"", bytes(3), b"\0\0\1"):
+        path.write_bytes(content)
+        found.add(content_of(path))
+        assert content_of(path) == content_of(path)
+    assert len(found) == 8
+    path.write_bytes(bytes(10) + b"\1" + bytes(89))
+    assert content_of(path) in found  # between two samples: the price
+
+
+def test_a_killed_look_goes_on_where_it_was(folder, monkeypatch):
+    write(folder, numbered(40))
+    monkeypatch.setattr(index, "PIECE", 8)
+    looked = inspected(monkeypatch)
+    inspect = image_folder._facts
+
+    def killed(path):
+        if path.name == "020.png":
+            os._exit(9)
+        return inspect(path)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: monkeypatch.setattr(image_folder, "_facts", killed) or opened(folder)
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == 9
+    assert numbers(opened(folder)) == list(range(40))
+    assert sorted(looked) == [f"{n:03}.png" for n in range(16, 40)]
+    assert not list(index_file(folder).parent.glob("*.jsonl"))
+
+
+def test_only_one_process_looks(folder, tmp_path, monkeypatch):
+    """The others wait for it, and read what it found."""
+    write(folder, numbered(8))
+    inspect = image_folder._facts
+
+    def slow(path):
+        with open(tmp_path / "looked", "a") as file:
+            file.write(f"{path.name}\n")
+        time.sleep(0.05)
+        return inspect(path)
+
+    monkeypatch.setattr(image_folder, "_facts", slow)
+    children = [multiprocessing.get_context("fork").Process(target=opened, args=(folder,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert sorted((tmp_path / "looked").read_text().split()) == sorted(numbered(8))
+
+
+def test_progress_is_told(folder, monkeypatch, caplog):
+    write(folder, numbered(6))
+    monkeypatch.setattr(index, "PIECE", 2)
+    monkeypatch.setattr(index, "PROGRESS", 0.0)
+    with caplog.at_level(logging.WARNING, "sami_fast.data"):
+        opened(folder)
+    assert re.search(r"images: looked at 2 of 6 new or changed images, \d+ s to go", caplog.text)
+
+
+@pytest.fixture
+def nobody():
+    """A place that everybody can reach, and no right to write into what root has made."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can become nobody")
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        yield Path(place)
+        os.seteuid(0)
+
+
+def test_a_cache_that_must_not_be_written(nobody, monkeypatch, caplog):
+    """What is in it is used, and what is not goes to the temporary folder."""
+    folder = nobody / "images"
+    write(folder, numbered(3))
+    cached = opened(folder, cache_gib=0.0).index.cache
+    write(folder, {"003.png": numbered(4)["003.png"]})
+    (nobody / "tmp").mkdir()
+    os.chmod(nobody / "tmp", 0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(nobody / "tmp"))
+    looked = inspected(monkeypatch)
+    os.seteuid(65534)
+    with caplog.at_level(logging.WARNING, "sami_fast.data"):
+        assert numbers(opened(folder)) == [0, 1, 2, 3]
+        assert looked == ["003.png"]
+        assert numbers(opened(folder)) == [0, 1, 2, 3]
+    assert looked == ["003.png"]
+    found = f"data.cache_dir: {cached} cannot be written (Permission denied); what is made is kept in {nobody}/tmp/sami-fast-65534/"
+    assert caplog.text.count(found) == 1
+    assert len(list((nobody / "tmp").rglob("*.u8"))) == 1
+
+
+def test_without_a_home(folder, tmp_path, monkeypatch):
+    write(folder, numbered(2))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert opened(folder, cache_dir="").index.cache.parent == tmp_path / f"sami-fast-{os.geteuid()}/sami-fast"
+
+
 # Decoded pixels
 
 
@@ -1061,7 +1325,7 @@ def test_threads(folder, decoder):
     source, generator = opened(folder, decoder=decoder, max_bad=0.1), np.random.default_rng(0)
     batches = [torch.from_numpy(generator.integers(0, 13, 7)) for _ in range(24)]
     with ThreadPoolExecutor(6) as pool:
-        for batch, found in zip(batches, pool.map(source.pixels, batches), strict=True):
+        for batch, found in zip(batches, pool.map(source.training_pixels, batches), strict=True):
             assert torch.equal(found, wanted[batch])
     assert list(source.lost) == ["bad.png"]
 

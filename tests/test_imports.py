@@ -14,6 +14,7 @@ PACKAGE, KERNELS = ROOT / "sami_fast", ROOT / "kernels"
 # What each part of the package may import from the others. Parts that are not listed stand above these.
 ALLOWED = {
     "capabilities": set(),
+    "environment": {"errors", "ops"},
     "errors": set(),
     "kl_weight": set(),
     "reference": set(),
@@ -25,20 +26,21 @@ ALLOWED = {
     "score": {"ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
-    "hub": {"errors"},
-    "pretrained": {"accelerate", "errors", "hub", "models", "schedule"},
-    "files": set(),
-    "config": {"capabilities", "errors", "models", "schedule", "score"},  # names of styles, schedules, weightings and score methods
-    "data": {"config", "errors", "files", "ops"},
-    "methods": {"config", "errors", "files", "hub", "models", "ops", "pretrained", "schedule", "score", "step"},
-    "engine": {"config", "errors", "files", "methods", "step"},
+    "hub": {"errors", "files"},
+    "saved": {"errors", "files"},
+    "pretrained": {"accelerate", "errors", "hub", "models", "saved", "schedule"},
+    "files": {"errors"},
+    "config": {"capabilities", "errors", "files", "models", "schedule", "score"},
+    "data": {"config", "environment", "errors", "files", "ops"},
+    "methods": {"config", "errors", "files", "hub", "models", "ops", "pretrained", "saved", "schedule", "score", "step"},
+    "engine": {"config", "environment", "errors", "files", "methods", "saved", "step"},
     "budget": {"config", "data", "errors", "step"},
-    "stages": {"config", "data", "engine", "methods"},
+    "stages": {"config", "data", "engine", "errors", "methods"},
     "plan": {"config", "data", "errors", "methods", "score"},
     "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
-    "evaluation": {"config", "data", "errors", "methods", "metrics"},
-    "report": {"config", "errors", "evaluation", "files", "latents", "metrics", "schedule"},
+    "evaluation": {"config", "data", "errors", "files", "methods", "metrics"},
+    "report": {"config", "environment", "errors", "evaluation", "files", "latents", "metrics", "schedule"},
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")

@@ -321,10 +321,10 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     ("settings", "sentence"),
     [
         (
-            ["data.kind=disks", "data.labels=x.csv"],
-            "data.labels: expected none with data.kind disks; it is for image_folder and video_folder",
+            ["data.kind=celeba", "data.labels=x.csv"],
+            "data.labels: has no effect with data.kind celeba; it is for image_folder, video_folder",
         ),
-        (["data.kind=celeba", "data.holdout_by=folder"], "data.holdout_by: expected none with data.kind celeba"),
+        (["data.kind=celeba", "data.holdout_by=folder"], "data.holdout_by: has no effect with data.kind celeba"),
         (["data.holdout_by=person"], "data.holdout_by: expected folder, or a column of data.labels, which is empty; found person"),
         (["data.labels={tmp}/none.csv"], "data.labels: no file {tmp}/none.csv"),
         (["data.labels={tmp}/labels.csv", "data.holdout_by=nobody"], "data.holdout_by: no column 'nobody' in {tmp}/labels.csv"),

@@ -185,7 +185,7 @@ def test_non_contiguous_inputs():
     [
         (((2, 4, 4), (2, 3), (2, 3), (2,)), r"x_0: expected \[B, C, H, W\], found \[2, 4, 4\]"),
         (((2, 1, 4, 4), (1, 3), (2, 3), (2,)), r"alpha_t: expected \[2, 3\], found \[1, 3\]"),
-        (((2, 1, 4, 4), (3,), (2, 3), (2,)), r"alpha_t: expected \[2, 3\], found \[3\]"),
+        (((2, 1, 4, 4), (3,), (2, 3), (2,)), r"alpha_t: expected \[B, K\], found \[3\]"),
         (((2, 1, 4, 4), (2, 3), (2, 4), (2,)), r"sigma_t: expected \[2, 3\], found \[2, 4\]"),
         (((2, 1, 4, 4), (2, 3), (2, 3), (3,)), r"index: expected \[2\], found \[3\]"),
     ],

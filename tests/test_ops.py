@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -577,6 +578,11 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             "causal: expected as many queries as keys, found 5 and 7",
         ),
         "attention without keys": (lambda: ops.attention(q, k[:, :0], v[:, :0]), ValueError, "k: expected at least one key, found none"),
+        "attention without features": (
+            lambda: ops.attention(q[..., :0], k[..., :0], v[..., :0]),
+            ValueError,
+            "q: expected a head size of at least 1, found 0",
+        ),
         "dual shape": (lambda: ops.attention_dual(q, k, v, q, k, q), ValueError, r"tv: expected \[1, 7, 2, 8\], found \[1, 5, 2, 8\]"),
         "norm groups": (
             lambda: ops.group_norm_silu(x, weight, bias, 3),
@@ -604,6 +610,11 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             ValueError,
             r"alpha_t: expected \[2, 3\]",
         ),
+        "noise of no levels": (
+            lambda: ops.noise_sample(image, alpha[0, 0], sigma, INDEX, seed=0, step=0),
+            ValueError,
+            r"alpha_t: expected \[B, K\], found \[\]",
+        ),
         "noise index": (
             lambda: ops.noise_sample(image, alpha, sigma, INDEX.int(), seed=0, step=0),
             TypeError,
@@ -615,6 +626,16 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             "stream: expected 0 to 15, found 16",
         ),
         "loss shape": (lambda: ops.guided_loss(loss[0][:3], *loss[1:]), ValueError, r"eps_pred: expected \[3, 1, 3, 5\]"),
+        "loss rank": (
+            lambda: ops.guided_loss(*(value[0, 0, 0, 0] if value.dim() > 1 else value for value in loss)),
+            ValueError,
+            r"eps: expected \[S, C, H, W\], found \[\]",
+        ),
+        "loss of flat noise": (
+            lambda: ops.guided_loss(noise, *(value.flatten() for value in loss[1:])),
+            ValueError,
+            r"eps_pred: expected \[S, C",
+        ),
         "loss dtype": (lambda: ops.guided_loss(loss[0].double(), *loss[1:]), TypeError, "eps: expected torch.float32 as eps_pred has"),
         "loss noise": (lambda: ops.guided_loss(noise, *loss[1:]), ValueError, "eps: expected noise for 4 samples, found 2 x 3"),
         "index dtype": (lambda: ops.random_normal(0, 0, 0, INDEX.int(), 4), TypeError, "index: expected torch.int64, found torch.int32"),
@@ -625,6 +646,9 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         ),
         "seed": (lambda: ops.random_normal(-1, 0, 0, INDEX, 4), ValueError, r"seed: expected 0 to 2\*\*63 - 1, found -1"),
         "step": (lambda: ops.noise_sample(image, alpha, sigma, INDEX, seed=0, step=-2), ValueError, r"step: expected 0 to .* found -2"),
+        "size": (lambda: ops.random_normal(0, 0, 0, INDEX, -1), ValueError, r"size: expected 0 to 2\*\*62 - 1, found -1"),
+        "levels": (lambda: ops.stratified_uniform(INDEX, -1, 8, seed=0, step=0), ValueError, "levels: expected 0 to .* found -1"),
+        "batch": (lambda: ops.stratified_uniform(INDEX, 1, -8, seed=0, step=0), ValueError, "global_batch: expected 0 to .* found -8"),
         "index rank": (lambda: ops.random_normal(0, 0, 0, INDEX[None], 4), ValueError, r"index: expected \[S\], found \[1, 2\]"),
     }
 
@@ -635,3 +659,14 @@ def test_bad_arguments(name: str, backend: str):
     call, error, message = bad_calls()[name]
     with use_backend(backend), pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_call_of_a_raw_launcher_kills_the_process(seed: int):
+    """In another process, since a crash would end this one: half of the calls fit, and a launcher says what is wrong with the others."""
+    core_launchers()
+    command = [sys.executable, Path(__file__).with_name("launchers_worker.py"), str(seed), "400"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"died of {done.stdout.splitlines()[-1]}: {done.stderr[-1000:]}"
+    ran = int(done.stdout.splitlines()[-1].removeprefix("done "))
+    assert 100 < ran < 350  # both what fits and what does not

@@ -464,7 +464,7 @@ def _without_a_tensor(folder: Path) -> None:
 MISTAKES = [
     (_drop("scheduler/scheduler_config.json"), [], "no scheduler_config.json there"),
     (_pickle, [], "pickled weights are not read"),
-    (_without_a_tensor, [], "cannot be used as a denoiser"),
+    (_without_a_tensor, [], "weights of another architecture: expected"),
     (_rewrite("unet/config.json", num_class_embeds=10), [], "cannot be used as a denoiser"),
     (_rewrite("scheduler/scheduler_config.json", prediction_type="flow"), [], "expected epsilon, v_prediction, sample, found flow"),
     (lambda folder: (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "ScoreSdeVeScheduler"}'), [], "with betas"),
@@ -479,7 +479,7 @@ MISTAKES = [
     ),
     (_rewrite("unet/config.json", _class_name="UNet2DConditionModel"), [], "expected a UNet2DModel, found UNet2DConditionModel"),
     (_rewrite("unet/config.json", sample_size=[]), [], "sample_size: expected one side length"),
-    (lambda folder: (folder / "scheduler/scheduler_config.json").write_text("[]"), [], "expected a scheduler's settings, found a list"),
+    (lambda folder: (folder / "scheduler/scheduler_config.json").write_text("[]"), [], "expected settings, found a list"),
     (lambda folder: None, ["method=diffae"], "train.mode: expected joint with method diffae"),
     (shutil.rmtree, [], "no config.json there"),
 ]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -26,13 +27,14 @@ from sami_fast.evaluation import Latents, encode, known_factors, open_run, profi
 from sami_fast.evaluation.latents import untrained
 from sami_fast.latents.discovery import discover
 from sami_fast.methods.build import build_model
+from sami_fast.methods.registry import load_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
 from sami_fast.report import write_report
 from sami_fast.report.charts import COLOURS, MATRIX_ROWS, calibration, correlations, information, line, scatter_fits
 from sami_fast.report.discoveries import axis_scores, discoveries
 from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
-from sami_fast.report.page import TEMPLATES
+from sami_fast.report.page import TEMPLATES, command_line
 from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips
 
 LATENTS = 3
@@ -67,7 +69,9 @@ def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:
     Args:
         kl: "informative" for latents far from the prior, "none" for a collapsed posterior.
     """
-    config = load_config(None, [*SMALL, f"runs_dir={folder.parent}", f"name={folder.name}", *overrides])
+    recipe = folder.parent / "small.yaml"  # a file, of which methods may leave a part without use
+    recipe.write_text("\n".join(one.replace("=", ": ", 1) for one in SMALL))
+    config = load_config(str(recipe), [f"runs_dir={folder.parent}", f"name={folder.name}", *overrides])
     model = build_model(config, (1, 8, 8))
     with torch.no_grad():
         encoder = model.encoder
@@ -698,6 +702,59 @@ def test_damaged_pieces(tmp_path, file, content, message):
     folder = make_run(tmp_path / "run")
     (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
+        write_report(folder)
+
+
+def test_odd_rows_of_the_log_are_passed_over(tmp_path):
+    """Rows that training does not write, between those that it wrote; one of a hundred thousand dimensions takes no minute either."""
+    folder = make_run(tmp_path / "run")
+    log = folder / "metrics.jsonl"
+    expected = open_run(folder).log
+    row, lines = expected[-1], log.read_text().splitlines()
+    odd = [
+        {"step": "9"},
+        {"step": [9]},
+        {"step": True},
+        {"step": 10**400},
+        {"loss_nats": None},
+        {"loss_nats": math.nan},
+        {"loss_nats": 10**400},
+        {"kl_nats": {}},
+        {"kl_weight": "low"},
+        {"seconds": [[1.0]]},
+        {"images_per_second": math.inf},
+        {"diffusion_nats": "x"},
+        {"kl_per_dim": 1.0},
+        {"kl_per_dim": [0.0] * 100_000},
+        {"kl_per_dim": ["a"] * len(row["kl_per_dim"])},
+        {"information_per_dim": [None] * len(row["kl_per_dim"])},
+        {"information_sum_nats": "much"},
+    ]
+    texts = [json.dumps(row | change) for change in odd]
+    texts += [json.dumps(row | {"step": 10**15}), "[" * 100_000, "[]", "null", "1" * 10_000, "\u2028"]
+    log.write_text("\n".join([*texts, *lines, json.dumps(row | {"step": row["step"] - 1}), *texts]))
+    assert open_run(folder).log == expected
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(.*not a regular file"):
+        open_run(folder)
+
+
+@pytest.mark.parametrize("command", [5, "train.py", {"a": 1}, [None, 5]])
+def test_the_command_of_a_strange_environment(command):
+    assert isinstance(command_line({"command": command}), str)
+
+
+@pytest.mark.parametrize("network", ["encoder", "denoiser"])
+def test_a_model_that_diverged_is_not_scored(tmp_path, network):
+    """Its weights are finite, what comes out is not."""
+    folder = make_run(tmp_path / "run")
+    model = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.networks[network].parameters():
+            parameter.fill_(3e38)
+    model.save_pretrained(folder / "model")
+    with pytest.raises(UserError, match=r"run: its (latents|model) cannot be scored \(.*: expected finite"):
         write_report(folder)
 
 

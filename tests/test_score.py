@@ -292,7 +292,7 @@ def whole_step(method: str, encoder: nn.Module, denoiser: nn.Module, **settings)
     index = torch.arange(4)
     draw = Draw(seed=1, step=2, index=index, global_batch=4)
     objective = Objective(noise_levels=2, unconditional_weight=0.1)
-    x_0 = normal(4, 1, 8, 8).clamp(-1, 1).to(next(encoder.parameters()).dtype)
+    x_0 = normal(4, *encoder.image_shape).clamp(-1, 1).to(next(encoder.parameters()).dtype)
     loss, _ = training_step(encoder, denoiser, SCHEDULE, x_0, draw, objective, 0.5, score_method=method, **settings)
     return loss, gradients(loss, encoder, denoiser)
 
@@ -302,6 +302,15 @@ def whole_step(method: str, encoder: nn.Module, denoiser: nn.Module, **settings)
 def test_step_has_the_same_loss_and_gradients(method: str, store_eps: bool):
     encoder, denoiser = tiny_encoder(), tiny_denoiser()
     loss, found = whole_step(method, encoder, denoiser, store_eps=store_eps)
+    expected_loss, expected = whole_step("reverse", encoder, denoiser)
+    assert relative_error(loss, expected_loss) < 1e-12
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_odd_sides_have_the_same_loss_and_gradients(method: str):
+    encoder, denoiser = tiny_encoder(image_size=7), tiny_denoiser(image_size=7)
+    loss, found = whole_step(method, encoder, denoiser)
     expected_loss, expected = whole_step("reverse", encoder, denoiser)
     assert relative_error(loss, expected_loss) < 1e-12
     assert_equal(found, expected)

@@ -24,6 +24,7 @@ from sami_fast.train import main, train
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", str(ROOT / "tests/tiny.yaml"), "--no-report"]
 STAGED = ["train.mode=staged", "train.denoiser_steps=8", "train.encoder_warmup=0.5", "train.bank_steps=4", "kl_weight.kind=auto"]
+BY_MINUTES = [option for option in STAGED if "steps=" not in option or "bank" in option]
 
 
 def denoisers(folder: Path) -> list[Path]:
@@ -196,6 +197,21 @@ class Striped(Dataset):
         return (5 + strength * direction + 0.01 * torch.cos(index[:, None] * torch.arange(1, 17))).view(-1, *self.image_shape)
 
 
+def test_data_are_known_by_content_and_not_by_place(tmp_path):
+    """A run of an earlier version, which did not write down what its files held, is not asked."""
+
+    class Known(Dataset):
+        fingerprint = "what the files hold"
+
+    new = stages.lasting_settings(tiny(tmp_path, "data.kind=array", "data.path=here.npy", "data.range=signed"), Known(), "")
+    assert new == stages.lasting_settings(tiny(tmp_path, "data.kind=array", "data.path=there.npy"), Known(), "")
+    earlier = new | {"data": {**new["data"], "path": "/home/before.npy", "files": ""}}
+    del earlier["data"]["range"]
+    assert stages.difference(stages.as_written_now(earlier, new), new) == []
+    other = new | {"data": {**new["data"], "files": "something else"}}
+    assert stages.difference(stages.as_written_now(other, new), new) == ["data.files ('something else' there, 'what the files hold' here)"]
+
+
 def test_the_noisiest_level_follows_from_the_spectrum():
     assert largest_eigenvalue(Striped()) == pytest.approx(4.5, rel=1e-3)  # half of 3^2
     assert noisiest_level(Striped()) == pytest.approx(-np.log(4.5) - 3, abs=0.05)
@@ -243,7 +259,7 @@ def test_too_few_minutes_are_refused():
 
 
 def test_a_run_of_minutes_goes_on_with_the_steps_it_began_with(tmp_path, monkeypatch):
-    options = [*STAGED, "train.minutes=0.02", "checkpoint.every=20"]
+    options = [*BY_MINUTES, "train.minutes=0.02", "checkpoint.every=20"]
     paces = iter((Pace(0.01, 0.001, 0.01, 0.02), Pace(0.001, 0.0001, 0.001, 0.002)))
     monkeypatch.setattr("sami_fast.budget.measure", lambda *arguments: next(paces))
     run = train(tiny(tmp_path, *options))
@@ -256,7 +272,7 @@ def test_a_run_of_minutes_goes_on_with_the_steps_it_began_with(tmp_path, monkeyp
 
 
 def test_a_dry_run_says_what_will_be_when(tmp_path, capsys):
-    arguments = ["--config", str(ROOT / "tests/tiny.yaml"), "--dry-run", f"runs_dir={tmp_path}", *STAGED, "train.minutes=1"]
+    arguments = ["--config", str(ROOT / "tests/tiny.yaml"), "--dry-run", f"runs_dir={tmp_path}", *BY_MINUTES, "train.minutes=1"]
     assert main(arguments) == 0
     course = capsys.readouterr().out.split("# Course: ")[1].split("\n\n")[0].splitlines()[1:]
     assert [line.split(":")[0] for line in course] == ["the denoiser alone", "the encoder beside it", "both networks"]

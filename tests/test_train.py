@@ -3,11 +3,11 @@
 import json
 import os
 import random
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,19 +17,22 @@ import torch
 from filelock import FileLock
 from helpers import TINY, assert_same_weights, log_rows, rows, tiny, weights
 from ranks_worker import COMMON, MODES, STAGED, STAGES, VARIANTS, settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sami_fast import cli
 from sami_fast.config import load_config
+from sami_fast.data import open_dataset
 from sami_fast.engine import checkpoints
-from sami_fast.engine.deepspeed import WEIGHTS, build_optimizer
+from sami_fast.engine.checkpoints import HASH, WEIGHTS
+from sami_fast.engine.deepspeed import build_optimizer
+from sami_fast.engine.memory import enough_memory
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.errors import CollapsedError, NonFiniteError, UserError
 from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
 from sami_fast.metrics.latents import information_per_dim, kl_per_dim
 from sami_fast.step import Draw
-from sami_fast.train import Trainer, main, train
+from sami_fast.train import Trainer, _duration, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +45,15 @@ def newest_whole(folder: Path) -> Path | None:
 def finished(tmp_path_factory):
     """An uninterrupted tiny run."""
     return train(tiny(tmp_path_factory.mktemp("runs")))
+
+
+def _restate(manifest: Path, change: Callable[[dict], object], *, forge: bool = False) -> None:
+    """Change what a manifest says; forged, with the hash that goes with it."""
+    stated = json.loads(manifest.read_text())
+    change(stated)
+    if forge:
+        stated[HASH] = checkpoints._hash_of(stated)
+    manifest.write_text(json.dumps(stated, indent=1))
 
 
 # ---- the folder
@@ -187,6 +199,22 @@ def test_monitors_write(tmp_path):
     assert list(run.glob("csv/*.csv"))
 
 
+def test_starts_share_one_file_of_events(tmp_path):
+    """However often a run is taken up again: every step once, as in the log."""
+    options = ["log.tensorboard=true", "log.csv=true"]
+    train(tiny(tmp_path, *options))
+    for lost in ("step_12", "step_8"):
+        shutil.rmtree(tmp_path / "tiny/checkpoints" / lost)
+        run = train(tiny(tmp_path, *options), resume=True)
+    (events,) = run.glob("tensorboard/events.*")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = [event for event in EventFileLoader(str(events)).Load() if event.HasField("summary")]
+    losses = [(event.step, event.summary.value[0].tensor.float_val[0]) for event in found if event.summary.value[0].tag == "loss_nats"]
+    assert losses == [(row["step"], pytest.approx(row["loss_nats"])) for row in rows(run)]
+    assert len((run / "csv/loss_nats.csv").read_text().splitlines()) == 13  # a line of headings
+
+
 def test_frozen_mode_trains_the_encoder_alone(tmp_path, finished):
     run = train(tiny(tmp_path, "train.mode=frozen", f"denoiser.pretrained={finished}", "seed=1", "optimizer.ema_decay=0"))
     given, after = weights(finished), weights(run)
@@ -204,11 +232,15 @@ def test_a_run_of_before_a_setting_was_there_goes_on(tmp_path):
     expected = weights(run)
     manifest = run / "checkpoints/step_4/manifest.json"
     shutil.rmtree(run / "checkpoints/step_8")
-    stated = json.loads(manifest.read_text())
-    del stated["settings"]["train"]["minutes"], stated["settings"]["data"]["rooms"], stated["settings"]["kl_weight"]["search"]
-    manifest.write_text(json.dumps(stated))
+
+    def of_before(stated):
+        del stated["settings"]["train"]["minutes"], stated["settings"]["data"]["rooms"], stated["settings"]["kl_weight"]["search"]
+        del stated[HASH]
+        stated["format"] = 2
+
+    _restate(manifest, of_before)
     with pytest.raises(UserError, match=r"kl_weight\.search \(0\.08 there, 0\.5 here\)"):
-        train(tiny(tmp_path, "train.steps=8", "kl_weight.search=0.5"), resume=True)
+        train(tiny(tmp_path, "train.steps=8", "kl_weight.kind=auto", "kl_weight.search=0.5"), resume=True)
     again = weights(train(tiny(tmp_path, "train.steps=8"), resume=True))
     assert all(torch.equal(value, again[name]) for name, value in expected.items())
 
@@ -398,59 +430,6 @@ def test_bad_numbers_on_one_rank_stop_all(two_ranks):
 # ---- kill and resume
 
 
-def _start(folder, *overrides):
-    command = [sys.executable, "-u", ROOT / "sami_fast/train.py", "--config", TINY, "--resume", f"runs_dir={folder}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _kill_when(process, condition, patience=120.0):
-    """SIGKILL as soon as the condition holds; False when the process ended by itself before."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return False
-        if condition():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        time.sleep(0.0005)
-    process.kill()
-    raise AssertionError("the condition never came")
-
-
-def test_sigkill_at_random_moments_changes_nothing(tmp_path):
-    """A kill before the first checkpoint, two while one is being written, two at random times; the end is the same bit for bit."""
-    options = ["train.steps=60", "checkpoint.every=3", "kl_weight.kind=controller", "kl_weight.target=2", "encoder.channels=[32,32]"]
-    expected = train(tiny(tmp_path / "whole", *options))
-    folder, chance = tmp_path / "killed", random.Random(7)
-    written = folder / "tiny/checkpoints"
-    process = _start(folder, *options)
-    log = folder / "tiny/metrics.jsonl"
-    assert _kill_when(process, lambda: log.exists() and log.read_text().count("\n") > 1), process.stdout.read()
-    assert not list(written.glob("step_*"))
-    for attempt in range(4):
-        seen = {p.name for p in written.glob("step_*")}
-        process = _start(folder, *options)
-        enough = 1 if attempt % 2 == 0 else chance.randint(1, 3)
-
-        def moment(seen=seen, enough=enough, writing=attempt % 2 == 0):
-            if len({p.name for p in written.glob("step_*")} - seen) < enough:
-                return False
-            if writing:
-                return any(written.glob(".partial-step_*"))
-            time.sleep(chance.uniform(0, 0.1))
-            return True
-
-        assert _kill_when(process, moment), process.stdout.read()
-    process = _start(folder, *options)
-    output, _ = process.communicate(timeout=300)
-    assert (folder / "tiny/model/model.safetensors").is_file(), output
-    assert "resumed from" in output
-    assert_same_weights(folder / "tiny", expected)
-    assert [row["loss_nats"] for row in rows(folder / "tiny")] == [row["loss_nats"] for row in rows(expected)]
-    assert not list(written.glob(".partial-*"))
-
-
 @pytest.mark.parametrize("harm", ["truncate", "flip", "lose", "manifest"])
 def test_damaged_checkpoint_is_passed_over(harm, tmp_path, capsys, finished):
     shutil.copytree(finished, tmp_path / "tiny")
@@ -470,6 +449,18 @@ def test_damaged_checkpoint_is_passed_over(harm, tmp_path, capsys, finished):
     assert f"resumed from {tmp_path / 'tiny/checkpoints/step_8'}" in said
     assert_same_weights(run, finished)
     assert [row["step"] for row in rows(run)] == list(range(1, 13))
+
+
+def test_the_next_start_removes_what_kills_left(tmp_path, finished):
+    """In every folder of the run, by this version or an earlier one."""
+    run = shutil.copytree(finished, tmp_path / "tiny")
+    for folder in (run, run / "model", run / "report", run / "checkpoints"):
+        folder.mkdir(exist_ok=True)
+        for name in ("0123456789abcdef", "4711-index.html"):
+            (folder / f".partial-{name}").write_text("half")
+    (run / "checkpoints/.partial-step_3").mkdir()
+    train(tiny(tmp_path), resume=True)
+    assert not list(run.rglob(".partial-*"))
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path, finished):
@@ -504,16 +495,131 @@ def test_damaged_manifest_is_passed_over(manifest, tmp_path, finished):
     assert_same_weights(train(tiny(tmp_path), resume=True), finished)
 
 
+def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path, finished):
+    """Every bit of every digit of the two counts, and bits anywhere: either the manifest says the same as before, or it is not used."""
+    checkpoint = shutil.copytree(finished / "checkpoints/step_12", tmp_path / "step_12")
+    file, chance = checkpoint / "manifest.json", random.Random(3)
+    content, stated = file.read_bytes(), checkpoints.read_manifest(checkpoint)
+    assert stated["adam_steps"] == stated["step"] == 12
+    counts = [content.index(key) + len(key) + place for key in (b'"step": ', b'"adam_steps": ') for place in (0, 1)]
+    places = [
+        *((place, bit) for place in counts for bit in range(8)),
+        *((chance.randrange(len(content)), chance.randrange(8)) for _ in range(300)),
+    ]
+    for place, bit in places:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        assert checkpoints.read_manifest(checkpoint) in (None, stated), (place, bit)
+        assert checkpoints.damage(checkpoint) or checkpoints.read_manifest(checkpoint) == stated
+        checkpoints.refuse_other_formats(tmp_path)  # it is damaged, not of another version
+
+
+NESTED: list = []
+for _ in range(40):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", [3]),
+        ("files", {"../../outside": "0" * 64}),
+        ("files", ["training.safetensors"]),
+        ("step", "12"),
+        ("step", 11),
+        ("step", True),
+        ("adam_steps", -1),
+        ("adam_steps", 10**400),
+        ("adam_steps", 13),
+        ("world_size", None),
+        ("architecture", "encoder"),
+        ("settings", NESTED),
+        ("validation_nats", "low"),
+        ("validation_nats", 10**400),
+        ("state", []),
+        ("state", {}),
+        ("state.seconds", "long"),
+        ("state.warned", None),
+        ("state.pending", 5),
+        ("state.pending", [11, ["nan"]]),
+        ("state.kl_weight", {"controlled": "x"}),
+        ("state.kl_weight", {"observe": 1}),
+        ("state.kl_weight.scale", 0),
+        ("state.kl_weight.information", [1.0]),
+    ],
+)
+def test_a_forged_manifest_is_passed_over(name, value, tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "tiny")
+
+    def forge(stated):
+        *above, key = name.split(".")
+        for part in above:
+            stated = stated[part]
+        stated[key] = value
+
+    _restate(tmp_path / "tiny/checkpoints/step_12/manifest.json", forge, forge=True)
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+    assert f"resumed from {tmp_path / 'tiny/checkpoints/step_8'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [5, {"train": 5}, {"train": {"steps": [12]}}])
+def test_a_manifest_of_strange_settings_is_one_of_another_run(settings, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    forged = {"data": settings} if settings == 5 else settings
+    _restate(tmp_path / "tiny/checkpoints/step_12/manifest.json", lambda stated: stated["settings"].update(forged), forge=True)
+    with pytest.raises(UserError, match="belongs to a run with other settings"):
+        train(tiny(tmp_path), resume=True)
+
+
+def _replace(tensors, name, value):
+    tensors[name] = value(tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("harm", "fragment"),
+    [
+        (lambda t: t.pop("encoder.mu.weight/exp_avg"), "lacks encoder.mu.weight/exp_avg"),
+        (lambda t: t.update(more=torch.zeros(1)), "has unexpected more"),
+        (lambda t: _replace(t, "encoder.mu.weight/weight", lambda v: v[:1]), "expected encoder.mu.weight/weight of shape [4,"),
+        (lambda t: _replace(t, "encoder.mu.weight/averaged", lambda v: v * float("nan")), "encoder.mu.weight/averaged holds NaN"),
+        (lambda t: _replace(t, "encoder.mu.weight/exp_avg_sq", lambda v: v.to(torch.int8)), "found torch.int8"),
+    ],
+)
+def test_forged_weights_are_passed_over(harm, fragment, tmp_path, finished, capsys):
+    """Every hash fits, and they are not the weights of this run."""
+    shutil.copytree(finished, tmp_path / "tiny")
+    checkpoint = tmp_path / "tiny/checkpoints/step_12"
+    tensors = load_file(checkpoint / WEIGHTS)
+    harm(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, checkpoint / WEIGHTS)
+    _restate(
+        checkpoint / "manifest.json",
+        lambda stated: stated.update(files={WEIGHTS: checkpoints.fingerprint(checkpoint / WEIGHTS)}),
+        forge=True,
+    )
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+    said = capsys.readouterr().out
+    assert fragment in said
+    assert "falling back to the checkpoint before it" in said
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_passed_over(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "tiny")
+    manifest = tmp_path / "tiny/checkpoints/step_12/manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert_same_weights(train(tiny(tmp_path), resume=True), finished)
+
+
 def test_a_run_of_an_earlier_version_is_left_alone(tmp_path, finished):
     """Its checkpoints are neither damaged nor readable; its config is read, with the keys of then."""
     run = tmp_path / "tiny"
     shutil.copytree(finished, run)
     for manifest in run.glob("checkpoints/*/manifest.json"):
         facts = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("format", "state", "adam_steps")}))
+        manifest.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("format", "state", "adam_steps", HASH)}))
     text = (run / "config.yaml").read_text()
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match="expected format 2, found 1; finish the run with the version"):
+    with pytest.raises(UserError, match="expected format 3, found 1; finish the run with the version"):
         train(tiny(tmp_path), resume=True)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     old = tmp_path / "old.yaml"
@@ -523,8 +629,55 @@ def test_a_run_of_an_earlier_version_is_left_alone(tmp_path, finished):
     assert load_config(str(old)).denoiser.pretrained == "elsewhere"
 
 
+def test_a_run_that_ended_before_its_first_step_does_not_stand_in_the_way(tmp_path):
+    """Killed between claiming its folder and the first step, it has nothing that could be lost."""
+    trainer = Trainer(tiny(tmp_path), resume=False, overwrite=False)
+    trainer.feed.close()
+    trainer.run_folder.release()
+    again = RunFolder(tmp_path / "tiny")
+    again.check(resume=False, overwrite=False)
+    again.append({"step": 1})
+    with pytest.raises(UserError, match="holds a run already"):
+        again.check(resume=False, overwrite=False)
+
+
+def test_images_need_no_side_that_can_be_halved(tmp_path, monkeypatch):
+    """28 pixels, as MNIST's, come to 7 after two halvings: here 14 after one. They are taken as they are, or resized if asked."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (40, 14, 14), dtype=np.uint8)
+    np.save("mine.npy", images)
+    settings = [
+        "data.kind=array",
+        "data.path=mine.npy",
+        "data.image_size=0",
+        "encoder.channels=[8,8,8]",
+        "denoiser.channels=[4,4,8]",
+        "train.steps=5",
+    ]
+    config = tiny(tmp_path, *settings)
+    assert torch.equal(open_dataset(config.data, 0).images(torch.tensor([3]))[0, 0], torch.from_numpy(images[3]).float() / 127.5 - 1)
+    assert Sami.from_pretrained(train(config)).image_shape == (1, 14, 14)
+    fitted = tiny(tmp_path, *settings, "name=fitted", "data.channels=3", "data.image_size=9")
+    assert Sami.from_pretrained(train(fitted)).image_shape == (3, 9, 9)
+
+
 def test_resume_without_a_checkpoint_starts(tmp_path):
     assert rows(train(tiny(tmp_path, "train.steps=5"), resume=True))[0]["step"] == 1
+
+
+def test_resume_without_a_checkpoint_goes_on_with_its_own_settings_alone(tmp_path):
+    run = train(tiny(tmp_path, "train.steps=5"))
+    shutil.rmtree(run / "checkpoints")
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    with pytest.raises(UserError, match=r"tiny: belongs to a run with other settings: train\.steps \(5 there, 6 here\); set name="):
+        train(tiny(tmp_path, "train.steps=6"), resume=True)
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+    train(tiny(tmp_path, "train.steps=5", "log.every=2"), resume=True)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (306, "5 min 6 s"), (29_929, "8 h 18 min")])
+def test_what_is_left_of_a_run_has_units(seconds, words):
+    assert _duration(seconds) == words
 
 
 # ---- what stops a run
@@ -566,8 +719,12 @@ def _main_error(arguments, capsys):
         (lambda run: (run / "thesis.doc").touch(), ["--overwrite"], "expected a run folder, and this one holds thesis.doc"),
         (lambda run: (shutil.rmtree(run), run.write_text("a file")), [], "expected a run folder, found a file"),
         (None, ["--resume", "train.batch_size=9", "engine.gradient_accumulation=2"], "train.batch_size: expected a multiple of 2"),
-        (None, ["--overwrite", "data.image_size=10"], "image size 10 is not divisible by 4"),
-        (None, ["--overwrite", "denoiser.channels=[4,4,4,4,4]"], "image size 8 is not divisible by 16"),
+        (
+            None,
+            ["--overwrite", f"train.batch_size={1 << 40}"],
+            f"train.batch_size: a step of {1 << 40} images at a time: not enough",
+        ),
+        (None, ["--overwrite", "denoiser.channels=[4,4,4,4,4]"], "image size 8 is below 16"),
         (None, ["name=f", "train.mode=frozen", "denoiser.pretrained=nowhere"], "nowhere: no config.json there"),
         (None, ["name=f", "train.mode=frozen", "denoiser.pretrained={run}", "data.channels=3"], "its images are [1, 8, 8]"),
         (None, ["name=f", "train.mode=frozen", "denoiser.pretrained={run}", "schedule.kind=cosine"], "kind=uniform_logsnr"),
@@ -700,3 +857,28 @@ def test_full_disk_gets_one_sentence_and_keeps_the_last_checkpoint(small_disk, c
     run = small_disk / "tiny"
     assert newest_whole(run / "checkpoints") is not None
     assert not list(run.rglob(".partial-*"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_anything_is_written(small_disk, capsys):
+    message = _main_error(["--config", TINY, f"runs_dir={small_disk}", "encoder.channels=[128,128]"], capsys)
+    assert re.search(r"tiny: expected room for a checkpoint of \d+\.\d MB, found 1\.\d MB; free some, set runs_dir=", message)
+    assert not list(small_disk.iterdir())
+
+
+def _numpy_too_large():
+    return np.empty(1 << 50)
+
+
+def _torch_too_large():
+    return torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("allocate", [_numpy_too_large, _torch_too_large])
+def test_too_little_memory_is_said_in_one_sentence(allocate):
+    with pytest.raises(UserError, match=r"^train\.batch_size: not enough memory; lower it$"), enough_memory("train.batch_size", "lower it"):
+        allocate()
+
+
+def test_other_errors_are_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="shape"), enough_memory("train.batch_size", "lower it"):
+        torch.zeros(3).view(2, 2)

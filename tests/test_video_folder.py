@@ -18,7 +18,7 @@ import sami_fast.data.video_folder as video_folder
 from benchmarks.write_video import available_codecs, write_video
 from sami_fast.data import Feed, Sprites, VideoFolder
 from sami_fast.data.dali import available as dali_available
-from sami_fast.data.decode import DALI_CODECS, BadFile, Video, _packets, cut_out, decode_frames, video_facts
+from sami_fast.data.decode import DALI_CODECS, BadFile, Turn, Video, _packets, cut_out, decode_frames, video_facts
 from sami_fast.data.order import pooled_order
 from sami_fast.errors import UserError
 
@@ -261,28 +261,36 @@ def test_pixel_formats_and_sizes(tmp_path, codec, pixel_format, height, width):
     assert dataset.pixels(torch.arange(count)).shape == (count, 1, 16, 16)
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_video_that_is_stored_rotated(tmp_path, degrees):
-    """The display matrix of the track says so, as telephones write it."""
+@pytest.mark.parametrize("matrix", [(s, 0, 0, t) for s in (1, -1) for t in (1, -1)] + [(0, s, t, 0) for s in (1, -1) for t in (1, -1)])
+def test_a_video_that_is_stored_turned_or_mirrored(tmp_path, matrix):
+    """The display matrix of the track says so, as telephones write it: all eight ways of EXIF."""
     if "h264" not in CODECS:
         pytest.skip("this PyAV does not write h264")
     path, frames = tmp_path / "a.mp4", bars(20, 0, 48, 64)
     write_video(path, frames, codec="h264")
     data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40  # after version, times, track, duration, layer, group and volume
-    a, b = {90: (0, -1), 180: (-1, 0), 270: (0, 1)}[degrees]
-    assert struct.unpack(">9i", data[matrix : matrix + 36])[::4] == (1 << 16, 1 << 16, 1 << 30)
-    data[matrix : matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30)
+    place = data.index(b"tkhd") + 4 + 40  # after version, times, track, duration, layer, group and volume
+    assert struct.unpack(">9i", data[place : place + 36])[::4] == (1 << 16, 1 << 16, 1 << 30)
+    a, b, c, d = matrix
+    data[place : place + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+    # Pixel (x, y) is shown at (a x + c y, b x + d y), moved to where no place is negative.
+    y, x = np.mgrid[:48, :64]
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    turned = np.zeros((20, down.max() + 1, right.max() + 1, 3), np.uint8)
+    turned[:, down, right] = frames
     video = video_facts(path)
-    assert video.rotation == degrees
-    turned = [np.rot90(frame, degrees // 90) for frame in frames]
-    assert (video.height, video.width) == turned[0].shape[:2]
+    assert (video.height, video.width) == turned.shape[1:3]
     for frame, expected in zip(decode_frames(path, video, 0, range(20)), turned, strict=True):
         assert np.abs(frame.astype(int) - expected).mean() < 3
-    dataset = opened(tmp_path, tmp_path, decoder="auto")
-    assert dataset.decoder_of(0)[0] == "PyAV"
-    assert dataset.pixels(torch.arange(20)).shape == (20, 3, 64, 64)
+    dataset = opened(tmp_path, tmp_path, decoder="auto", image_size=48)
+    assert any(video.turn) == (matrix != (1, 0, 0, 1))
+    if any(video.turn):
+        assert dataset.decoder_of(0)[0] == "PyAV"
+    square = turned[:, 8:56] if video.turn.transposed else turned[:, :, 8:56]
+    shown = dataset.pixels(dataset.in_order()).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(shown - square).mean() < 3
 
 
 def rewritten(source, target, change) -> None:
@@ -469,7 +477,7 @@ def test_who_decodes_and_why_with_dali(mixed, tmp_path):
         if video.codec not in DALI_CODECS:
             expected = "PyAV", f"DALI does not decode {video.codec} on the CPU"
         assert dataset.decoder_of(v) == expected
-    dataset.videos[0] = Video("vp9", 64, 64, np.zeros(0, np.int64), (0,), 60, 25.0, 0)
+    dataset.videos[0] = Video("vp9", 64, 64, np.zeros(0, np.int64), (0,), 60, 25.0, Turn())
     assert dataset.decoder_of(0)[0] == "PyAV"
 
 
@@ -744,7 +752,7 @@ def test_cut_off_anywhere(tmp_path, decoder, codec, suffix, front, capfd):
         dataset = opened(folder, tmp_path, decoder=decoder, max_bad=0.5)
         cut = [i for i, name in enumerate(dataset.index.names) if name.startswith("a.")]
         usable += bool(cut)
-        pixels = dataset.pixels(torch.arange(dataset.size))
+        pixels = dataset.training_pixels(torch.arange(dataset.size))
         for (clip, number), (v, n), name in zip(
             shown(pixels), places_of(dataset), [dataset.index.names[v] for v, _ in places_of(dataset)], strict=True
         ):
@@ -864,7 +872,7 @@ def test_a_video_that_changes_between_index_and_read(tmp_path, codec, how, still
         whole = read(1, 1)
     if how != "garbage":
         assert caplog.text.count("a.mkv") == 1  # once, not for every frame
-        assert "another one takes its place" in caplog.text
+        assert "in training another one takes its place" in caplog.text
     for other in (read(2, 2), read(1, 3), read(1, 1, workers=1)):  # whoever reads what when: the same substitutes
         assert other.keys() == whole.keys()
         assert all(torch.equal(other[key], whole[key]) for key in whole)
@@ -881,17 +889,17 @@ def test_what_is_broken_is_not_tried_again(tmp_path, stills, monkeypatch):
     dataset = opened(good_folder(tmp_path / "folder", 2), tmp_path, stills=stills, max_bad=0.5)
     (dataset.index.folder / "good_0.mkv").unlink()
     calls = counted(dataset, monkeypatch)
-    dataset.pixels(torch.arange(dataset.size))
+    dataset.training_pixels(torch.arange(dataset.size))
     tried = len([call for call in calls if call[0] == 0])
     assert 0 < tried <= (41 if stills else 1)
-    dataset.pixels(torch.arange(dataset.size))
+    dataset.training_pixels(torch.arange(dataset.size))
     assert len([call for call in calls if call[0] == 0]) == tried
     assert dataset.ahead == (12 if stills else 60)  # the pool, yet no more than an epoch
 
 
 @pytest.mark.parametrize("stills", [0, 8])
 def test_stills_before_the_damage_are_used(tmp_path, stills, monkeypatch):
-    """Whether a still is there does not depend on which others are asked for with it; else whole segments are."""
+    """Whether a frame is there does not depend on which others are asked for with it."""
     folder = good_folder(tmp_path / "folder", 1)
     write_video(folder / "a.mkv", bars(60, 8), codec="mpeg4", keyframe_interval=60)
     dataset = opened(folder, tmp_path, stills=stills, max_bad=0.5, decoder="torch")
@@ -901,7 +909,7 @@ def test_stills_before_the_damage_are_used(tmp_path, stills, monkeypatch):
     (folder / "a.mkv").write_bytes(data[:half].ljust(len(data), b"\0"))
     v, index = dataset.index.names.index("a.mkv"), dataset.index
     alone = [dataset.decode([int(dataset.offsets[v]) + n])[0] is not None for n in (5, 29, 45, 6)]
-    assert alone == ([True, True, False, True] if stills else [False] * 4)
+    assert alone == [True, True, False, True]
     monkeypatch.setattr("sami_fast.data.decoded.build_index", lambda *_, **__: index)
     again = opened(folder, tmp_path, stills=stills, max_bad=0.5, decoder="torch")
     together = [frame is not None for frame in again.decode([int(again.offsets[v]) + n for n in (5, 29, 45, 6)])]
@@ -932,7 +940,7 @@ def test_many_threads_want_the_same_segments_while_one_fails(tmp_path, monkeypat
     places = places_of(dataset)
     with ThreadPoolExecutor(16) as pool:
         batches = [torch.randperm(160, generator=torch.Generator().manual_seed(seed))[:40] for seed in range(60)]
-        for index, pixels in zip(batches, pool.map(dataset.pixels, batches), strict=True):
+        for index, pixels in zip(batches, pool.map(dataset.training_pixels, batches), strict=True):
             for wanted, found in zip(index.tolist(), shown(pixels), strict=True):
                 assert found == places[wanted] if places[wanted][0] != 2 else found[0] != 2
     assert dataset.lost.keys() == {"good_2.mkv"}

@@ -41,6 +41,7 @@ struct Plane {
   int64_t side;
 };
 
+constexpr int64_t LARGEST = 1 << 16;  // side of the result
 constexpr int64_t BLOCK = 32;  // columns whose sums stay in registers
 
 // lines[x * size + y] = sum_k weight[y, k] plane[first[y] + k, x], over all x
@@ -127,8 +128,11 @@ Tensor yuv_to_rgb(
     double blue_weight, bool full_range) {
   check(y, "y"), check(u, "u"), check(v, "v");
   const int64_t height = y.size(0), width = y.size(1);
+  // Differences, since a sum may exceed what an int64_t holds.
   STD_TORCH_CHECK(
-      side > 0 && size > 0 && top >= 0 && left >= 0 && top + side <= height && left + side <= width, "yuv_to_rgb: the square leaves the frame");
+      side > 0 && top >= 0 && left >= 0 && side <= height && side <= width && top <= height - side && left <= width - side,
+      "yuv_to_rgb: the square leaves the frame");
+  STD_TORCH_CHECK(size > 0 && size <= LARGEST, "yuv_to_rgb: expected size 1 to ", LARGEST, ", found ", size);
   STD_TORCH_CHECK(u.size(0) == v.size(0) && u.size(1) == v.size(1) && u.size(0) > 0 && u.size(1) > 0, "yuv_to_rgb: expected u and v alike");
   const int64_t down = (height + u.size(0) - 1) / u.size(0), across = (width + u.size(1) - 1) / u.size(1);
   STD_TORCH_CHECK(

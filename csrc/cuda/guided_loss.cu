@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_loss_fwd(
     STD_TORCH_CHECK(like_eps_pred(*eps), "guided_loss: expected eps like eps_pred");
   } else {
     STD_TORCH_CHECK(
-        index && index->dim() == 1 && index->scalar_type() == ScalarType::Long && index->size(0) * levels == samples,
+        index && index->dim() == 1 && index->scalar_type() == ScalarType::Long && levels >= 0 &&
+            (levels == 0 ? samples == 0 : samples % levels == 0 && index->size(0) == samples / levels),
         "guided_loss: expected eps, or index [B] int64 with B * levels samples");
   }
   return dispatch("guided_loss", eps_pred, [&](auto zero) {

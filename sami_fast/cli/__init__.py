@@ -7,23 +7,39 @@ Torch is imported only once a command needs it. Each module of commands has an `
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from ..errors import UserError
+from .. import __version__
+from ..errors import UserError, printable
 from . import evaluation, facts, plan, sampling
+
+
+class _Command(argparse.ArgumentParser):
+    """Takes options before, between and after its other arguments, as training does."""
+
+    _mixes = False
+
+    def parse_known_args(self, args=None, namespace=None):  # pyrefly: ignore[bad-override]  # argparse's overloads
+        if self._mixes:  # argparse mixes by this very method
+            return super().parse_known_args(args, namespace)
+        self._mixes = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixes = False
 
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its options; `run_command` of the parsed arguments does the work."""
     parser = argparse.ArgumentParser(
         prog="sami-fast",
-        description="Use a trained SAMI model. Training itself: deepspeed sami_fast/train.py --help.",
+        description="Use a trained SAMI model. Training itself: python sami_fast/train.py --help.",
         epilog="example: sami-fast traverse runs/disks --output traversals.png",
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Command)
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], help: str, example: str, *parents: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str, example: str, *parents: Any) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=parents, help=help, description=help, epilog=f"example: sami-fast {example}")
         added.set_defaults(run_command=run)
         return added
@@ -41,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run_command(arguments)
     except (UserError, OSError) as error:  # OSError: a name too long, no permission; the system's own words
-        print(f"sami-fast: {error}", file=sys.stderr)
+        print(printable(f"sami-fast: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sami-fast: interrupted", file=sys.stderr)

@@ -3,15 +3,15 @@
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..environment import cores
+from ..errors import UserError, printable
 from ..latents import DISCOVERY_METHODS
 from .files import output_file, write_bytes
-from .options import AddCommand, at_least, number
+from .options import AddCommand, at_least, number, path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
             evaluated.append(evaluate_run(run, jobs=arguments.jobs, baselines=baselines, say=say))
     text = tables(evaluated)
-    print(text)
+    print("\n".join(map(printable, text.splitlines())))
     if output:
         rows = [
             {"run": run.folder, "config": asdict(run.config), **run.scores, "baselines": run.baselines, "straightness": run.straightness}
@@ -114,7 +114,7 @@ def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray 
         line = f"  {name:<14} {score}   " + " ".join(f"{share:.2f}" for share in axes.profile[:, place])
         if correlation is not None:
             best = correlation[:, place].argmax()
-            line += f"   {names[best]} {correlation[best, place]:.2f}"
+            line += f"   {printable(names[best])} {correlation[best, place]:.2f}"
         lines.append(line)
     return lines
 
@@ -132,14 +132,14 @@ def add_commands(command: AddCommand) -> None:
         "score runs side by side: factors recovered, rates, bound, noise levels, straightness of clips; seeds of one method are averaged",
         "evaluate runs/disks_seed0 runs/disks_seed1 runs/vae_seed0 runs/vae_seed1 --output table.md",
     )
-    evaluate.add_argument("run", nargs="+", help="run folders")
+    evaluate.add_argument("run", type=path, nargs="+", help="run folders")
     evaluate.add_argument("--images", type=at_least(16), metavar="N", help="evaluation images; as each run's report when left out")
-    evaluate.add_argument("--output", metavar="FILE", help="also write the tables (.md) or every number (.json)")
+    evaluate.add_argument("--output", type=path, metavar="FILE", help="also write the tables (.md) or every number (.json)")
     evaluate.add_argument("--overwrite", action="store_true", help="replace the output file")
     evaluate.add_argument(
         "--jobs",
         type=at_least(1, 1024),
-        default=os.cpu_count() or 1,
+        default=cores(),
         metavar="N",
         help="processes for the metrics that grow trees (%(default)s)",
     )
@@ -151,8 +151,8 @@ def add_commands(command: AddCommand) -> None:
         "find axes of the latent space without labels, coarse to fine, and write them with a strip of pictures each",
         "axes runs/disks --output axes.npz",
     )
-    axes.add_argument("run", help="a run folder of SAMI")
-    axes.add_argument("--output", required=True, metavar="FILE", help=".npz for --axes of other commands; its pictures go beside it")
+    axes.add_argument("run", type=path, help="a run folder of SAMI")
+    axes.add_argument("--output", type=path, required=True, metavar="FILE", help=".npz for --axes of other commands; pictures go beside it")
     axes.add_argument("--overwrite", action="store_true", help="replace the files")
     axes.add_argument(
         "--method",
@@ -170,4 +170,4 @@ def add_commands(command: AddCommand) -> None:
     axes.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
 
     report = command("report", run_report, "score a finished run and write its report/ folder", "report runs/disks")
-    report.add_argument("run", help="a run folder")
+    report.add_argument("run", type=path, help="a run folder")

@@ -4,10 +4,16 @@ import argparse
 import json
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .files import image_count, open_axes, open_images, open_model, output_file, run_config, write_arrays, write_pictures
-from .options import AddCommand, at_least, axes_options, data_options, model_options, non_negative
+from .files import by_name, image_count, open_axes, open_images, open_model, output_file, run_config, write_arrays, write_pictures
+from .options import AddCommand, at_least, axes_options, data_options, model_options, non_negative, path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data import Dataset
+    from ..methods.latent_model import LatentModel
 
 CONTACTS = 64  # images of a contact sheet
 
@@ -55,7 +61,7 @@ def run_data(arguments: argparse.Namespace) -> None:
             print("\n".join(f"{name if not row else '':<18} {line}" for row, line in enumerate(lines)))
     if output:
         count = image_count(dataset, arguments.count, CONTACTS)
-        images = dataset.images(torch.arange(count))
+        images = dataset.training_images(torch.arange(count))
         write_pictures(output, images, math.ceil(math.sqrt(count)), images=images)
         print(f"{output}: {count} images of training", file=sys.stderr if arguments.json else sys.stdout)
 
@@ -64,22 +70,63 @@ def run_encode(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, (".npz",))
     import torch
 
-    from ..latents.sampling import encode
-
     model = open_model(arguments)
     axes = open_axes(arguments, model)
     dataset = open_images(arguments, model)
-    default = run_config(arguments).report.images if dataset.size is None else dataset.size
-    index = torch.arange(image_count(dataset, arguments.count, default))
-    parts = [encode(model, dataset.images(part), arguments.batch_size) for part in index.split(arguments.batch_size)]
-    arrays: dict[str, Any] = {"mu": torch.cat([part.mu for part in parts]).cpu(), "var": torch.cat([part.var for part in parts]).cpu()}
-    if axes:
-        arrays |= {"axes": axes.coordinates(arrays["mu"].numpy()), "axis_names": list(axes.names)}
+    if dataset.size is None:
+        index = torch.arange(image_count(dataset, arguments.count, run_config(arguments).report.images))
+    else:
+        index = dataset.in_order()[: image_count(dataset, arguments.count, dataset.size)]
+    arrays, absent = _encoded(model, dataset, index, arguments.batch_size)
     if dataset.factor_names:
-        arrays |= {"factors": dataset.factors(index), "factor_names": list(dataset.factor_names)}
+        arrays |= {"factors": dataset.factors(index).numpy(), "factor_names": list(dataset.factor_names)}
     arrays |= dataset.sources(index)
+    if arguments.data and arguments.count is None:
+        absent = _with_rows_of(dataset.unreadable(), arrays, absent)
+    if axes:
+        arrays |= {"axes": axes.coordinates(arrays["mu"]), "axis_names": list(axes.names)}
+    if missing := sum(map(bool, absent)):
+        arrays["absent"] = absent
     write_arrays(output, **arrays)
-    print(f"{output}: {', '.join(arrays)} of {len(index)} images, {arrays['mu'].shape[1]} latent dimensions")
+    rows, latents = arrays["mu"].shape
+    why = f"; {missing} cannot be read: their rows are NaN, and absent says why" if missing else ""
+    print(f"{output}: {', '.join(arrays)} of {rows} images, {latents} latent dimensions{why}")
+
+
+def _encoded(model: "LatentModel", dataset: "Dataset", index: "Tensor", batch_size: int) -> tuple[dict[str, Any], list[str]]:
+    """mu and var, a row for each image, NaN where it cannot be read, and why it cannot be or ""."""
+    import torch
+
+    from ..latents.sampling import encode
+
+    rows, absent = {name: torch.full((len(index), model.latent_size), math.nan) for name in ("mu", "var")}, [""] * len(index)
+    for place in torch.arange(len(index)).split(batch_size):
+        images, gone = dataset.read(index[place])
+        for slot, reason in gone.items():
+            absent[int(place[slot])] = reason
+        there = torch.tensor([slot not in gone for slot in range(len(place))])
+        if there.any():
+            posterior = encode(model, images[there.to(images.device)], batch_size)
+            rows["mu"][place[there]], rows["var"][place[there]] = posterior.mu.float().cpu(), posterior.var.float().cpu()
+    return {name: values.numpy() for name, values in rows.items()}, absent
+
+
+def _with_rows_of(files: dict[str, str], arrays: dict[str, Any], absent: list[str]) -> list[str]:
+    """Add rows for files without any image, among the others in the order of names. Returns `absent` of all."""
+    import numpy as np
+
+    if not files:
+        return absent
+    names, lost = [*arrays["files"], *files], len(files)
+    order = by_name(names)
+    for name, values in arrays.items():
+        if name in ("mu", "var", "factors"):
+            arrays[name] = np.concatenate((values, np.full((lost, values.shape[1]), math.nan, values.dtype)))[order]
+        elif name != "factor_names":
+            rows = names if name == "files" else [*values, *[-1] * lost]  # no frame has this number
+            arrays[name] = [rows[row] for row in order]
+    reasons = [*absent, *(f"{name}: {reason}" for name, reason in files.items())]
+    return [reasons[row] for row in order]
 
 
 def add_commands(command: AddCommand) -> None:
@@ -92,9 +139,9 @@ def add_commands(command: AddCommand) -> None:
         "show what a config will feed: counts, sizes, codecs, who decodes each file and why, the feed's speed, a contact sheet",
         "data video data.path=clips --output contact_sheet.png",
     )
-    data_command.add_argument("config", help="a YAML file, or the name of a config that comes with the package")
+    data_command.add_argument("config", type=path, help="a YAML file, or the name of a config that comes with the package")
     data_command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: data.path=photos")
-    data_command.add_argument("--output", metavar="FILE", help="PNG of the first training images")
+    data_command.add_argument("--output", type=path, metavar="FILE", help="PNG of the first training images")
     data_command.add_argument("--overwrite", action="store_true", help="replace the PNG")
     data_command.add_argument("--count", type=at_least(1), metavar="N", help=f"images on it ({CONTACTS})")
     data_command.add_argument("--seconds", type=non_negative, default=3.0, metavar="S", help="time the feed alone so long (%(default)s)")
@@ -103,7 +150,9 @@ def add_commands(command: AddCommand) -> None:
     encode = command(
         "encode",
         run_encode,
-        "write mu and var [N, Z] of images, their places along --axes [N, A], and their factors where they are known",
+        "write mu and var [N, Z] of images, their places along --axes [N, A], and their factors where they are known; a row for each "
+        "image, NaN where it cannot be read, as they lie in a file, by name in a folder, by name and time in one of videos: row n is "
+        "--image n of other commands",
         "encode runs/disks --data photos.npy --output latents.npz",
         model_options(),
         data_options(),

@@ -3,12 +3,12 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import absent, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path
     if path.suffix not in endings:
         raise UserError(f"--output: expected a name ending in {' or '.join(endings)}, found {path}")
     if not path.parent.is_dir():
-        raise UserError(f"--output: no folder {path.parent}")
+        raise UserError(f"--output: {absent(path.parent, 'folder')}")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output: may not write into {path.parent}")
     if path.is_dir() or (path.exists() and not arguments.overwrite):
@@ -76,7 +76,7 @@ def _device(name: str | None) -> "torch.device":
 def open_model(arguments: argparse.Namespace) -> "LatentModel":
     folder = Path(arguments.run)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a run folder or a saved model")
+        raise UserError(f"{absent(folder, 'folder')}; expected a run folder or a saved model")
     device = _device(arguments.device)
     from ..methods.registry import load_model
 
@@ -105,23 +105,22 @@ def run_config(arguments: argparse.Namespace) -> "Config":
 
 def open_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset":
     """The images of --data, or the run's own that training never saw."""
-    from ..data import ArrayImages, ImageFolder, VideoFolder, open_dataset
+    from ..data import open_dataset
 
     if arguments.data:
         try:
-            if Path(arguments.data).is_dir():
-                file = Path(arguments.run) / "config.yaml"
-                videos = file.is_file() and run_config(arguments).data.kind == "video_folder"
-                channels, size, _ = model.image_shape
-                folder = VideoFolder if videos else ImageFolder
-                dataset: Dataset = folder(arguments.data, image_size=size, channels=channels, holdout=0.0)
-            else:
-                dataset = ArrayImages(arguments.data, arguments.array_key, holdout=0.0)
+            dataset = _given_images(arguments, model)
         except UserError as error:  # speaks of the settings of a run; the user gave options
-            raise UserError(str(error).replace("data.path", "--data").replace("data.array_key", "--array-key")) from None
+            message = str(error)
+            for setting, option in {"data.path": "--data", "data.array_key": "--array-key", "data.cache_dir": "$XDG_CACHE_HOME"}.items():
+                message = message.replace(setting, option)
+            raise UserError(message) from None
     else:
         config = run_config(arguments)
-        dataset = open_dataset(config.data, config.seed, split=1)
+        try:
+            dataset = open_dataset(config.data, config.seed, split=1)
+        except UserError as error:
+            raise UserError(f"{arguments.run}/config.yaml: {error}") from None
     if dataset.image_shape != model.image_shape:
         raise UserError(
             f"{arguments.data or arguments.run}: expected images of shape {list(model.image_shape)} (C, H, W) for this model, "
@@ -130,12 +129,58 @@ def open_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset
     return dataset
 
 
+def _given_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset":
+    """The images of --data: a folder's fitted to the model, an array's as those that the run was trained on."""
+    from ..data import ArrayImages, ImageFolder, VideoFolder
+    from ..data.decode import HEIC_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+    path = Path(arguments.data)
+    settings = run_config(arguments).data if (Path(arguments.run) / "config.yaml").is_file() else None
+    if path.is_dir():
+        channels, size, _ = model.image_shape
+        if channels not in (1, 3):
+            raise UserError(f"--data: a folder has images of 1 or 3 channels, and this model takes {channels}; give an array")
+        kind = VideoFolder if settings and settings.kind == "video_folder" else ImageFolder
+        # Whatever share of them is broken: each file has its row, or is named where it is asked for.
+        return kind(arguments.data, image_size=size, channels=channels, holdout=0.0, max_bad=1.0)
+    if path.suffix.lower() in IMAGE_SUFFIXES | HEIC_SUFFIXES | VIDEO_SUFFIXES:
+        raise UserError(f"--data: expected a folder, or an .npy or .npz of images, found the file {path}; give its folder")
+    size, channels = (settings.image_size, settings.channels) if settings and settings.kind == "array" else (0, 0)
+    value_range = arguments.range or (settings.range if settings else "auto")
+    return ArrayImages(arguments.data, arguments.array_key, holdout=0.0, value_range=value_range, image_size=size, channels=channels)
+
+
 def image_count(dataset: "Dataset", asked: int | None, default: int) -> int:
     """As many as asked for, else `default` or as many as there are."""
     size = math.inf if dataset.size is None else dataset.size
     if asked is not None and asked > size:
         raise UserError(f"--count: expected at most {size}, the number of images there are, found {asked}")
     return asked or int(min(default, size))
+
+
+def numbered(arguments: argparse.Namespace, dataset: "Dataset", picked: Sequence[int]) -> "Tensor":
+    """Images by the numbers that the user counts them by, which are the rows that `encode` writes. [n] int64."""
+    import torch
+
+    if dataset.size is None:
+        return torch.tensor(picked)
+    lost = dataset.unreadable() if arguments.data else {}
+    if wrong := [image for image in picked if image >= dataset.size + len(lost)]:
+        raise UserError(f"--image: expected 0 to {dataset.size + len(lost) - 1}, found {wrong[0]}")
+    order = dataset.in_order()
+    if not lost:
+        return order[list(picked)]
+    names = [*dataset.sources(order)["files"], *lost]
+    rows = by_name(names)
+    for image in picked:
+        if (name := names[rows[image]]) in lost:
+            raise UserError(f"--image {image}: cannot read {Path(arguments.data) / name}: {lost[name]}")
+    return order[[rows[image] for image in picked]]
+
+
+def by_name(names: Sequence[str]) -> list[int]:
+    """The order of rows by the names of their files; stable, so that the frames of a video stay in theirs."""
+    return sorted(range(len(names)), key=names.__getitem__)
 
 
 def open_axes(arguments: argparse.Namespace, model: "LatentModel") -> "Axes | None":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..errors import UserError
+from ..files import expanded
 from ..latents import SOLVERS, STARTS
 
 
@@ -44,10 +45,17 @@ def limit(text: str) -> float | None:
     return None if text == "off" else non_negative(text)
 
 
+def path(text: str) -> str:
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("run", help="a run folder, or a saved model (config.json, model.safetensors)")
-    options.add_argument("--output", required=True, metavar="FILE", help="file to write; refused if it exists")
+    options.add_argument("run", type=path, help="a run folder, or a saved model (config.json, model.safetensors)")
+    options.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write; refused if it exists")
     options.add_argument("--overwrite", action="store_true", help="replace the output file")
     options.add_argument(
         "--batch-size", type=at_least(1), default=64, metavar="N", help="images at a time (%(default)s); bounds the memory"
@@ -59,15 +67,18 @@ def model_options() -> argparse.ArgumentParser:
 def data_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
-        "--data", metavar="FILE", help=".npy or .npz of images, or a folder; the run's own evaluation images when left out"
+        "--data", type=path, metavar="FILE", help=".npy or .npz of images, or a folder; the run's own evaluation images when left out"
     )
     options.add_argument("--array-key", default="", metavar="NAME", help="entry of an .npz; the only one, or 'images', when left out")
+    options.add_argument(
+        "--range", choices=("unit", "signed"), help="floats of a file lie in [0, 1] or in [-1, 1]; as the run's data.range, when left out"
+    )
     return options
 
 
 def axes_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--axes", metavar="FILE", help="named directions of latent space (.npz); the latent dimensions when left out")
+    options.add_argument("--axes", type=path, metavar="FILE", help="named directions (.npz); the latent dimensions when left out")
     return options
 
 

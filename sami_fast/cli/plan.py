@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from .options import AddCommand, at_least
+from .options import AddCommand, at_least, path
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -100,7 +100,7 @@ def add_commands(command: AddCommand) -> None:
         "needs neither the data nor a GPU",
         "plan disks train.batch_size=512 --gpus 1 8 64",
     )
-    added.add_argument("config", help="a YAML file, or the name of a config that comes with the package")
+    added.add_argument("config", type=path, help="a YAML file, or the name of a config that comes with the package")
     added.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: train.batch_size=4096")
     added.add_argument("--gpus", nargs="+", type=at_least(1, 10**5), default=COUNTS, metavar="N", help="numbers of GPUs (1 8 64 512)")
     added.add_argument("--gpu", default="h100-sxm", metavar="NAME", help="a100-80, h100-sxm, h200 or b200 (%(default)s)")

@@ -4,8 +4,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from .files import image_count, open_axes, open_images, open_sampler, output_file, write_pictures
+from ..errors import UserError, printable
+from .files import image_count, numbered, open_axes, open_images, open_sampler, output_file, write_pictures
 from .options import (
     AddCommand,
     at_least,
@@ -19,7 +19,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..data import Dataset
     from ..latents.axes import Axes
     from ..methods.latent_model import LatentModel
 
@@ -33,12 +32,6 @@ def _known_axes(picked: list[int], model: "LatentModel", axes: "Axes | None") ->
     last = (len(axes.names) if axes else model.latent_size) - 1
     if wrong := [axis for axis in picked if axis > last]:
         raise UserError(f"--axis: expected 0 to {last}, found {wrong[0]}")
-
-
-def _known_images(picked: list[int], dataset: "Dataset") -> None:
-    size = math.inf if dataset.size is None else dataset.size
-    if wrong := [image for image in picked if image >= size]:
-        raise UserError(f"--image: expected 0 to {size - 1}, found {wrong[0]}")
 
 
 def run_sample(arguments: argparse.Namespace) -> None:
@@ -101,9 +94,10 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     axes = open_axes(arguments, model)
     dataset = open_images(arguments, model)
     _known_axes(arguments.axis or [], model, axes)
-    _known_images([arguments.image], dataset)
+    (image,) = numbered(arguments, dataset, [arguments.image]).split(1)
     reference = torch.arange(image_count(dataset, None, REFERENCE_IMAGES))
-    posterior = sampling.encode(model, dataset.images(reference))
+    x_0, absent = dataset.read(reference)
+    posterior = sampling.encode(model, x_0[[place not in absent for place in range(len(x_0))]])
     mu, var = posterior.mu.cpu(), posterior.var.cpu()
     if axes:
         picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(mu.numpy()))
@@ -112,7 +106,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
         picked, coordinates = arguments.axis or list(live), mu
     if not picked:
         raise UserError(f"--axis: no latent dimension is live ({LIVE_RULE}) on these images; name those to move")
-    x_0 = dataset.images(torch.tensor([arguments.image]))
+    x_0 = dataset.images(image)
     values = [sampling.axis_values(coordinates, axis, arguments.values) for axis in picked]
     strips = [
         sampling.traverse(model, x_0, axis, moved, seed=arguments.seed, axes=axes, **options).cpu()
@@ -121,7 +115,7 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     images = torch.stack(strips)  # [axes, values, C, H, W]
     write_pictures(output, images.flatten(0, 1), arguments.values, images=images, axes=picked, values=torch.stack(values))
     for row, (axis, moved) in enumerate(zip(picked, values, strict=True)):
-        print(f"row {row}: axis {axis}{f' ({axes.names[axis]})' if axes else ''}, from {moved[0]:.2f} to {moved[-1]:.2f}")
+        print(f"row {row}: axis {axis}{f' ({printable(axes.names[axis])})' if axes else ''}, from {moved[0]:.2f} to {moved[-1]:.2f}")
     print(f"{output}: {len(picked)} row(s) of {arguments.values} values")
 
 
@@ -134,8 +128,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
     dataset = open_images(arguments, model)
-    _known_images(arguments.image, dataset)
-    a, b = dataset.images(torch.tensor(arguments.image)).split(1)
+    a, b = dataset.images(numbered(arguments, dataset, arguments.image)).split(1)
     images = sampling.interpolate(model, a, b, arguments.count, seed=arguments.seed, **options).cpu()
     shown = torch.cat((a, images, b))
     write_pictures(output, shown, len(shown), images=images, ends=torch.cat((a, b)))
@@ -153,12 +146,11 @@ def run_edit(arguments: argparse.Namespace) -> None:
     axes = open_axes(arguments, model)
     dataset = open_images(arguments, model)
     _known_axes([arguments.axis], model, axes)
-    _known_images(arguments.image, dataset)
-    x_0, amounts = dataset.images(torch.tensor(arguments.image)), arguments.amount
+    x_0, amounts = dataset.images(numbered(arguments, dataset, arguments.image)), arguments.amount
     images = sampling.edit(model, x_0, arguments.axis, amounts, seed=arguments.seed, axes=axes, **options).cpu()  # [N, V, C, H, W]
     shown = torch.cat((x_0[:, None], images), 1)
     write_pictures(output, shown.flatten(0, 1), shown.shape[1], images=x_0, edits=images, axis=arguments.axis, amounts=amounts)
-    name = f" ({axes.names[arguments.axis]})" if axes else ""
+    name = f" ({printable(axes.names[arguments.axis])})" if axes else ""
     moves = ", ".join(f"{amount:+g}" for amount in amounts)
     print(f"{output}: {len(x_0)} image(s), each followed by its edits along axis {arguments.axis}{name}: {moves}")
 

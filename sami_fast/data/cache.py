@@ -3,35 +3,74 @@
 Everything here can be deleted at any time; it is made again.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from ..environment import cache_home, temporary_home
+
+log = logging.getLogger("sami_fast.data")
+_told: set[object] = set()  # what this process has said
+
+LOCK = "lock"
 SEED = 0x5A31  # checksums start here, so that zeros, where nothing was written yet, do not pass for an image
+
+
+def tell_once(message: str, about: object = "") -> None:
+    """Warn on the first rank, and once, however often data are opened. `about` tells warnings apart; the message itself when empty."""
+    if (os.environ.get("RANK") or "0") == "0" and (about or message) not in _told:
+        _told.add(about or message)
+        log.warning("%s", message)
+
+
+def in_words(nbytes: float) -> str:
+    """A size for a message: "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TiB"
 
 
 def base_dir(configured: str) -> Path:
     """The folder of everything that is kept; `configured` is `DataConfig.cache_dir`."""
-    return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sami-fast"
+    return Path(configured) if configured else cache_home() / "sami-fast"
 
 
 def cache_dir(configured: str, source: Path) -> Path:
-    """The folder, made, of what belongs to one file or folder of data.
+    """The folder, which may not be there yet, of what belongs to one file or folder of data.
 
     Args:
         configured: `DataConfig.cache_dir`.
         source: The data.
-    Raises:
-        OSError: the folder cannot be made.
     """
     source = source.resolve()
     name = f"{source.name[:48]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}"  # a name has at most 255 bytes
-    folder = base_dir(configured) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return base_dir(configured) / name
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be, or one like it among the temporary ones where it must not be written.
+
+    Raises:
+        OSError: it cannot be made for another reason, such as a file of its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        open(folder / LOCK, "a").close()
+        return folder
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        instead = temporary_home() / folder.name
+        instead.mkdir(exist_ok=True)
+        tell_once(f"data.cache_dir: {folder} cannot be written ({error.strerror}); what is made is kept in {instead}")
+        return instead
 
 
 class PixelCache:

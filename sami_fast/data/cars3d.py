@@ -1,5 +1,6 @@
 """Cars3D: 183 car models from 4 elevations and 24 azimuths. Source: Reed et al., NeurIPS 2015."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ from einops import rearrange
 from ..errors import UserError
 from .grids import FactorImages, colour_images, every_combination
 from .pixels import resize
-from .storage import Packed, find_file, readable, stamp, unpack
+from .storage import MEMORY, Packed, find_file, readable, stamp, take, unpack
 
 ELEVATIONS, AZIMUTHS, IDENTITIES = 4, 24, 183
 
@@ -58,6 +59,8 @@ class Cars3D(FactorImages):
         if missing := [file for file in files if not file.is_file()]:
             raise UserError(f"data.path: no file {missing[0]}, which {listing} names")
 
+        self.held_in = files
+
         def decoded() -> Iterator[bytes]:  # one car at a time, each 96 images
             for file in files:
                 views = resize(rearrange(torch.from_numpy(_views(file)), "n h w c -> n c h w"), side)
@@ -72,7 +75,7 @@ class Cars3D(FactorImages):
         return len(files)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
-        return self.array[places if self.rows is None else self.rows[places]]
+        return take(self.array, places if self.rows is None else self.rows[places])
 
 
 def _views(file: Path) -> np.ndarray:
@@ -80,12 +83,13 @@ def _views(file: Path) -> np.ndarray:
     import scipy.io  # late: it takes a while to load, and only this needs it
 
     with readable(file, "MATLAB file"):
-        found = scipy.io.loadmat(file, variable_names=["im"])
+        found = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(file)}  # before a file of any size is unpacked into memory
         if "im" not in found:
             raise UserError(f"data.path: no entry 'im' in {file}; data.kind cars3d needs it")
-        images = found["im"]
-    shape = images.shape
-    if images.dtype != np.uint8 or not images.size or len(shape) != 5 or shape[0] != shape[1] or shape[2:] != (3, AZIMUTHS, ELEVATIONS):
-        form = f"uint8 [H, H, 3, {AZIMUTHS}, {ELEVATIONS}]"
-        raise UserError(f"data.path: expected 'im' in {file} to be {form}, found {images.dtype} {list(shape)}")
+        shape, kind = found["im"]
+        whole = len(shape) == 5 and shape[0] == shape[1] and shape[2:] == (3, AZIMUTHS, ELEVATIONS)
+        if kind != "uint8" or not whole or not 0 < math.prod(shape) <= MEMORY:
+            form = f"uint8 [H, H, 3, {AZIMUTHS}, {ELEVATIONS}]"
+            raise UserError(f"data.path: expected 'im' in {file} to be {form}, found {kind} {list(shape)}")
+        images = scipy.io.loadmat(file, variable_names=["im"])["im"]
     return np.ascontiguousarray(rearrange(images, "h w c azimuth elevation -> (elevation azimuth) h w c"))

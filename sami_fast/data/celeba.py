@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..files import absent
 from .storage import readable
 
 ATTRIBUTES = 40
@@ -24,7 +25,7 @@ def celeba_listing(folder: Path, split: int, evaluation: str) -> tuple[Path, lis
         UserError: missing or damaged file; files that contradict each other; no images in the split.
     """
     if not folder.is_dir():
-        raise UserError(f"data.path: no folder {folder}")
+        raise UserError(f"data.path: {absent(folder, 'folder')}")
     images = _find(folder, "Img", "img_align_celeba")
     attribute_file, partition_file = _find(folder, "Anno", "list_attr_celeba.txt"), _find(folder, "Eval", "list_eval_partition.txt")
     if not images.is_dir():

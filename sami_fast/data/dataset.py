@@ -37,8 +37,20 @@ class Dataset:
     clip_length: int = 0  # T, frames of a clip; 0: there are no clips
 
     def images(self, index: Tensor) -> Tensor:
-        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1].
+
+        Raises:
+            AbsentError: one of them cannot be read.
+        """
         raise NotImplementedError
+
+    def read(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """As `images`, where some may be missing: which of [n] cannot be read, and why; by default none. They are shown grey."""
+        return self.images(index), {}
+
+    def training_images(self, index: Tensor) -> Tensor:
+        """As `images`, but another image stands for one that cannot be read: for all that asks for many images and for none by name."""
+        return self.images(index)
 
     def factors(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, F] float32, columns in the order of `factor_names`; by default zeros."""
@@ -69,8 +81,18 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the images, so that a run is not resumed on others; by default "", which any images have."""
+        """Changes with the images, and not with their place, so that a run is not resumed on others; by default "", which any have."""
         return ""
+
+    def in_order(self) -> Tensor:
+        """All indices in the order in which a person counts the images, [size] int64; by default theirs."""
+        if self.size is None:
+            raise ValueError("in_order: an endless dataset has no last image")
+        return torch.arange(self.size)
+
+    def unreadable(self) -> dict[str, str]:
+        """Files, as `sources` names them, that no index stands for since they could not be read at all, and why; by default none."""
+        return {}
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where images come from, as lists of n entries that `sami-fast encode` writes beside the latents; by default none."""
@@ -92,6 +114,14 @@ class EightBit(Dataset):
     def pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8."""
         raise NotImplementedError
+
+    def training_pixels(self, index: Tensor) -> Tensor:
+        """As `pixels`, with stand-ins as in `training_images`."""
+        return self.pixels(index)
+
+    def training_images(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""
+        return to_unit(self.training_pixels(index))
 
     def images(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] float32 in [-1, 1]."""

@@ -7,16 +7,22 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from ..errors import UserError
+from .cache import in_words
 
+HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+HEIC_HINT = "; HEIC needs pillow-heif, `pip install 'sami-fast[heic]'`"
+NEAR_SRGB = 2  # levels of 255 within which colours are sRGB's
+LARGEST_FILE = 1 << 30  # bytes of an encoded image: more than any of as many pixels as Pillow decodes
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif", ".jp2", ".avif"}
 )
@@ -25,6 +31,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 # What DALI decodes as Pillow does. Of BMP and PPM, which it reads too, some kinds come out wrong.
 DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}
+PNG = b"\x89PNG\r\n\x1a\n"  # begins every PNG
 PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # begin the parts of a PNG that may hold an orientation
 PLANAR = frozenset({"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"})
 BT709, BT601, BT2020 = (0.2126, 0.0722), (0.299, 0.114), (0.2627, 0.0593)  # shares of red and blue in the luma
@@ -37,7 +44,16 @@ Frame = TypeVar("Frame")
 
 
 class BadFile(Exception):
-    """A file of the data that cannot be used, and why; it is skipped and counted."""
+    """A file of the data that cannot be used, and why; it is skipped and counted.
+
+    Args:
+        reason: Why.
+        found: What could be decoded all the same, by number of the frame.
+    """
+
+    def __init__(self, reason: str, found: dict[int, Any] | None = None) -> None:
+        super().__init__(reason)
+        self.found = found or {}
 
 
 @cache
@@ -53,6 +69,64 @@ def pyav() -> ModuleType:
         raise UserError("data.kind video_folder reads videos with PyAV, which is not installed; `pip install 'sami-fast[feed]'`") from None
     av.logging.set_level(None)  # broken files are reported by us, once each
     return av
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Endings of the images that can be read here, in lower case."""
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return IMAGE_SUFFIXES
+    return IMAGE_SUFFIXES | HEIC_SUFFIXES
+
+
+def read_image(path: Path) -> np.ndarray:
+    """The bytes of a file. [n] uint8.
+
+    Raises:
+        BadFile: none, or more than an image has.
+        OSError: from the system.
+    """
+    size = path.stat().st_size
+    if size > LARGEST_FILE:  # before it fills the memory
+        raise BadFile(f"{in_words(size)}, more than the {in_words(LARGEST_FILE)} of an image file")
+    if not size:
+        raise BadFile("zero bytes")
+    return np.fromfile(path, np.uint8)
+
+
+@lru_cache(64)
+def _to_srgb(profile: bytes, mode: str) -> Any | None:
+    """What turns the colours that an ICC profile tells into sRGB: a transform, or None where they are that, to a level or two of 255.
+
+    As in a viewer, a profile that is broken or of another kind than the image is no profile.
+
+    Args:
+        profile: The profile as it stands in the file.
+        mode: "RGB", "L" or "CMYK".
+    """
+    from PIL import Image, ImageCms
+
+    try:
+        opened = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "CMYK":
+            return transform
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        grid = np.arange(256, dtype=np.uint8)[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
+        shown = np.asarray(transform.apply(Image.fromarray(grid))).astype(int)
+        return transform if np.abs(shown - (grid[..., None] if mode == "L" else grid)).max() > NEAR_SRGB else None
+    except (ImageCms.PyCMSError, ImportError, OSError, ValueError):  # ImportError: a Pillow that was built without it
+        return None
+
+
+def _profile_of(image: Any) -> Any | None:
+    """`_to_srgb` of an image's own profile, if it has one."""
+    profile, mode = image.info.get("icc_profile"), {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
+    return _to_srgb(profile, mode) if profile and mode in ("RGB", "L", "CMYK") else None
 
 
 def image_facts(data: bytes) -> tuple[int, int, str, bool]:
@@ -75,7 +149,7 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
             orientation = image.getexif().get(0x0112, 1) if tagged else 1
             if orientation in (5, 6, 7, 8):  # rotated by a quarter turn
                 width, height = height, width
-            transparent = "transparency" in image.info
+            transparent, profiled = "transparency" in image.info, _profile_of(image) is not None
     except Exception as error:  # Pillow's plugins raise whatever a broken header leads them to
         raise BadFile("not an image that can be read" if "cannot identify" in str(error) else _reason(error)) from None
     whole = {
@@ -90,12 +164,12 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         "PNG": orientation != 1 or data[24:25] > b"\x08",  # the same, and it rounds 16 bits in another way
         "WEBP": data[12:16] == b"VP8X",  # may hold metadata, transparency or an animation
     }
-    suits = mode in DALI_MODES.get(kind, ()) and not (moving or transparent or odd[kind])
+    suits = mode in DALI_MODES.get(kind, ()) and not (moving or transparent or profiled or odd[kind])
     return width, height, f"{kind} {mode}", suits
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """An image as it is meant to be seen: rotated by its EXIF, first frame, 16 bits scaled to 8, transparent pixels over black.
+    """An image as it is meant to be seen: rotated by its EXIF, in sRGB, first frame, 16 bits scaled to 8, transparent pixels over black.
 
     16 bits of grey are rounded; of 16 bits of colour Pillow keeps the upper 8, which is at most one level off.
 
@@ -111,7 +185,7 @@ def decode_image(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            to_srgb, image = _profile_of(opened), ImageOps.exif_transpose(opened)
         if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
             values = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
@@ -119,6 +193,12 @@ def decode_image(data: bytes) -> np.ndarray:
             raise BadFile("floating-point pixels without a known range")
         if image.has_transparency_data:
             image = image.convert("RGBA")
+        if to_srgb is not None:
+            alpha = image.getchannel("A") if image.mode == "RGBA" else None
+            image = to_srgb.apply(image.convert(to_srgb.input_mode))
+            if alpha is not None:
+                image.putalpha(alpha)
+        if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         return np.array(image.convert("RGB"))
     except BadFile:
@@ -127,8 +207,48 @@ def decode_image(data: bytes) -> np.ndarray:
         raise BadFile(_reason(error)) from None
 
 
+def without_profile(data: np.ndarray) -> np.ndarray:
+    """A PNG without its colour profile, which DALI does not apply and libpng complains of on stderr; other files as they are. [n] uint8."""
+    place = 8
+    while data[:8].tobytes() == PNG and place + 12 <= len(data):  # chunks: length, kind, content and checksum
+        length, kind = data[place : place + 4].tobytes(), data[place + 4 : place + 8].tobytes()
+        end = place + 12 + int.from_bytes(length)
+        if kind == b"iCCP":
+            return np.concatenate((data[:place], data[end:]))
+        if kind == b"IDAT":
+            break
+        place = end
+    return data
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+class Turn(NamedTuple):
+    """How a frame is shown: rows and columns exchanged, then mirrored; one of eight ways, as of EXIF. By default as it is stored."""
+
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+
+    @classmethod
+    def of_matrix(cls, matrix: Sequence[int]) -> Self:
+        """What a display matrix asks for, to the nearest quarter turn: pixel (x, y) is shown at (a x + c y, b x + d y)."""
+        a, b, _, c, d = matrix[:5]
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            return cls(False, d < 0, a < 0)
+        return cls(True, b < 0, c < 0)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """[H, W, C] -> [H, W, C], or [W, H, C] where transposed."""
+        turned = pixels.swapaxes(0, 1) if self.transposed else pixels
+        return turned[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+
+
+def _turn_of(frame: Any) -> Turn:
+    found = frame.side_data.get("DISPLAYMATRIX")
+    return Turn() if found is None else Turn.of_matrix(np.frombuffer(found, np.int32, 9).tolist())
 
 
 @dataclass(frozen=True)
@@ -137,12 +257,12 @@ class Video:
 
     Args:
         codec: Name of the codec: "vp9", "h264" ...
-        width, height: In pixels, after the rotation that the file asks for.
+        width, height: In pixels, after the turn that the file asks for.
         pts: Presentation time of each frame, ascending, in the stream's time base; empty where the container keeps none.
         keys: Frames, by number, from which decoding can start.
         frames: Number of frames.
         fps: Mean frame rate, 0 if unknown.
-        rotation: In degrees, counter-clockwise.
+        turn: From the frames as they are stored to what is shown.
     """
 
     codec: str
@@ -152,7 +272,7 @@ class Video:
     keys: tuple[int, ...]
     frames: int
     fps: float
-    rotation: int
+    turn: Turn
 
     def segments(self, shortest: int = 32, longest: int = 256) -> list[tuple[int, int, int]]:
         """Runs of frames (key, start, stop) that are decoded together: groups of pictures, merged while short, cut when very long."""
@@ -192,7 +312,7 @@ def video_facts(path: Path) -> Video:
             first = next(container.decode(stream), None)
             if first is None:
                 raise BadFile("no frame that can be decoded")
-            codec, rotation = stream.codec_context.name, int(first.rotation) % 360
+            codec, turn = stream.codec_context.name, _turn_of(first)
             codec = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}.get(codec, codec)
             width, height = first.width, first.height
             fps = float(stream.average_rate or 0)
@@ -217,13 +337,13 @@ def video_facts(path: Path) -> Video:
         raise BadFile(_reason(error)) from None
     if not times:
         raise BadFile("no frame that can be decoded")
-    if rotation % 180:
+    if turn.transposed:
         width, height = height, width
     if untimed or None in times or len(set(times)) < len(times):  # times do not tell frames apart: these are counted from the start
-        return Video(codec, width, height, np.zeros(0, np.int64), (0,), len(times), fps, rotation)
+        return Video(codec, width, height, np.zeros(0, np.int64), (0,), len(times), fps, turn)
     pts = np.sort(np.array(times, np.int64))
     numbers = sorted(set(np.searchsorted(pts, keys).tolist()))
-    return Video(codec, width, height, pts, tuple(numbers), len(times), fps, rotation)
+    return Video(codec, width, height, pts, tuple(numbers), len(times), fps, turn)
 
 
 def _stream(container: Any) -> Any:
@@ -248,21 +368,20 @@ def _is_shown(packet: Any) -> bool:
 class DecodedFrame:
     """A frame in the memory of PyAV's decoder, valid until it decodes the next one."""
 
-    def __init__(self, frame: Any, reformatter: Any, rotation: int) -> None:
-        self._frame, self._reformatter, self._rotation = frame, reformatter, rotation
+    def __init__(self, frame: Any, reformatter: Any, turn: Turn) -> None:
+        self._frame, self._reformatter, self._turn = frame, reformatter, turn
 
     def rgb(self) -> np.ndarray:
-        """[H, W, 3] uint8, rotated as the file asks for."""
-        rgb = self._reformatter.reformat(self._frame, format="rgb24").to_ndarray()
-        return np.rot90(rgb, self._rotation // 90) if self._rotation else rgb
+        """[H, W, 3] uint8, turned as the file asks for."""
+        return self._turn(self._reformatter.reformat(self._frame, format="rgb24").to_ndarray())
 
     def planes(self) -> tuple[list[np.ndarray], tuple[float, float], bool] | None:
         """Luma and two planes of chroma [H, W] uint8, the shares of red and blue in the luma, and whether values use the full range.
 
-        None where the frame is rotated or one pixel wide, or its planes are not 8 bits, or chroma is coarser in one direction only.
+        None where the frame is turned or one pixel wide, or its planes are not 8 bits, or chroma is coarser in one direction only.
         """
         frame = self._frame
-        if self._rotation or min(frame.width, frame.height) < 2 or frame.format.name not in PLANAR:
+        if any(self._turn) or min(frame.width, frame.height) < 2 or frame.format.name not in PLANAR:
             return None
         planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width] for plane in frame.planes]
         return planes, LUMA_WEIGHTS.get(int(frame.colorspace), BT601), "j" in frame.format.name or int(frame.color_range) == 2
@@ -300,7 +419,7 @@ def decode_frames(
             break
     missing = set(wanted) - found.keys()
     if missing:
-        raise BadFile(f"frame {min(missing)}" + (f": {reason}" if reason else " cannot be decoded"))
+        raise BadFile(f"frame {min(missing)}" + (f": {reason}" if reason else " cannot be decoded"), found)
     return [found[n] for n in wanted]
 
 
@@ -319,7 +438,7 @@ def _decode(
         for count, frame in enumerate(frames):
             n = number.get(frame.pts, -1) if timed else count
             if n in needed and n not in found:
-                found[n] = fit(DecodedFrame(frame, convert, video.rotation))
+                found[n] = fit(DecodedFrame(frame, convert, video.turn))
                 if len(found) == len(needed):
                     break
             if timed and frame.pts is not None and frame.pts > end:

@@ -1,9 +1,9 @@
 """What images and videos from folders share: the cache of decoded pixels, and what happens to an image that cannot be read."""
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from einops import rearrange
 from torch import Tensor
 
 from ..config import DataConfig
-from ..errors import UserError
-from .cache import PixelCache
+from ..environment import cores_of_rank
+from ..errors import AbsentError, UserError
+from .cache import PixelCache, writable
 from .dali import DaliDecoder
 from .dali import available as dali_available
 from .dataset import EightBit
-from .index import build_index, fingerprint, log, plain, report_bad, shown
+from .identity import fingerprint
+from .index import build_index, left_out, log, plain, report_bad, shown
 from .labels import folders_of, read_labels
-from .pixels import resize, square, with_channels
+from .pixels import resize, square, to_unit, with_channels
 
 GIB = 1 << 30
 SHOWN_BAD = 10  # names of unreadable files among the facts
@@ -36,8 +38,9 @@ def sizes(found: Sequence[tuple[int, int]]) -> str:
 class Decoded(EightBit):
     """Images that have to be decoded, each once if there is room to keep them. A subclass says by `_show` which of them a split has.
 
-    An image that cannot be decoded is replaced by the one after it, logged and counted; when more files than `max_bad` are lost, reading
-    ends with an error. Any number of threads may read at the same time.
+    In training the image after it stands for one that cannot be decoded; who asks for it by its place learns that it is absent. It is
+    logged and counted; when more files than `max_bad` are lost, reading ends with an error. Any number of threads may read at the same
+    time.
 
     Args:
         path: The folder.
@@ -82,7 +85,7 @@ class Decoded(EightBit):
         size = image_size or 64
         self.image_shape = (channels or 3, size, size)
         self.max_bad, self.cache_gib, self.what = max_bad, cache_gib, what
-        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.workers = workers or cores_of_rank()
         self.lost: dict[str, str] = {}  # files that turned out to be unreadable while they were read
         self._lock = threading.Lock()
         self.dali = self._dali(decoder, size)
@@ -102,7 +105,7 @@ class Decoded(EightBit):
             channels, side, _ = self.image_shape
             name = f"{self.what}_{side}x{channels}_{variant}"
             try:
-                self.cache = PixelCache.open(self.index.cache, name, self.index.state, count, self.image_shape)
+                self.cache = PixelCache.open(writable(self.index.cache), name, self.index.state, count, self.image_shape)
             except OSError as error:
                 log.warning("%s: decoded pixels are not kept: %s", self.index.cache, error.strerror)
 
@@ -148,7 +151,7 @@ class Decoded(EightBit):
             "files": len(index.names),
             **self.contents(),
             "decoders": [f"{count} x {form}: {decoder}, {why}" for (form, decoder, why), count in decoders.most_common()],
-            "ignored": f"{index.others} file(s) with other endings",
+            "left out": left_out(index.others) or "no file with another ending",
             "unreadable": f"{len(index.bad)}" + (f": {shown(index.bad, SHOWN_BAD)}" if index.bad else ""),
             "decoded pixels": kept,
             **({"held out by": f"{self.holdout_by}, {len({*self.groups})} groups"} if self.groups else {}),
@@ -178,29 +181,61 @@ class Decoded(EightBit):
                 return
             self.lost[name] = reason
             bad = self.index.bad | self.lost
-        log.warning("%s: %s; another one takes its place", plain(f"{self.index.folder}/{name}"), reason)
+        log.warning("%s: %s; in training another one takes its place", plain(f"{self.index.folder}/{name}"), reason)
         total = len(self.index.names) + len(self.index.bad)
         if len(bad) > self.max_bad * total:
             report_bad(self.index.folder, bad, total, self.max_bad, self.what, self.index.cache)
 
+    def _at(self, places: Sequence[int]) -> list[Tensor | None]:
+        """[C, H, W] uint8 each; None where it cannot be decoded."""
+        found = [self._kept(place) for place in places]
+        missing = [slot for slot, pixels in enumerate(found) if pixels is None]
+        decoded = self.decode([places[slot] for slot in missing]) if missing else []
+        for slot, pixels in zip(missing, decoded, strict=True):
+            if pixels is not None:
+                found[slot] = pixels
+                self._keep(places[slot], pixels)
+        return [None if pixels is None else pixels.to(self.device) for pixels in found]
+
+    def _read(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """[n] int64 -> [n, C, H, W] uint8, zeros where one is absent; and why it is, by its place among the n."""
+        found = self._at(self.places_of(index).tolist())
+        files, absent = self.files_of(index), {}
+        for slot, pixels in enumerate(found):
+            if pixels is None:
+                name = self.index.names[files[slot]]
+                absent[slot] = f"{plain(name)}: {self.lost.get(name, 'cannot be decoded')}"
+        nothing = torch.zeros(self.image_shape, dtype=torch.uint8, device=self.device)
+        return torch.stack([nothing if pixels is None else pixels for pixels in found]), absent
+
+    def read(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
+        pixels, absent = self._read(index)
+        return to_unit(pixels), absent
+
     def pixels(self, index: Tensor) -> Tensor:
+        """[n] int64 -> [n, C, H, W] uint8."""
+        pixels, absent = self._read(index)
+        for reason in absent.values():
+            raise AbsentError(f"data.path: cannot read {plain(str(self.index.folder))}/{reason}")
+        return pixels
+
+    def training_pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8."""
         size = len(self.places)
         wanted = index.cpu().numpy() % size
-        found: list[Tensor | None] = [self._kept(int(self.places[n])) for n in wanted]
+        found: list[Tensor | None] = [None] * len(wanted)
         for _ in range(size + 1):
             missing = [slot for slot, pixels in enumerate(found) if pixels is None]
             if not missing:
-                return torch.stack([pixels.to(self.device) for pixels in found if pixels is not None])
-            decoded = self.decode([int(self.places[wanted[slot]]) for slot in missing])
-            for slot, pixels in zip(missing, decoded, strict=True):
-                if pixels is not None:
-                    found[slot] = pixels
-                    self._keep(int(self.places[wanted[slot]]), pixels)
-                else:
+                return torch.stack([pixels for pixels in found if pixels is not None])
+            for slot, pixels in zip(missing, self._at([int(self.places[wanted[slot]]) for slot in missing]), strict=True):
+                found[slot] = pixels
+                if pixels is None:
                     wanted[slot] = (wanted[slot] + 1) % size
-                    found[slot] = self._kept(int(self.places[wanted[slot]]))
         raise UserError(f"data.path: nothing in {self.index.folder} can be read any more")
+
+    def unreadable(self) -> dict[str, str]:
+        return self.index.bad
 
     def _kept(self, place: int) -> Tensor | None:
         if self.cache is None:
@@ -212,8 +247,8 @@ class Decoded(EightBit):
         if self.cache is not None:
             self.cache.write(place, pixels.cpu().numpy())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with the files: a run goes on only with the data it began with."""
+        """Changes with the files and what is in them: a run goes on only with the data it began with."""
         grouped = map(str, self.places) if self.groups else []  # another table may group other files together
-        return fingerprint([*self.index.names, str(self.size), *grouped])
+        return fingerprint([*self.index.names, *self.index.contents, str(self.size), *grouped])

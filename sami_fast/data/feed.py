@@ -88,7 +88,8 @@ class Feed:
         return chosen, epoch
 
     def _read(self, index: Tensor) -> Tensor:
-        pixels = self.dataset.pixels(index) if isinstance(self.dataset, EightBit) else self.dataset.images(index)
+        dataset = self.dataset
+        pixels = dataset.training_pixels(index) if isinstance(dataset, EightBit) else dataset.training_images(index)
         return pixels.pin_memory() if self.device.type == "cuda" and pixels.device.type == "cpu" else pixels
 
     def _prepare(self, pool: ThreadPoolExecutor, step: int, micro: int) -> Prepared:

@@ -4,6 +4,8 @@ Sources: Matthey et al., "dSprites", 2017; Burgess & Kim, "3D Shapes", 2018; Gon
 """
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import UserError
 from .dataset import EightBit
-from .pixels import resize, with_channels
-from .storage import expect, find_file, held_out_places, load_array, readable
+from .identity import content_of, fingerprint
+from .pixels import check_channels, resize, with_channels
+from .storage import expect, find_file, held_out_places, load_array, readable, take
 
 
 class FactorImages(EightBit):
@@ -35,6 +38,7 @@ class FactorImages(EightBit):
 
     names: tuple[str, ...]  # of the factors
     array: np.ndarray  # all images, for the `_read` of this class
+    held_in: Sequence[Path] = ()  # files that hold the images; (): the one that `_open` gives
     default_size = 0  # image_size where the user gives none; 0: as the images are
 
     def __init__(
@@ -45,15 +49,16 @@ class FactorImages(EightBit):
         if len(classes) == 0 or side == 0:
             raise UserError(f"data.path: no images in {self.path}")
         self.image_shape = (channels or found, image_size or side, image_size or side)
-        try:
-            with_channels(torch.zeros(1, found, 1, 1, dtype=torch.uint8), self.image_shape[0])
-        except ValueError:
-            raise UserError(f"data.channels: expected {found} or 1 for {self.path}, found {channels}") from None
+        check_channels(found, channels, self.path)
         varying = np.flatnonzero(classes.max(0) > 0)
         self.factor_names = tuple(self.names[column] for column in varying)
         self.classes = classes[:, varying].astype(np.int32)
         self.places = held_out_places(len(classes), holdout, split)
         self.size, self.held_out = len(self.places), holdout > 0 and len(classes) > 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint([*map(content_of, self.held_in or (self.path,)), str(self.size)])
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
@@ -68,7 +73,7 @@ class FactorImages(EightBit):
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         """Images by their place in the whole set. [n] int64 -> [n, H, W] or [n, H, W, C] uint8."""
-        return self.array[places]
+        return take(self.array, places)
 
     def pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8, contiguous.
@@ -79,8 +84,6 @@ class FactorImages(EightBit):
         read = torch.from_numpy(self._read(self.places[index.cpu().numpy()]))
         images = rearrange(read, "n h w -> n 1 h w" if read.dim() == 3 else "n h w c -> n c h w")
         channels, side, _ = self.image_shape
-        if not len(images):  # torch cannot resize an empty batch
-            return torch.zeros(0, channels, side, side, dtype=torch.uint8)
         return with_channels(resize(images, side), channels).contiguous()
 
     def factors(self, index: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class DSprites(FactorImages):
         return file, (1, shape[1]), classes
 
     def _read(self, places: np.ndarray) -> np.ndarray:
-        masks = self.array[places]
+        masks = take(self.array, places)
         if (highest := masks.max(initial=0)) > 1:
             raise UserError(f"data.path: expected pixels 0 and 1 as 'imgs' in {self.path}, found {highest}")
         return masks * np.uint8(255)

@@ -11,14 +11,14 @@ from torch import Tensor
 from ..config import DataConfig
 from .celeba import celeba_listing
 from .dali import MAX_BATCH
-from .decode import IMAGE_SUFFIXES, BadFile, decode_image, image_facts
+from .decode import BadFile, decode_image, image_facts, image_suffixes, read_image, without_profile
 from .decoded import Decoded, sizes
 from .labels import held_out_files
 from .pixels import square
 
 
 def _facts(path: Path) -> tuple[int, int, str, bool]:
-    return image_facts(path.read_bytes())
+    return image_facts(read_image(path).tobytes())
 
 
 class ImageFolder(Decoded):
@@ -45,7 +45,7 @@ class ImageFolder(Decoded):
         crop: str = "center",
         **others: Any,
     ) -> None:
-        super().__init__(path, _facts, IMAGE_SUFFIXES, "images", names, **others)
+        super().__init__(path, _facts, image_suffixes(), "images", names, **others)
         self.crop = crop
         self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
         count = len(self.index.names)
@@ -88,15 +88,12 @@ class ImageFolder(Decoded):
             if self.index.names[place] in self.lost:
                 continue
             try:
-                encoded[place] = np.fromfile(self.index.folder / self.index.names[place], np.uint8)
-                if not len(encoded[place]):
-                    raise BadFile("zero bytes")
+                encoded[place] = read_image(self.index.folder / self.index.names[place])
             except (OSError, BadFile) as error:
-                encoded.pop(place, None)
                 self.lose(self.index.names[place], getattr(error, "strerror", None) or str(error))
         found: dict[int, Tensor | None] = dict.fromkeys(places)
-        for_dali = {p: data for p, data in encoded.items() if self.dali and self.index.facts[p][3] and p not in self._not_dali}
-        found |= self._by_dali(for_dali)
+        for_dali = [p for p in encoded if self.dali and self.index.facts[p][3] and p not in self._not_dali]
+        found |= self._by_dali({place: without_profile(encoded[place]) for place in for_dali})
         for place, data in encoded.items():
             if found[place] is None:
                 try:

@@ -1,27 +1,34 @@
 """The usable files of a folder and what is known of each, kept on the disk so that only new and changed files are looked at again."""
 
-import hashlib
 import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_text_whole
-from .cache import cache_dir
-from .decode import BadFile
+from ..files import absent, locked, open_regular, write_text_whole
+from . import cache
+from .cache import tell_once
+from .decode import HEIC_HINT, HEIC_SUFFIXES, BadFile
+from .identity import content_of, fingerprint
 
-VERSION = 2
+VERSION = 3  # of what is known of a file, and of how it is decoded
 INSPECTORS = 4  # threads that look into files, more than there may be cores: they mostly wait for the disk
+PIECE = 256  # files after which what was found in them is kept
+PROGRESS = 20.0  # seconds between two words on how far the looking has come
 SHOWN = 20  # names of bad files that the log shows; all of them stand in a file beside the index
 
 log = logging.getLogger("sami_fast.data")
-_told: set[tuple[Any, ...]] = set()  # folders and bad files that this process has warned of
+
+Entry = list[Any]  # size, times, "" or why it cannot be used, content, facts
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ class Index:
         names: Usable files, paths relative to the folder with forward slashes.
         facts: What the inspection found, one per name.
         bad: Unusable files and why.
-        others: Number of files with other suffixes, which are ignored.
-        state: Changes when a usable file comes, goes or is written anew.
+        contents: `content_of` each.
+        others: Files with other endings, which are left out: how many of each.
     """
 
     folder: Path
@@ -43,27 +50,37 @@ class Index:
     names: list[str]
     facts: list[Any]
     bad: dict[str, str]
-    others: int
-    state: str
+    contents: list[str]
+    others: Mapping[str, int]
+
+    @property
+    def state(self) -> str:
+        """Changes when a usable file comes, goes or gets another content, and with the way of decoding."""
+        return fingerprint([str(VERSION), *(f"{name} {content}" for name, content in zip(self.names, self.contents, strict=True))])
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> Entry:
+    """Size and times; the second time is the system's own, and changes whatever a copying program does to the first."""
     try:
         found = path.stat()
     except (OSError, ValueError):  # ValueError: a zero byte in a listed name
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return [-1, -1, -1]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], int]:
-    """Names with these suffixes below a folder, sorted, and the number of other files. Links to folders are followed, circles are not."""
+def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], Counter[str]]:
+    """Names with these suffixes below a folder, sorted, and how many others of each. Links to folders are followed, circles are not."""
 
     def unreadable(error: OSError) -> None:
         log.warning("%s: skipped a folder: %s", plain(str(error.filename)), error.strerror)
 
-    names, others, seen = [], 0, set()
+    names, others, seen = [], Counter(), set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        here = os.stat(place)
+        try:
+            here = os.stat(place)
+        except OSError as error:  # gone since its names were read
+            unreadable(error)
+            continue
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
@@ -74,10 +91,11 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], int]:
         for name in files:
             if name.startswith("."):
                 continue
-            if os.path.splitext(name)[1].lower() in suffixes:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in suffixes:
                 names.append(name if prefix == "." else f"{prefix}/{name}".replace(os.sep, "/"))
             else:
-                others += 1
+                others[ending] += 1
     return sorted(names), others
 
 
@@ -109,60 +127,112 @@ def build_index(
     except OSError as error:
         raise UserError(f"data.path: cannot reach the folder {folder} ({error.strerror})") from None
     if not there:
-        raise UserError(f"data.path: no folder {folder}")
+        raise UserError(f"data.path: {absent(folder, 'folder')}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"data.path: no permission to read the folder {folder}")
-    others = 0
+    others: Counter[str] = Counter()
     listed = sorted(names) if names is not None else None
     if listed is None:
         listed, others = _walk(folder, suffixes)
+    hint = HEIC_HINT if what == "images" and HEIC_SUFFIXES & others.keys() else ""
     if not listed:
         some = ", ".join(sorted(suffixes)[:6])
-        raise UserError(f"data.path: no {what} in {folder}; expected files ending in {some} ..., found {others} other file(s)")
-    try:
-        cache = cache_dir(configured_cache, folder)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot keep the index of {folder} there ({error})") from None
-    file = cache / f"{what}.json"
-    known = _read(file)
-    found = known.copy()
+        found = f"{others.total()} other file(s)" + (f": {left_out(others)}" if others else "")
+        raise UserError(f"data.path: no {what} in {folder}; expected files ending in {some} ..., found {found}{hint}")
+    if others:
+        share = others.total() / (others.total() + len(listed))
+        tell_once(f"{folder}: {share:.2%} of the files are left out, by their endings: {left_out(others)}{hint}")
+    place = cache.cache_dir(configured_cache, folder)
     stats = {name: _stat(folder / name) for name in listed}
-    stale = [name for name in listed if name not in known or tuple(known[name][:2]) != stats[name]]
+    known = _read(place / f"{what}.json")
+    new = {*_stale(known, stats)}
+    if new:
+        try:
+            place = cache.writable(place)
+            file, lines = place / f"{what}.json", place / f"{what}.jsonl"
+            with locked(place):
+                known |= _read(file) | _read_lines(lines)  # another process may have looked meanwhile
+                if stale := _stale(known, stats):
+                    for entries in _look(folder, {name: stats[name] for name in stale}, inspect, what):
+                        known |= entries
+                        _append(lines, entries)
+                    kept = known if names is not None else {name: known[name] for name in listed}
+                    _write(file, json.dumps({"version": VERSION, "files": kept}))
+                    lines.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: cannot keep the index of {folder} there ({error})") from None
+    bad = {name: known[name][3] for name in listed if known[name][3]}
+    report_bad(folder, bad, len(listed), max_bad, what, place, known=not bad.keys() & new)
+    good = [name for name in listed if not known[name][3]]
+    if not good:
+        raise UserError(f"data.path: none of the {len(listed)} {what} in {folder} can be read: {shown(bad, 3)}")
+    return Index(folder, place, good, [known[name][5] for name in good], bad, [known[name][4] for name in good], others)
 
-    def look(name: str) -> list[Any]:
+
+def _stale(known: Mapping[str, Entry], stats: Mapping[str, Entry]) -> list[str]:
+    """Files that are new or have changed since they were looked at."""
+    return [name for name, found in stats.items() if name not in known or known[name][:3] != found]
+
+
+def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], Any], what: str) -> Iterator[dict[str, Entry]]:
+    """What is found in files, some at a time. `stats` of each were taken before."""
+
+    def one(name: str) -> Entry:
         path = folder / name
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe or a device may never end
                 raise BadFile("not a regular file")
-            return [*stats[name], "", inspect(path)]
+            facts = inspect(path)
+            return [*stats[name], "", content_of(path), facts]
         except BadFile as error:
-            return [*stats[name], str(error), None]
+            return [*stats[name], str(error), "", None]
         except (OSError, ValueError) as error:  # may pass, as a lost network does: -1 fits no file, so it is looked at again
-            return [-1, -1, getattr(error, "strerror", None) or str(error), None]
+            return [-1, -1, -1, getattr(error, "strerror", None) or str(error), "", None]
 
-    if stale:
-        if len(stale) > 10_000:
-            log.warning("%s: looking at %d new or changed %s", folder, len(stale), what)
-        with ThreadPoolExecutor(INSPECTORS) as pool:
-            found.update(zip(stale, pool.map(look, stale, chunksize=64), strict=True))
-        entries = found if names is not None else {name: found[name] for name in listed}
-        _write(file, json.dumps({"version": VERSION, "files": entries}))
-    bad = {name: found[name][2] for name in listed if found[name][2]}
-    report_bad(folder, bad, len(listed), max_bad, what, cache)
-    good = [name for name in listed if not found[name][2]]
-    if not good:
-        raise UserError(f"data.path: none of the {len(listed)} {what} in {folder} can be read: {shown(bad, 3)}")
-    state = fingerprint(f"{name} {found[name][:2]}" for name in good)
-    return Index(folder, cache, good, [found[name][3] for name in good], bad, others, state)
+    begin = told = time.monotonic()
+    waiting = list(stats)
+    with ThreadPoolExecutor(INSPECTORS) as pool:
+        for first in range(0, len(waiting), PIECE):
+            names = waiting[first : first + PIECE]
+            yield dict(zip(names, pool.map(one, names), strict=True))
+            done, now = first + len(names), time.monotonic()
+            if now - told > PROGRESS:
+                told, left = now, (now - begin) / done * (len(waiting) - done)
+                log.warning("%s: looked at %d of %d new or changed %s, %.0f s to go", folder, done, len(waiting), what, left)
 
 
-def _read(file: Path) -> dict[str, list[Any]]:
+def left_out(others: Mapping[str, int]) -> str:
+    """How many files of which endings, most first."""
+    first = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{count} {plain(ending) or 'without one'}" for ending, count in first[:SHOWN])
+    return named + (f" and {len(first) - SHOWN} more endings" if len(first) > SHOWN else "")
+
+
+def _read(file: Path) -> dict[str, Entry]:
     try:
-        content = json.loads(file.read_text())
+        with open_regular(file) as stream:
+            content = json.load(stream)
         files = content["files"] if content["version"] == VERSION else {}
-        return {name: entry for name, entry in files.items() if len(entry) == 4}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {name: entry for name, entry in files.items() if len(entry) == 6}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}  # missing, cut off, or of another version: it is made anew
+
+
+def _read_lines(file: Path) -> dict[str, Entry]:
+    """What a process had found that was killed before it had looked at every file."""
+    found = {}
+    with suppress(OSError):
+        for line in file.read_text(errors="replace").splitlines():
+            with suppress(ValueError, TypeError):  # cut off
+                version, name, entry = json.loads(line)
+                if version == VERSION and len(entry) == 6:
+                    found[name] = entry
+    return found
+
+
+def _append(file: Path, entries: Mapping[str, Entry]) -> None:
+    with suppress(OSError), open(file, "a") as stream:  # a full disk: `_write` says so in the end
+        stream.write("".join(json.dumps([VERSION, name, entry]) + "\n" for name, entry in entries.items()))
 
 
 def _write(file: Path, text: str) -> None:
@@ -184,8 +254,8 @@ def shown(bad: dict[str, str], most: int) -> str:
     return ", ".join(first) + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
-def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, what: str, cache: Path) -> None:
-    """Log skipped files.
+def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, what: str, cache: Path, known: bool = False) -> None:
+    """Log skipped files, unless an earlier command has: they are `known` by the index.
 
     Raises:
         UserError: they are more than the allowed share.
@@ -193,20 +263,12 @@ def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, wh
     if not bad:
         return
     everything = cache / f"unreadable_{what}.txt"
-    _write(everything, "".join(f"{name!a}: {plain(reason)}\n" for name, reason in bad.items()))
+    if not known:
+        _write(everything, "".join(f"{name!a}: {plain(reason)}\n" for name, reason in bad.items()))
     if len(bad) > max_bad * total:
         raise UserError(
             f"data.path: {len(bad)} of {total} {what} in {folder} cannot be read, data.max_bad={max_bad:g} allows "
             f"{int(max_bad * total)}: {shown(bad, 3)}; all of them: {everything}"
         )
-    if os.environ.get("RANK", "0") == "0" and (folder, *bad) not in _told:  # one warning, however often the folder is opened
-        _told.add((folder, *bad))
-        log.warning("%s: skipped %d of %d %s: %s", folder, len(bad), total, what, shown(bad, SHOWN))
-
-
-def fingerprint(parts: Iterable[str]) -> str:
-    """A short name for a list of names: a resumed run must see the same files."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
+    if not known:
+        tell_once(f"{folder}: skipped {len(bad)} of {total} {what}: {shown(bad, SHOWN)}")

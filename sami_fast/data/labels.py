@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..errors import UserError
+from ..files import absent
 from .index import plain
 from .storage import held_out_places
 
@@ -148,7 +149,7 @@ def _number(text: str) -> float | None:
 def _read(path: Path) -> Table:
     """The table, which has a column and a row at least."""
     if not path.is_file():
-        raise UserError(f"data.labels: no file {path}")
+        raise UserError(f"data.labels: {absent(path, 'file')}")
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise UserError(f"data.labels: expected a .csv or .parquet file, found {path}")
     table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)

@@ -1,5 +1,6 @@
 """8-bit pixels on their way to the networks: cropped, resized, grey or colour, then [-1, 1]."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..errors import UserError
 from ..ops.backend import refusal
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -39,15 +41,19 @@ def resize(pixels: Tensor, size: int, box: Box | None = None) -> Tensor:
     """A square of images, resized with an antialiased triangle filter (as Pillow's bilinear, to one level of 255).
 
     Args:
-        pixels: [n, C, H, W] uint8; channels-last memory is the fast one.
+        pixels: [n, C, H, W] uint8, or float32; channels-last memory is the fast one.
         size: Height and width, in pixels.
         box: The square that is used; the central one when None.
     Returns:
-        [n, C, size, size] uint8.
+        [n, C, size, size], of the same dtype.
     """
     top, left, side = box or square(pixels.shape[2], pixels.shape[3])
     part = pixels[:, :, top : top + side, left : left + side]
-    return part if side == size else interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+    if side == size:
+        return part
+    if not len(part):  # torch cannot resize an empty batch
+        return part.new_empty(*part.shape[:2], size, size)
+    return interpolate(part, size=(size, size), mode="bilinear", antialias=True)
 
 
 def yuv_to_rgb(y: Tensor, u: Tensor, v: Tensor, box: Box, size: int, weights: tuple[float, float], full_range: bool) -> Tensor:
@@ -88,7 +94,7 @@ def core() -> Any | None:
 
 
 def with_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Grey (1) from colour, or colour (3) from grey, where they differ. [n, C, H, W] uint8 -> [n, channels, H, W] uint8.
+    """Grey (1) from colour, or any number of equal channels from grey, where they differ. [n, C, H, W] -> [n, channels, H, W].
 
     Raises:
         ValueError: there is no such conversion.
@@ -100,5 +106,12 @@ def with_channels(pixels: Tensor, channels: int) -> Tensor:
         return pixels.expand(-1, channels, -1, -1)
     if found == 3 and channels == 1:
         weights = torch.tensor(LUMA, device=pixels.device).view(1, 3, 1, 1)
-        return (pixels.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
+        grey = (pixels.float() * weights).sum(1, keepdim=True)
+        return grey.round().to(torch.uint8) if pixels.dtype == torch.uint8 else grey
     raise ValueError(f"channels: cannot make {channels} from {found}")
+
+
+def check_channels(found: int, asked: int, path: str | os.PathLike[str]) -> None:
+    """A `UserError` where `with_channels` cannot make the channels that are asked for of those of a file; 0 asks for none."""
+    if asked not in (0, found) and found != 1 and (found, asked) != (3, 1):
+        raise UserError(f"data.channels: expected {'3 or 1' if found == 3 else found} for {path}, found {asked}")

@@ -15,7 +15,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from .dataset import EightBit
 from .pixels import with_channels
-from .storage import held_out_places, rendered
+from .storage import held_out_places, rendered, take
 
 
 def needed(kind: str, package: str) -> Any:
@@ -58,8 +58,6 @@ class Rendered(EightBit):
         split: int = 0,
         cache_dir: str = "",
     ) -> None:
-        if channels not in (1, 3):
-            raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {channels}")
         self.image_shape, self.cache_dir = (channels, image_size, image_size), cache_dir
         self.places = held_out_places(count, holdout, split)
         self.size, self.held_out = len(self.places), holdout > 0 and count > 1
@@ -91,7 +89,7 @@ class Rendered(EightBit):
 
     def pixels(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, C, H, W] uint8, contiguous."""
-        return self._in_channels(self.array[self.places_of(index)])
+        return self._in_channels(take(self.array, self.places_of(index)))
 
     def _in_channels(self, images: np.ndarray) -> Tensor:
         """[n, S, S, 3] -> [n, C, S, S] uint8."""

@@ -15,6 +15,7 @@ from .. import ops
 from ..config import ROOM_RANGES, DataConfig
 from .pixels import to_unit
 from .rendered import Rendered, needed
+from .storage import take
 
 Profile = list[tuple[float, float]]  # (radius, height) from the floor up
 
@@ -104,7 +105,7 @@ class Rooms(Rendered):
 
     def clips(self, index: Tensor) -> Tensor:
         """[n] int64, below `num_clips` -> [n, T, C, H, W] float32 in [-1, 1]."""
-        clips = self._clips[index.cpu().numpy()]
+        clips = take(self._clips, index.cpu().numpy())
         return to_unit(self._in_channels(clips.reshape(-1, *clips.shape[2:]))).unflatten(0, clips.shape[:2])
 
     def clip_factors(self, index: Tensor) -> Tensor:

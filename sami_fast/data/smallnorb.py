@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import UserError
+from ..files import absent
 from .grids import FactorImages
-from .storage import PIECE, Packed, expect, readable, unpack
+from .storage import PIECE, Packed, expect, readable, take, unpack
 
 PARTS = ("smallnorb-5x46789x9x18x6x2x96x96-training", "smallnorb-5x01235x9x18x6x2x96x96-testing")
 DTYPES = {0x1E3D4C51: "<f4", 0x1E3D4C53: "<f8", 0x1E3D4C54: "<i4", 0x1E3D4C55: "u1"}  # by magic number
@@ -34,29 +35,30 @@ class SmallNORB(FactorImages):
 
     def _open(self, path: Path, image_size: int, cache_dir: str) -> tuple[Path, tuple[int, int], np.ndarray]:
         if not path.is_dir():
-            raise UserError(f"data.path: no folder {path}")
+            raise UserError(f"data.path: {absent(path, 'folder')}")
         found = [part for part in PARTS if any(path.glob(f"{part}-*.mat*"))]
         if not found:
             raise UserError(f"data.path: no file of data.kind smallnorb in {path}, expected {' or '.join(f'{p}-dat.mat' for p in PARTS)}")
         opened = [_open_part(path, part, cache_dir) for part in found]
-        self.left = [dat[:, 0] for dat, _ in opened]
+        self.held_in = [file for file, _, _ in opened]
+        self.left = [dat[:, 0] for _, dat, _ in opened]
         if len({images.shape[1] for images in self.left}) > 1:
             sides = " and ".join(str(images.shape[1]) for images in self.left)
             raise UserError(f"data.path: expected images of one size in {path}, found sides of {sides} pixels")
-        classes = np.concatenate([classes for _, classes in opened])
+        classes = np.concatenate([classes for _, _, classes in opened])
         return path, (1, self.left[0].shape[1]), classes
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         images, first = np.empty((len(places), *self.left[0].shape[1:]), np.uint8), 0
         for left in self.left:
             here = (places >= first) & (places < first + len(left))
-            images[here] = left[places[here] - first]
+            images[here] = take(left, places[here] - first)
             first += len(left)
         return images
 
 
-def _open_part(folder: Path, part: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """(stereo pairs [N, 2, H, H] uint8, classes [N, 4])."""
+def _open_part(folder: Path, part: str, cache_dir: str) -> tuple[Path, np.ndarray, np.ndarray]:
+    """(the file of the images, stereo pairs [N, 2, H, H] uint8, classes [N, 4])."""
     (dat_file, dat), (cat_file, cat), (info_file, info) = (
         _open(folder, f"{part}-{kind}.mat", cache_dir) for kind in ("dat", "cat", "info")
     )
@@ -74,7 +76,7 @@ def _open_part(folder: Path, part: str, cache_dir: str) -> tuple[np.ndarray, np.
         if len(wrong := labels[~np.isin(labels, allowed)]):
             step = " in steps of 2" if allowed.step == 2 else ""
             raise UserError(f"data.path: expected {name} 0 to {allowed[-1]}{step} in {file}, found {wrong[0]}")
-    return dat, np.stack([np.asarray(labels) // allowed.step for _, _, labels, allowed in columns], axis=1)
+    return dat_file, dat, np.stack([np.asarray(labels) // allowed.step for _, _, labels, allowed in columns], axis=1)
 
 
 def _open(folder: Path, name: str, cache_dir: str) -> tuple[Path, np.ndarray]:

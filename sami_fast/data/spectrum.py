@@ -14,7 +14,7 @@ def largest_eigenvalue(dataset: Dataset) -> float:
     """Variance along the first principal component of an evenly spaced sample of the images, values in [-1, 1] (not per pixel)."""
     count = SAMPLE if dataset.size is None else min(SAMPLE, dataset.size)
     index = torch.arange(count) * ((dataset.size or count) // count)
-    images = torch.cat([dataset.images(part).flatten(1).double().cpu() for part in index.split(64)])
+    images = torch.cat([dataset.training_images(part).flatten(1).double().cpu() for part in index.split(64)])
     images = images - images.mean(0)
     return torch.linalg.eigvalsh(images @ images.T / count)[-1].item()  # the same as of the covariance, which is larger
 

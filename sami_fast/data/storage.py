@@ -3,31 +3,32 @@
 Also which images evaluation keeps to itself.
 """
 
-import fcntl
 import hashlib
 import logging
 import math
+import os
 import re
-import time
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 from urllib.parse import quote
 
 import numpy as np
 
 from .. import ops
 from ..errors import UserError
-from ..files import PARTIAL, write_whole
+from ..files import absent, locked, write_whole
 from . import cache
+from .cache import in_words
 
 MEMORY = 256 * 2**20  # bytes; what cannot be mapped and is no larger is read into memory
 PIECE = 2**24  # bytes that are unpacked at a time
-FORGOTTEN = 3600  # seconds without a write after which a half-written file is taken for what a killed process left
+LARGEST_RATIO = 2000  # of an array to its file; what compresses further, a file of zeros or one that holds nothing yet, is no data
 
 log = logging.getLogger("sami_fast.data")
 
@@ -78,16 +79,20 @@ def load_array(path: str | Path, key: str, cache_dir: str, *, what: str = "array
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"data.path: no file {path}")
+        hint = "; data.kind image_folder and video_folder read folders" if path.is_dir() else ""
+        raise UserError(f"data.path: {absent(path, 'file')}{hint}")
     with readable(path):
         with open(path, "rb") as stream:
             magic = stream.read(8)
+            before = _before_hdf5(stream)
         if magic.startswith(NPY):
             name, packed = "", _in_npy(path, key, what)
         elif magic.startswith(ZIP):
             name, packed = _in_npz(path, key, what)
-        elif magic == HDF5:
-            name, packed = _in_hdf5(path, key, what)
+        elif magic.startswith(b"MATLAB") or (before and path.suffix == ".mat"):
+            raise ValueError("it is a MATLAB file, whose axes are stored in reverse; save the images as one of these, or as plain HDF5")
+        elif before is not None:
+            name, packed = _in_hdf5(path, key, what, before)
         else:
             raise ValueError(f"it begins with {magic!r}")
         if packed.dtype.hasobject:
@@ -133,8 +138,8 @@ def find_file(path: Path, patterns: Collection[str], kind: str) -> Path:
 
 
 def stamp(*files: Path) -> str:
-    """What changes when one of the files does: 16 digits made of their names, sizes and times."""
-    known = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    """What changes when one of the files is written anew: 16 digits made of their names, sizes and times, those of the system too."""
+    known = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file in files]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
@@ -175,7 +180,7 @@ def unpack(packed: Packed, source: Path, name: str, cache_dir: str, version: str
     if packed.nbytes == 0:  # nothing to map
         return np.empty(packed.shape, packed.dtype)
     if packed.offset is not None:
-        return np.memmap(source, packed.dtype, "r", packed.offset, packed.shape, order)
+        return _mapped(source, packed.dtype, packed.offset, packed.shape, order)
     if packed.nbytes <= (MEMORY if memory is None else memory):
         flat, filled = np.empty(packed.nbytes, np.uint8), 0
         for piece in _pieces(packed, source):
@@ -183,20 +188,19 @@ def unpack(packed: Packed, source: Path, name: str, cache_dir: str, version: str
             filled += len(piece)
         flat.flags.writeable = False
         return flat.view(packed.dtype).reshape(packed.shape, order=order)
+    if source.is_file() and packed.nbytes > LARGEST_RATIO * (size := source.stat().st_size):
+        raise UserError(f"data.path: {source} has {in_words(size)} and would unpack to {in_words(packed.nbytes)}: it holds no images")
     return _from_cache(packed, source, name, cache_dir, version or stamp(source))
 
 
 def _from_cache(packed: Packed, source: Path, name: str, cache_dir: str, version: str) -> np.ndarray:
     name = quote(name, safe="")
+    file = cache.cache_dir(cache_dir, source) / f"{name}-{version}.npy"
     try:
-        file = cache.cache_dir(cache_dir, source) / f"{name}-{version}.npy"
         # What was unpacked from an earlier state of the source goes.
-        array = _made_once(file, packed, lambda: _pieces(packed, source), rf"{re.escape(name)}-[0-9a-f]{{16}}\.npy")
+        return _made_once(file, packed, lambda: _pieces(packed, source), rf"{re.escape(name)}-[0-9a-f]{{16}}\.npy")
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot unpack {source} there ({error})") from None
-    if array is None:
-        raise UserError(f"data.cache_dir: {file} changed while it was read")
-    return array
 
 
 def rendered(kind: str, name: str, shape: tuple[int, ...], pieces: Callable[[], Iterator[bytes]], cache_dir: str) -> np.ndarray:
@@ -221,43 +225,37 @@ def rendered(kind: str, name: str, shape: tuple[int, ...], pieces: Callable[[], 
         yield from pieces()
 
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        array = _made_once(file, packed, render)
+        return _made_once(file, packed, render)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot keep the images of data.kind {kind} there ({error})") from None
-    if array is None:
-        raise UserError(f"data.cache_dir: {file} changed while it was read")
-    return array
 
 
-def _made_once(file: Path, packed: Packed, pieces: Callable[[], Iterator[bytes]], replaces: str = "") -> np.ndarray | None:
-    """The array of a file of the cache, which is written first if it is not there; None if it is gone again.
+def _made_once(file: Path, packed: Packed, pieces: Callable[[], Iterator[bytes]], replaces: str = "") -> np.ndarray:
+    """The array of a file of the cache, which is written first if it is not there.
 
     Args:
-        file: The .npy, in a folder that exists.
+        file: The .npy; its folder may not be there.
         packed: Its dtype and shape.
         pieces: Makes its bytes, in order.
         replaces: A pattern of the names of files that it takes the place of.
+    Raises:
+        UserError: there is no room for it, or it is gone again.
+        OSError: from the system.
     """
     if (array := _reopened(file, packed)) is not None:
         return array
-    with open(file.parent / "lock", "w") as lock:
-        with suppress(OSError):  # some network file systems have no locks: then every process makes it, from the same bytes
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    file = cache.writable(file.parent) / file.name
+    with locked(file.parent):
         if (array := _reopened(file, packed)) is not None:  # another process was faster
             return array
-        _discard_stale(file.parent, replaces)
+        for stale in [entry for entry in file.parent.iterdir() if re.fullmatch(replaces, entry.name)]:
+            stale.unlink(missing_ok=True)
+        if packed.nbytes > (free := shutil.disk_usage(file.parent).free):
+            raise UserError(f"data.cache_dir: expected room for {in_words(packed.nbytes)} in {file.parent}, found {in_words(free)}")
         write_whole(file, lambda stream: _write_npy(stream, packed, pieces()))
-    return _reopened(file, packed)
-
-
-def _discard_stale(folder: Path, pattern: str) -> None:
-    """Delete files whose name is of a pattern, and what a killed process left."""
-    for file in folder.iterdir():
-        stale = re.fullmatch(pattern, file.name)
-        with suppress(FileNotFoundError):
-            if stale or (file.name.startswith(PARTIAL) and time.time() - file.stat().st_mtime > FORGOTTEN):
-                file.unlink()
+    if (array := _reopened(file, packed)) is None:
+        raise UserError(f"data.cache_dir: {file} changed while it was read")
+    return array
 
 
 def _reopened(file: Path, packed: Packed) -> np.ndarray | None:
@@ -267,9 +265,58 @@ def _reopened(file: Path, packed: Packed) -> np.ndarray | None:
             shape, fortran, dtype = _npy_header(stream)
             if (shape, fortran, dtype) != (packed.shape, packed.fortran, packed.dtype):
                 return None
-            return np.memmap(file, dtype, "r", stream.tell(), shape, "F" if fortran else "C")
+            start = stream.tell()
+        return _mapped(file, dtype, start, shape, "F" if fortran else "C")
     except (OSError, ValueError):
         return None
+
+
+def _mapped(file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.memmap:
+    """An array where it lies; its file stays open for `take`."""
+    stream = open(file, "rb")  # noqa: SIM115 (closed with the array)
+    array = np.memmap(stream, dtype, "r", start, shape, order)
+    vars(array)["stream"] = stream
+    return array
+
+
+def _origin(array: Any) -> Any | None:
+    """The `_mapped` array that an array is a view of, if it is of one."""
+    while isinstance(array, np.ndarray) and "stream" not in getattr(array, "__dict__", {}):
+        array = array.base
+    return array if isinstance(array, np.ndarray) else None
+
+
+def take(array: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """array[places], of the first axis. To be used for whatever is read during a run.
+
+    A file that becomes shorter takes mapped memory away, and touching that ends the process without a word. So of an array that is mapped,
+    whole or as a view, rows are read from the file. Only where the first axis is the fastest, and a row lies all over the file, is its
+    length looked at instead, just before.
+
+    Raises:
+        UserError: the file has become shorter.
+    """
+    origin = _origin(array)
+    if origin is None or not len(array):
+        return array[places]
+    stream, row = origin.stream, array[0]
+    start = origin.offset + array.ctypes.data - origin.ctypes.data
+    span = row.itemsize + sum((count - 1) * stride for count, stride in zip(row.shape, row.strides, strict=True))
+    shorter = UserError(f"data.path: {stream.name} has become shorter while it was in use")
+    if span != row.nbytes:
+        if os.fstat(stream.fileno()).st_size < origin.offset + origin.nbytes:
+            raise shorter
+        return array[places]
+    rows, stride = np.empty((len(places), *row.shape), row.dtype), array.strides[0]
+    runs = np.split(np.arange(len(places)), np.flatnonzero((np.diff(places) != 1) | (stride != span)) + 1)  # of rows that lie side by side
+    for run in runs if len(places) else []:
+        if not 0 <= (first := int(places[run[0]])) <= len(array) - len(run):
+            raise IndexError(f"image {first} of {len(array)}")
+        read = os.pread(stream.fileno(), span * len(run), start + first * stride)
+        if len(read) < span * len(run):
+            raise shorter
+        rows[run[0] : run[-1] + 1] = np.ndarray((len(run), *row.shape), row.dtype, read, 0, (stride, *row.strides))
+    return rows
 
 
 def _write_npy(stream: BinaryIO, packed: Packed, pieces: Iterator[bytes]) -> None:
@@ -357,7 +404,16 @@ def _in_npz(path: Path, key: str, what: str) -> tuple[str, Packed]:
     return name, packed
 
 
-def _in_hdf5(path: Path, key: str, what: str) -> tuple[str, Packed]:
+def _before_hdf5(stream: BinaryIO) -> int | None:
+    """Where HDF5 begins, behind a block of the user's own of 512 bytes, 1024, 2048 ..., if anywhere."""
+    for place in (0, *(512 << n for n in range(12))):
+        stream.seek(place)
+        if stream.read(len(HDF5)) == HDF5:
+            return place
+    return None
+
+
+def _in_hdf5(path: Path, key: str, what: str, before: int) -> tuple[str, Packed]:
     try:
         import h5py
     except ImportError:
@@ -371,8 +427,10 @@ def _in_hdf5(path: Path, key: str, what: str) -> tuple[str, Packed]:
         shape, dtype, chunks = dataset.shape, dataset.dtype, dataset.chunks
         if shape is None:
             raise ValueError(f"{name!r} has no shape")
+        if dataset.external or dataset.is_virtual:  # any file that this user may read could be passed off as images
+            raise ValueError(f"{name!r} lies in other files, by {'external' if dataset.external else 'virtual'} storage")
         packed = Packed(dtype, shape)
-        as_it_is = chunks is None and not dataset.external and not dataset.is_virtual and dataset.id.get_storage_size() == packed.nbytes
+        as_it_is = not before and chunks is None and dataset.id.get_storage_size() == packed.nbytes
         offset = dataset.id.get_offset() if as_it_is else None
 
     def pieces() -> Iterator[bytes]:

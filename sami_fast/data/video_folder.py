@@ -16,11 +16,13 @@ from torch import Tensor
 from .. import ops
 from ..config import DataConfig
 from .dali import DaliDecoder
-from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Video, cut_out, decode_frames, video_facts
+from .decode import DALI_CODECS, DALI_GPU_CODECS, VIDEO_SUFFIXES, BadFile, DecodedFrame, Turn, Video, cut_out, decode_frames, video_facts
 from .decoded import Decoded, sizes
 from .labels import held_out_files
 from .order import pooled_order
 from .pixels import core, square, to_unit, with_channels, yuv_to_rgb
+
+LARGEST_WHOLE = 1 << 28  # bytes of a video that is handed to DALI as it is
 
 Frames = dict[int, Tensor]  # frame number -> [C, S, S] uint8
 
@@ -32,13 +34,13 @@ def _facts(path: Path) -> list[Any]:
     pts = video.pts
     even = len(pts) > 1 and (np.diff(pts) == pts[1] - pts[0]).all()
     times = [int(pts[0]), int(pts[1] - pts[0])] if even else pts.tolist()
-    return [video.codec, video.width, video.height, bool(even), times, list(video.keys), video.frames, video.fps, video.rotation, size]
+    return [video.codec, video.width, video.height, bool(even), times, list(video.keys), video.frames, video.fps, list(video.turn), size]
 
 
 def _video(facts: list[Any]) -> Video:
-    codec, width, height, even, times, keys, frames, fps, rotation, _ = facts
+    codec, width, height, even, times, keys, frames, fps, turn, _ = facts
     pts = times[0] + times[1] * np.arange(frames) if even else np.array(times, np.int64)
-    return Video(codec, width, height, pts, tuple(keys), frames, fps, rotation)
+    return Video(codec, width, height, pts, tuple(keys), frames, fps, Turn(*turn))
 
 
 class VideoFolder(Decoded):
@@ -148,8 +150,8 @@ class VideoFolder(Decoded):
         if self.dali is None:
             return "PyAV", "the compiled core converts its frames faster than DALI on a CPU" if core() else "without DALI"
         on_gpu = self.dali.device_id is not None
-        if facts.rotation:
-            return "PyAV", "it is stored rotated"
+        if any(facts.turn):
+            return "PyAV", "it is stored turned or mirrored"
         if not len(facts.pts):
             return "PyAV", "its container keeps no times"
         if facts.codec in (DALI_GPU_CODECS if on_gpu else DALI_CODECS):
@@ -158,6 +160,10 @@ class VideoFolder(Decoded):
 
     def files_of(self, index: Tensor) -> np.ndarray:
         return np.searchsorted(self.offsets, self.places_of(index), side="right") - 1
+
+    def in_order(self) -> Tensor:
+        """Video after video, each in the order of time."""
+        return torch.from_numpy(np.argsort(self.places))
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where frames come from: "files", names relative to the folder, and "frames", from 0."""
@@ -218,7 +224,7 @@ class VideoFolder(Decoded):
                 self._waiting.pop(job, None)
 
     def _decode_what_can_be(self, v: int, key: int, frames: list[int]) -> Frames:
-        """Frames that fail are remembered and not tried again.
+        """Frames that fail are remembered and not tried again; those before the damage are used.
 
         Stills are then tried one by one: whether a frame is there must not depend on which others a rank happened to ask for with it.
         """
@@ -226,18 +232,20 @@ class VideoFolder(Decoded):
             return self._decode_segment(v, key, frames)
         except (OSError, BadFile) as error:
             self.lose(self.index.names[v], getattr(error, "strerror", None) or str(error))
+            found = error.found if isinstance(error, BadFile) else {}
         if self.stills and len(frames) > 1:
             return {n: pixels for one in frames for n, pixels in self._decode_what_can_be(v, key, [one]).items()}
         with self._claim:
-            self._broken.update((v, n) for n in frames)
-        return {}
+            self._broken.update((v, n) for n in frames if n not in found)
+        return found
 
     def _decode_segment(self, v: int, key: int, frames: list[int]) -> Frames:
         path, video = self.index.folder / self.index.names[v], self.videos[v]
         if path.stat().st_size != self.index.facts[v][-1]:
             raise BadFile("changed since it was looked at")
         if self.dali is not None and self.decoder_of(v)[0] == "DALI":
-            whole = len(self._segments[v]) == 1  # else only a part is handed over, since DALI reads through all that it is given
+            # Else only a part is handed over, since DALI reads through all that it is given, and all of that lies in memory.
+            whole = len(self._segments[v]) == 1 and self.index.facts[v][-1] <= LARGEST_WHOLE
             try:
                 encoded = np.fromfile(path, np.uint8) if whole else np.frombuffer(cut_out(path, video, key, frames[-1] + 1), np.uint8)
                 decoded = self.dali.frames(encoded, [n if whole else n - key for n in frames], square(video.height, video.width))

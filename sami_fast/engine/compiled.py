@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import Config
+from ..environment import cache_home
 from ..methods.latent_model import LatentModel, Parts
 from ..step import Objective, guided_terms
 from .processes import mean_over_ranks
@@ -53,5 +53,4 @@ def compiled_parts(model: LatentModel, config: Config) -> Parts:
 
 def _keep_cache() -> None:
     """Compiled code stays where a later process finds it, unless the user has said where."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "sami-fast" / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_home() / "sami-fast" / "compiled"))

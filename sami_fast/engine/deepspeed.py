@@ -1,6 +1,5 @@
 """DeepSpeed: one engine around both networks or one around each, optimisers, backward and update, averaged weights, checkpoints."""
 
-import json
 import math
 import os
 import shutil
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
-from ..files import PARTIAL, write_text_whole
-from . import shards
-from .checkpoints import FORMAT, MANIFEST, fingerprint, sync, write_failure
+from ..files import partial_of
+from ..saved import read_weights
+from . import interruption, shards
+from .checkpoints import WEIGHTS, sync, write_failure, write_manifest
 from .compiled import recomputing
 from .processes import mean_over_ranks
-
-WEIGHTS = "training.safetensors"
 
 
 def _nvidia_apex_adam() -> Callable[..., torch.optim.Optimizer]:
@@ -83,7 +81,11 @@ def build_optimizers(networks: dict[str, nn.Module], config: Config, device: tor
 
 
 class Measurement:
-    """A few numbers on their way from the device: reading them waits for the step that made them, not for the ones queued since."""
+    """A few numbers on their way from the device: reading them waits for the step that made them, not for the ones queued since.
+
+    Args:
+        values: The numbers, and last one above 0 if some rank was asked to stop. [M + 1].
+    """
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._arrived = values, None
@@ -93,6 +95,13 @@ class Measurement:
             self._arrived.record()
 
     def read(self) -> list[float]:
+        return self._read()[:-1]
+
+    def asked_to_stop(self) -> bool:
+        """Whether some rank was, when the step ended. The same on all ranks."""
+        return self._read()[-1] > 0
+
+    def _read(self) -> list[float]:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
@@ -225,7 +234,8 @@ class Engine:
             decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parts, 1.0 - decay)
-        return Measurement(mean_over_ranks(total / micro_batches))
+        asked = total.new_full((1,), interruption.asked())
+        return Measurement(mean_over_ranks(torch.cat((total / micro_batches, asked))))
 
     def _share_clip(self) -> None:
         """Each engine clips by its own norm. Set its limit so that it shrinks its gradients as much as the norm over both asks for."""
@@ -256,6 +266,14 @@ class Engine:
         monitor = self._around_step.monitor
         if self.rank == 0 and monitor.enabled:
             monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def log_again(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the files of TensorBoard and CSV from a log, each row with its step: one file for all starts of a run, without the steps
+        that a resumed run takes again. W&B has them already."""
+        events = [(name, value, row["step"]) for row in rows for name, value in row.items() if isinstance(value, int | float)]
+        for monitor in (self._around_step.monitor.tb_monitor, self._around_step.monitor.csv_monitor):
+            if self.rank == 0 and monitor is not None and events:
+                monitor.write_events(events)
 
     def not_finite(self) -> str | None:
         """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
@@ -294,25 +312,24 @@ class Engine:
             UserError: the disk refuses; nothing half-written stays.
         """
         name = f"step_{step}"
-        partial, final = folder / f"{PARTIAL}{name}", folder / name
+        final = folder / name
+        partial = partial_of(final)
         tensors = self._on_chief(self._training_state())
         failure = ""
         if self.rank == 0:
             try:
-                partial.mkdir(exist_ok=True)
+                partial.mkdir()
                 save_file(tensors, partial / WEIGHTS)
                 sync(partial / WEIGHTS)
-                manifest = {
+                stated = {
                     **facts,
-                    "format": FORMAT,
                     "step": step,
                     "world_size": self.world_size,
                     "state": state,
                     # Networks in one engine have one count, and in two the same one: both take every step.
                     "adam_steps": shards.steps_taken(self._learning[0]),
-                    "files": {WEIGHTS: fingerprint(partial / WEIGHTS)},
                 }
-                write_text_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
+                write_manifest(partial, stated)
                 if final.exists():
                     shutil.rmtree(final)
                 os.rename(partial, final)
@@ -330,16 +347,30 @@ class Engine:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def _kinds(self, name: str) -> list[str]:
+        """What a checkpoint holds of a trained parameter."""
+        return ["weight", *shards.MOMENTS, *(["averaged"] if name in self.averaged else [])]
+
+    def unfit(self, checkpoint: Path) -> str:
+        """Why a checkpoint's tensors are not those of these networks, or an empty string; the first rank's to ask."""
+        expected = {f"{name}/{kind}": shards.whole_like(p) for name, p in self._trained.items() for kind in self._kinds(name)}
+        try:
+            read_weights(checkpoint / WEIGHTS, expected)
+        except UserError as error:
+            return str(error)
+        return ""
+
     def load(self, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Restore weights, optimiser and averaged weights; returns the `state` given to `save`, with "step"."""
         for engine in self._learning:
             shards.start(engine)
         with safe_open(checkpoint / WEIGHTS, "pt") as stored:
             for name, parameter in self._trained.items():
-                read = {kind: stored.get_tensor(f"{name}/{kind}") for kind in ("weight", *shards.MOMENTS)}
+                read = {kind: stored.get_tensor(f"{name}/{kind}") for kind in self._kinds(name)}
+                averaged = read.pop("averaged", None)
                 shards.restore(self._engine_of(name), parameter, read.pop("weight"), read)
-                if name in self.averaged:
-                    self.averaged[name].copy_(shards.part_of(parameter, stored.get_tensor(f"{name}/averaged")))
+                if averaged is not None:
+                    self.averaged[name].copy_(shards.part_of(parameter, averaged))
         for engine in self._learning:
             shards.refresh(engine)
             shards.set_steps_taken(engine, manifest["adam_steps"])

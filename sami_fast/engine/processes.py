@@ -1,54 +1,74 @@
 """The processes of a run: joining them, what rank 0 does for all, averages over them."""
 
+import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..environment import cores_of_rank, whole_number
+from ..errors import RankLostError, UserError
+from .watch import Watch, meet
 
-
-def from_environment(name: str, default: int) -> int:
-    """A whole number that a launcher left in the environment.
-
-    Raises:
-        UserError: it is something else.
-    """
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name}: expected a whole number, found {text!r}")
-    return int(text)
+_watch: Watch | None = None
+_actions = itertools.count()  # every rank counts the same
+T = TypeVar("T")
 
 
 def on_chief(action: Callable[[], object]) -> None:
-    """Rank 0 acts while the others wait; what a user must hear of its failure is raised on all of them.
+    """Rank 0 acts while the others wait, however long it takes; what a user must hear of its failure is raised on all of them.
 
     Raises:
         UserError: the action raised one, or an OSError.
     """
-    failure = [""]
-    if torch.distributed.get_rank() == 0:
+    _meet(action, [0])
+
+
+def on_each(action: Callable[[], T]) -> T:
+    """Every rank acts, each as long as it needs, and all wait for the last; else as `on_chief`. Returns what the rank's own action did."""
+    return _meet(action, range(torch.distributed.get_world_size()))
+
+
+def _meet(action: Callable[[], T], acting: Sequence[int]) -> T:
+    """Some ranks act, and all wait for them at their store: a collective would end the run after the group's timeout."""
+    number, done, heard = next(_actions), None, {}
+    assert _watch is not None
+    if _watch.rank in acting:
         try:
-            action()
+            done, heard[_watch.rank] = action(), ""
         except (UserError, OSError) as error:
-            failure = [str(error)]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0])
+            heard[_watch.rank] = str(error) or type(error).__name__
+        _watch.tell(f"action {number} of {_watch.rank}", heard[_watch.rank])
+    heard |= {rank: _watch.told(f"action {number} of {rank}") for rank in acting if rank != _watch.rank}
+    failure = heard.get(_watch.rank) or next(filter(None, heard.values()), "")
+    torch.distributed.barrier()  # rank 0 holds what the others read: it must not leave before
+    if failure:
+        raise UserError(failure)
+    return cast(T, done)
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
+def init_distributed(patience: float) -> tuple[int, int, torch.device]:
     """Join the process group the launcher describes, or make one of a single process.
 
+    Args:
+        patience: `EngineConfig.patience`.
     Returns:
         rank, world size, this rank's device.
+    Raises:
+        UserError: the launcher's variables make no sense, or the port cannot be used.
+        RankLostError: another rank did not come.
     """
-    local_rank = from_environment("LOCAL_RANK", 0)
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if "RANK" in os.environ and missing:
+    global _watch
+    local_rank, launched = whole_number("LOCAL_RANK", 0), bool(os.environ.get("RANK"))
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if launched and missing:
         raise UserError(f"environment variable {missing[0]}: missing while RANK is set; use a launcher, or unset RANK")
+    rank, world_size = (whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)) if launched else (0, 1)
+    if rank >= world_size:
+        raise UserError(f"environment variable RANK: expected less than WORLD_SIZE, {world_size}, found {rank}")
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # What DeepSpeed logs below errors helps its developers only. It reads these when it is first imported.
@@ -56,6 +76,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     os.environ.setdefault("LOG_LEVEL", "error")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.constants import default_pg_timeout
 
     # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,26 +96,47 @@ def init_distributed() -> tuple[int, int, torch.device]:
         device = torch.device("cpu")
     if not deepspeed.comm.is_initialized():
         backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
-        if "RANK" not in os.environ:  # no launcher: a group of one needs no port and no environment variables
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for this one all the same
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it, launcher or not
+        alone = world_size == 1  # a group of one needs no port, which another run may have taken
+        store = None if alone else meet(rank, world_size, patience)
+        if store is not None:
+            store.set_timeout(default_pg_timeout)  # of what the group waits for there; the ranks have met
+        group = torch.distributed.PrefixStore("group", store) if store else torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, timeout=default_pg_timeout, store=group, rank=rank, world_size=world_size)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+        _watch = Watch(rank, world_size, store, patience)
+    elif _watch is None:  # a group that the caller made
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        store = None if world_size == 1 else torch.distributed.distributed_c10d._get_default_store()
+        _watch = Watch(rank, world_size, store, patience)
+    return rank, world_size, device
 
 
 def leave_distributed() -> None:
     """Leave the process group; `init_distributed` may join another one later."""
+    global _watch
     import deepspeed
 
+    if _watch is not None:
+        _watch.close()
+        _watch = None  # the others are not missed any more
     deepspeed.comm.destroy_process_group()
+
+
+def end_run(words: str, status: int) -> None:
+    """Let the other ranks know why this one ends the run."""
+    if _watch is not None:
+        _watch.end(words, status)
+
+
+def lost_rank() -> RankLostError | None:
+    """The rank to blame for an error in this one, if there is one."""
+    return _watch.explain() if _watch is not None else None
 
 
 def set_threads(threads: int) -> None:
     """CPU threads of this rank; 0 gives every rank of the machine an equal share of the cores it may use."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), "WORLD_SIZE")
-    local_ranks = max(1, from_environment(name, 1) if "RANK" in os.environ else 1)
-    torch.set_num_threads(threads or max(1, available // local_ranks))
+    torch.set_num_threads(threads or cores_of_rank())
 
 
 def mean_over_ranks(local_mean: Tensor) -> Tensor:

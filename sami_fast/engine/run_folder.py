@@ -1,16 +1,17 @@
 """The folder of a run: who may write there, its log, its small files. Everything here happens on one rank."""
 
-import fcntl
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from ..errors import UserError
-from ..files import PARTIAL, write_text_whole
+from ..files import PARTIAL, open_lock, open_regular, parse_json, take_lock, write_text_whole, write_whole
 from . import checkpoints
 
 CONTENTS = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report", ".lock"}
+BLANK = {"config.yaml", "environment.json", "tensorboard", "csv", "checkpoints"}  # before the first step
 
 
 class RunFolder:
@@ -23,7 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path, patient: bool = False) -> None:
         self.path, self.checkpoints, self.patient = path, path / "checkpoints", patient
-        self._lock: TextIO | None = None
+        self._lock: BinaryIO | None = None
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Whether a run may begin here.
@@ -35,11 +36,31 @@ class RunFolder:
             raise UserError(f"{self.path}: expected a run folder, found a file; set name= or runs_dir=")
         entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         entries = {name for name in entries if not name.startswith(PARTIAL)} - {".lock"}
-        if entries and not (resume or overwrite):
+        if entries and not (resume or overwrite) and not self._is_blank(entries):
             raise UserError(f"{self.path}: holds a run already; continue it with --resume, replace it with --overwrite, or set name=")
         if entries and not (entries & {"checkpoints", "environment.json"} and (resume or entries <= CONTENTS)):
             strange = ", ".join(sorted(entries - CONTENTS)[:1]) or "no run"
             raise UserError(f"{self.path}: expected a run folder, and this one holds {strange}; set name= or runs_dir=")
+
+    def _is_blank(self, entries: set[str]) -> bool:
+        """Whether it holds a run of which nothing is lost: one that ended before its first step."""
+        return "environment.json" in entries and entries <= BLANK and not checkpoints.list_checkpoints(self.checkpoints)
+
+    def require_room(self, needed: int, *, overwrite: bool) -> None:
+        """Whether so many bytes can be written here.
+
+        Raises:
+            UserError: they cannot.
+        """
+        place = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(place).free
+        if overwrite and self.path.is_dir():
+            free += sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        if free < needed:
+            raise UserError(
+                f"{self.path}: expected room for a checkpoint of {needed / 1e6:.1f} MB, found {free / 1e6:.1f} MB; "
+                "free some, set runs_dir= to another disk, or take smaller networks"
+            )
 
     def lock(self) -> None:
         """Make the folder this process's own until `release` or the process's end, if it is not yet.
@@ -51,19 +72,22 @@ class RunFolder:
         if self._lock is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        lock = self._lock = open_lock(self.path / ".lock")  # held as long as the run
+        taken = take_lock(lock, wait=False)
+        if taken is None:
+            print(f"{self.path}: this file system has no locks; see to it that nothing else trains there", flush=True)
+        elif not taken:
             if not self.patient:
                 self.release()
-                raise UserError(f"{self.path}: another process is training there") from None
+                raise UserError(f"{self.path}: another process is training there")
             print(f"{self.path}: another process is training there; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock, wait=True)
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
+    def claim(self, *, resume: bool, overwrite: bool, afresh: Sequence[str] = ()) -> None:
         """`lock` the folder, and clear it of what a killed process left half-written.
 
+        Args:
+            afresh: Folders in it that are made again from the log, and are removed.
         Raises:
             UserError: as `check` and `lock`.
             OSError: the system refuses.
@@ -71,14 +95,17 @@ class RunFolder:
         self.check(resume=resume, overwrite=overwrite)
         self.lock()
         if overwrite:
-            for entry in self.path.iterdir():
+            # Last what makes it a run folder: a kill in between must leave one.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "environment.json"):
                 if entry.is_dir():
                     shutil.rmtree(entry)
                 elif entry.name != ".lock":
                     entry.unlink()
+        for name in afresh:
+            shutil.rmtree(self.path / name, ignore_errors=True)
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.path, self.checkpoints, self.path / "model", self.path / "report"):
-            checkpoints.remove_partial(folder)
+            checkpoints.clear(folder)
 
     def release(self) -> None:
         """Let other processes have the folder."""
@@ -102,16 +129,22 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}/metrics.jsonl: cannot write ({error}); the last checkpoint is whole") from None
 
+    def logged(self) -> list[dict[str, Any]]:
+        """The rows of the log; after `cut_log`, which leaves no other lines."""
+        log = self.path / "metrics.jsonl"
+        return [parse_json(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+
     def cut_log(self, step: int) -> None:
         """Drop the log lines after a step: a resumed run writes them again."""
         log = self.path / "metrics.jsonl"
         if not log.exists():
             return
         kept = []
-        for line in log.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a kill
-        write_text_whole(log, "".join(kept))
+        with open_regular(log) as stream:
+            for line in stream:
+                try:
+                    if parse_json(line)["step"] <= step:
+                        kept.append(line.rstrip(b"\n") + b"\n")
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut short by a kill
+        write_whole(log, lambda stream: stream.writelines(kept))

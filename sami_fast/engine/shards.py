@@ -60,6 +60,11 @@ def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return padded[size * torch.distributed.get_rank() :][:size]
 
 
+def whole_like(parameter: nn.Parameter) -> Tensor:
+    """A tensor of the whole weight's shape and dtype that takes no memory."""
+    return torch.empty(parameter.ds_shape if is_partitioned(parameter) else parameter.shape, dtype=parameter.dtype, device="meta")
+
+
 def whole_weight(parameter: nn.Parameter) -> Tensor:
     """A weight in its own shape. Every rank has to call it."""
     return whole(parameter, local(parameter).detach())

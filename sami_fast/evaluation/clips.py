@@ -1,12 +1,14 @@
 """How straight the clips of a dataset run: through the latents, and through what they are compared with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import AbsentError, UserError
 from ..methods.latent_model import LatentModel
 from ..metrics.straightness import straightness
 from .latents import Baselines, Latents
@@ -23,18 +25,29 @@ def num_clips(run: Run) -> int:
     return 0 if run.evaluation.clip_length < 3 else MAX_CLIPS if known is None else min(MAX_CLIPS, known)
 
 
+def whole_clips(run: Run) -> Iterator[Tensor]:
+    """Evaluation clips, [T, C, H, W] each, without those of which a frame cannot be read."""
+    for index in range(num_clips(run)):
+        with suppress(AbsentError):
+            yield run.evaluation.clips(torch.tensor([index]))[0]
+
+
 @torch.no_grad()
 def through(run: Run, *represent: Represent) -> list[np.ndarray]:
     """Evaluation clips, each frame by itself, in every representation: the frames, which may have to be decoded, are read once.
 
     Returns:
         [N, T, D] float64 for each, with its own D.
+    Raises:
+        UserError: none can be read.
     """
     clips: list[list[np.ndarray]] = [[] for _ in represent]
-    for index in range(num_clips(run)):
-        frames = run.evaluation.clips(torch.tensor([index]))[0].to(run.model.device).split(run.batch_size)
+    for clip in whole_clips(run):
+        frames = clip.to(run.model.device).split(run.batch_size)
         for paths, codes in zip(clips, represent, strict=True):
             paths.append(np.concatenate([codes(part) for part in frames]))
+    if not clips[0]:
+        raise UserError("data.path: no evaluation clip can be read")
     return [np.stack(paths).astype(np.float64) for paths in clips]
 
 

@@ -8,7 +8,9 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from ..errors import UserError
 from ..methods.latent_model import LatentModel
+from ..metrics.checks import as_table
 from ..metrics.latents import information_per_dim, kl_per_dim, live_dims
 from .run import Run
 
@@ -31,14 +33,21 @@ class Latents:
 
 @torch.no_grad()
 def encode(run: Run, model: LatentModel) -> Latents:
-    """Encode the evaluation images with a model for the run's images."""
+    """Encode the evaluation images with a model for the run's images.
+
+    Raises:
+        UserError: its latents are no numbers that one could score.
+    """
     mu, var, z = [], [], []
     for index in run.index():
         posterior = model.encode(run.images(index))
         z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
         mu.append(posterior.mu)
         var.append(posterior.var)
-    mu, var, z = (torch.cat(parts).double().cpu().numpy() for parts in (mu, var, z))
+    try:
+        mu, var, z = (as_table(name, torch.cat(parts).double().cpu().numpy()) for name, parts in (("mu", mu), ("var", var), ("z", z)))
+    except ValueError as error:
+        raise UserError(f"{run.folder}: its latents cannot be scored ({error})") from None
     if model.deterministic:
         return Latents(mu, var, z, None, np.flatnonzero(np.ptp(mu, axis=0) > 0))
     return Latents(mu, var, z, kl_per_dim(mu, var), live_dims(information_per_dim(mu, var)))

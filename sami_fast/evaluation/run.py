@@ -1,6 +1,5 @@
 """A finished run, read from its folder."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,17 @@ from torch import Tensor
 from ..config import Config, load_config
 from ..data import Dataset, open_dataset
 from ..errors import UserError
+from ..files import open_regular, parse_json
 from ..methods.latent_model import LatentModel
 from ..methods.registry import load_model
 
 TRAIN_IMAGES = 4000
+READ_TOGETHER = 256  # images
 VALUES_PER_BATCH = 1 << 18  # pixels of one batch of encodings
-ROW = {"step", "loss_nats", "kl_per_dim", "kl_weight", "images_per_second", "seconds"}  # of training
+MOST_LINE = 2**20  # letters of a line of the log
+LARGEST = 1e30  # of a number in the log, so that charts can be drawn
+ROW = ("step", "loss_nats", "kl_nats", "kl_weight", "images_per_second", "seconds")  # numbers in every row of training
+PER_DIM = ("kl_per_dim", "information_per_dim")  # lists of numbers, the second not in the rows of earlier versions
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Run:
 
     def train_images(self, index: Tensor) -> Tensor:
         """Training images, [n] int64, below `num_train` -> as `images`."""
-        return self.train.images(self.chosen_train[index]).to(self.model.device)
+        return self.train.training_images(self.chosen_train[index]).to(self.model.device)
 
     @property
     def count(self) -> int:
@@ -76,31 +80,68 @@ def places(dataset: Dataset, count: int) -> Tensor:
         return torch.arange(count)
     count = min(count, dataset.size)
     if dataset.clip_length:  # in their order, since videos are decoded from one keyframe to the next
-        return torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()
+        return dataset.in_order()[torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()]
     return torch.randperm(dataset.size, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def readable(dataset: Dataset, index: Tensor) -> Tensor:
+    """Those of the images that can be read: none may stand for another beside the factors of that one.
+
+    Raises:
+        UserError: there are none.
+    """
+    there = []
+    for part in index.split(READ_TOGETHER):
+        _, absent = dataset.read(part)
+        there.append(part[[place not in absent for place in range(len(part))]])
+    if not sum(map(len, there)):
+        raise UserError(f"data.path: none of the {len(index)} evaluation images can be read")
+    return torch.cat(there)
 
 
 def _read(file: Path, what: str) -> str:
     try:
-        return file.read_text()
+        with open_regular(file) as stream:
+            return stream.read().decode()
     except FileNotFoundError:
         raise UserError(f"{file}: not found; {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
 
 
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    rows = []
+def _read_log(file: Path, model: LatentModel, steps: int) -> list[dict[str, Any]]:
+    """Rows of training: of a line that training does not write, such as one cut short by a kill, nothing is believed."""
+    rows: list[dict[str, Any]] = []
     for line in _read(file, "expected the log that training writes, a line every log.every steps").splitlines():
+        if len(line) > MOST_LINE:
+            continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
-            continue  # a line cut short by a kill
-        if isinstance(row, dict) and row.keys() >= ROW:
+            continue
+        if _is_row(row, model) and (rows[-1]["step"] if rows else 0) < row["step"] <= steps:
             rows.append(row)
     if not rows:
         raise UserError(f"{file}: holds no step of training; the run ended before its first log line")
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is_row(row: Any, model: LatentModel) -> bool:
+    """Whether a line of the log is a row of training of this model."""
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    numbers = [row.get(name) for name in (*ROW, *(term.name for term in model.terms))]
+    numbers += [row["information_sum_nats"]] if "information_sum_nats" in row else []
+    lists = [row[name] for name in PER_DIM if name in row]
+    return (
+        all(map(_is_number, numbers))
+        and PER_DIM[0] in row
+        and all(isinstance(each, list) and len(each) == model.latent_size and all(map(_is_number, each)) for each in lists)
+    )
 
 
 def open_run(folder: Path, images: int | None = None) -> Run:
@@ -116,18 +157,21 @@ def open_run(folder: Path, images: int | None = None) -> Run:
         raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
     config = load_config(str(folder / "config.yaml"))
     try:
-        environment = json.loads(_read(folder / "environment.json", "expected the description of the machine that training writes"))
+        environment = parse_json(_read(folder / "environment.json", "expected the description of the machine that training writes"))
         if not isinstance(environment, dict):
             raise ValueError
     except ValueError:
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
-    log = _read_log(folder / "metrics.jsonl")
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
+    log = _read_log(folder / "metrics.jsonl", model, config.train.steps)
+    try:
+        train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
+    except UserError as error:  # speaks of settings, which stand in the run's config
+        raise UserError(f"{folder}/config.yaml: {error}") from None
     if evaluation.image_shape != model.image_shape:
         raise UserError(
             f"{folder}: its model was trained on images of shape {list(model.image_shape)} (C, H, W), its data are now "
             f"{list(evaluation.image_shape)}"
         )
-    chosen, chosen_train = places(evaluation, images or config.report.images), places(train, TRAIN_IMAGES)
+    chosen, chosen_train = readable(evaluation, places(evaluation, images or config.report.images)), places(train, TRAIN_IMAGES)
     return Run(folder, config, environment, log, model, train, evaluation, chosen, chosen_train)

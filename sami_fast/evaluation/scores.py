@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.guidance import GuidanceProfile
 from ..metrics.identifiability import correlation_matrix
@@ -107,7 +108,10 @@ def bound_scores(run: Run) -> dict[str, Any]:
         return {}
     common = {"seed": run.config.seed, "batch_size": run.batch_size}
     eight_bit = all(is_eight_bit(run.images(index)) for index in run.index())
-    decoder_var = fit_decoder_var(run.model, run.train_images, min(DECODER_IMAGES, run.num_train), **common)
+    try:
+        decoder_var = fit_decoder_var(run.model, run.train_images, min(DECODER_IMAGES, run.num_train), **common)
+    except ValueError as error:
+        raise UserError(f"{run.folder}: its model cannot be scored ({error})") from None
     bound = negative_elbo(run.model, run.images, run.count, decoder_var=decoder_var, eight_bit=eight_bit, **common)
     elbo = float(bound.total.mean())
     terms = {name: float(getattr(bound, name).mean()) for name in ("diffusion", "prior", "reconstruction")}

@@ -10,9 +10,10 @@ from typing import Self
 import numpy as np
 
 from ..errors import UserError
-from ..files import write_whole
+from ..files import open_regular, write_whole
 from ..metrics.checks import as_table
 
+MOST_BYTES = 2**26  # of a file of axes, unpacked
 DUAL_TOLERANCE = 1e-3  # of readouts @ directions.T: room for arrays kept in float32
 
 
@@ -101,17 +102,24 @@ class Axes:
         """Read what `save` wrote. No pickle is read.
 
         Raises:
-            UserError: no such file, not an .npz, an entry missing, or entries that do not fit each other.
+            UserError: no such file, not an .npz, an entry missing, too large, or entries that do not fit each other.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if missing := {"names", "directions", "readouts", "center"} - set(file):
-                    raise UserError(f"{path}: no entry {min(missing)!r}; expected names, directions, readouts and center")
-                return cls(tuple(file["names"].tolist()), file["directions"], file["readouts"], file["center"])
+            with open_regular(path) as stream:
+                with zipfile.ZipFile(stream) as archive:
+                    size = sum(member.file_size for member in archive.infolist())  # what is unpacked is never more than it says
+                if size > MOST_BYTES:
+                    raise UserError(f"{path}: expected axes of at most {MOST_BYTES >> 20} MiB, found {size >> 20}")
+                with np.load(stream, allow_pickle=False) as file:
+                    if missing := {"names", "directions", "readouts", "center"} - set(file):
+                        raise UserError(f"{path}: no entry {min(missing)!r}; expected names, directions, readouts and center")
+                    return cls(tuple(file["names"].tolist()), file["directions"], file["readouts"], file["center"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file of axes") from None
-        except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a file of axes ({error})") from None
+        except UserError:
+            raise
+        except Exception as error:  # of the system, the archive, its compression, NumPy's header and the axes: each has kinds of its own
+            raise UserError(f"{path}: not a file of axes ({getattr(error, 'strerror', None) or error})") from None
 
     def _latents(self, z: np.ndarray) -> np.ndarray:
         z = as_table("z", z)

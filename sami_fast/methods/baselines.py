@@ -47,6 +47,8 @@ class BetaVAE(Baseline):
 
     Args:
         decoder_std: s, in the units of x_0.
+    Raises:
+        ValueError: decoder_std is not positive.
     Source: Higgins et al., "beta-VAE", ICLR 2017; Kingma & Welling, arXiv:1312.6114.
     """
 
@@ -71,6 +73,8 @@ class BetaVAE(Baseline):
 
     def __init__(self, *arguments: Any, decoder_std: float = 1.0, **others: Any) -> None:
         super().__init__(*arguments, **others)
+        if not (isinstance(decoder_std, int | float) and 0 < decoder_std < 1e6):
+            raise ValueError(f"decoder_std: expected a number above 0 and below 1e6, found {decoder_std!r}")
         self.decoder_std = decoder_std
 
     @property
@@ -115,6 +119,8 @@ class DiffAE(Baseline):
 
     def __init__(self, *arguments: Any, stochastic: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
+        if not isinstance(stochastic, bool):
+            raise ValueError(f"stochastic: expected true or false, found {stochastic!r}")
         self.deterministic = not stochastic
 
     @property

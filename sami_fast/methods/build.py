@@ -11,7 +11,7 @@ from torch import nn
 from ..config import Config, ScheduleConfig
 from ..errors import UserError
 from ..pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
-from ..schedule import Discrete, Schedule, build_schedule
+from ..schedule import MOST_LOGSNR, Discrete, Schedule, build_schedule
 from .latent_model import LatentModel, read_saved
 from .registry import METHODS
 from .sami import Sami
@@ -33,7 +33,9 @@ def noisiest_level_of_denoiser(config: Config) -> float | None:
     source = config.denoiser.pretrained
     if not source or is_diffusers(source):
         return None
-    return read_saved(source)[1]["schedule"].get("logsnr_min")
+    schedule = read_saved(source)[1].get("schedule")
+    level = schedule.get("logsnr_min") if isinstance(schedule, dict) else None
+    return level if isinstance(level, int | float) and abs(level) <= MOST_LOGSNR else None
 
 
 def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 Sami (sami.py) has a denoiser and no decoder; the baselines it is compared with (baselines.py) are built and saved in the same way.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,19 +10,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .. import ops, score
 from ..errors import UserError
-from ..files import write_text_whole, write_whole
 from ..hub import located
 from ..models import Encoder
+from ..saved import SETTINGS, WEIGHTS, count_weights, read_model_settings, read_weights, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
 
 FORMAT = "sami-fast/1"
+SPARE = 2**24  # numbers that a file of weights may lack and the networks are made all the same, so that the keys it lacks can be named
 
 
 @dataclass(frozen=True)
@@ -163,6 +161,11 @@ class LatentModel(nn.Module):
         """A fresh network beside it."""
         return cls.partner_type(**arguments)
 
+    @classmethod
+    def sketch(cls, architecture: dict[str, dict[str, Any]]) -> list[nn.Module]:
+        """Networks of this architecture, all or the larger part of them, of which only the number of weights counts."""
+        return [Encoder(**architecture["encoder"]), cls.partner_type(**architecture[cls.partner])]
+
     @property
     def settings(self) -> dict[str, Any]:
         """What `build` needs beside the networks' arguments and the schedule."""
@@ -229,8 +232,6 @@ class LatentModel(nn.Module):
         """
         if self.architecture is None:
             raise ValueError("architecture: expected the arguments of this package's networks; save networks of your own with safetensors")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "format": FORMAT,
             "method": self.method,
@@ -239,9 +240,7 @@ class LatentModel(nn.Module):
             "settings": self.settings,
         }
         weights = self.state_dict() if weights is None else weights
-        weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-        write_whole(folder / "model.safetensors", lambda stream: stream.write(save(weights, metadata={"format": "pt"})))
-        write_text_whole(folder / "config.json", json.dumps(config, indent=2))
+        write_model(Path(folder), config, {name: value.detach().cpu().contiguous() for name, value in weights.items()})
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -255,37 +254,35 @@ class LatentModel(nn.Module):
             UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture.
         """
         folder, config = read_saved(folder_or_id)
+        file = folder / WEIGHTS
         try:
             if (method := config.get("method", "sami")) != cls.method:
                 raise UserError(f"{folder_or_id}: expected a model of method {cls.method}, found {method}")
             architecture = {key: config[key] for key in ("encoder", cls.partner)}
+            with torch.device("meta"):  # where networks take no memory, however large their settings say that they are
+                least = sum(p.numel() for network in cls.sketch(architecture) for p in network.parameters())
+            if least > (found := count_weights(file)) + SPARE:
+                raise UserError(f"{file}: weights of another architecture: expected {least} numbers at least, found {found}")
             model = cls.build(architecture, config["schedule"], **config.get("settings", {}))
+        except UserError:
+            raise
         except ImportError as error:
             raise UserError(f"{folder_or_id}: needs {error.name}: `pip install 'sami-fast[pretrained]'`") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
-        try:
-            weights = load_file(folder / "model.safetensors")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder}/model.safetensors: damaged or not a safetensors file ({error})") from None
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder}/model.safetensors: weights of another architecture than config.json describes ({reason})") from None
+        except Exception as error:  # of networks by settings that anybody may have written: of many kinds
+            raise UserError(
+                f"{folder / SETTINGS}: does not describe a model of this package ({' '.join(str(error).split())[:300]})"
+            ) from None
+        model.load_state_dict(read_weights(file, model.state_dict()))
         return model.to(device).eval()
 
 
 def read_saved(folder_or_id: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """Where a saved model lies and its config.json; arguments and errors as in `LatentModel.from_pretrained`."""
+    """Where a saved model lies and its settings; arguments and errors as in `LatentModel.from_pretrained`."""
     folder = located(folder_or_id)
-    for name in ("config.json", "model.safetensors"):
+    for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder_or_id}: no {name} there; expected a run folder or a saved model")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if config.get("format") != FORMAT:
-            raise UserError(f"{folder}/config.json: expected format {FORMAT}, found {config.get('format')!r}")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json: does not describe a model of this package ({error})") from None
+    config = read_model_settings(folder)
+    if config.get("format") != FORMAT:
+        raise UserError(f"{folder / SETTINGS}: expected format {FORMAT}, found {config.get('format')!r}")
     return folder, config

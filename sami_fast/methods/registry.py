@@ -16,6 +16,6 @@ def load_model(folder_or_id: str | os.PathLike[str], device: torch.device | str 
     """A trained model of whichever method; arguments and errors as in `LatentModel.from_pretrained`."""
     _, config = read_saved(folder_or_id)
     method = config.get("method", "sami")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"{folder_or_id}: expected a model of method {', '.join(METHODS)}, found {method!r}")
     return METHODS[method].from_pretrained(folder_or_id, device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import score
-from ..pretrained import build_denoiser, build_encoder
+from ..pretrained import build_denoiser, build_encoder, sketch
 from ..schedule import Schedule, alpha_sigma
 from ..step import Draw, denoising_step, training_step
 from .latent_model import LatentModel, Parts, Posterior, Prose, StepLoss, Term
@@ -61,6 +61,10 @@ class Sami(LatentModel):
     @classmethod
     def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
         return build_denoiser(arguments, schedule)
+
+    @classmethod
+    def sketch(cls, architecture: dict[str, dict[str, Any]]) -> list[nn.Module]:
+        return sketch(architecture["encoder"], architecture["denoiser"])
 
     def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
         """`step.training_step`; in phase "denoiser" `step.denoising_step`, in phase "encoder" the denoiser is a constant."""

@@ -105,6 +105,8 @@ def fit_decoder_var(model: LatentModel, images: Images, count: int, *, seed: int
         model, images, count, seed, batch_size: As in `negative_elbo`.
     Returns:
         Variance in the units of x squared, at least 1e-12.
+    Raises:
+        ValueError: x_hat is not finite.
     """
     total = 0.0
     for index in torch.arange(count).split(batch_size):
@@ -112,6 +114,8 @@ def fit_decoder_var(model: LatentModel, images: Images, count: int, *, seed: int
         index = index.to(x_0.device)
         z = model.encode(x_0).draw(index, seed)
         total += (x_0 - _guess(model, x_0, z, index, seed)).double().square().flatten(1).mean(1).sum().item()
+    if not math.isfinite(total):
+        raise ValueError(f"x_hat: expected finite images from the model, found a squared error of {total}")
     return max(1e-12, total / count)
 
 

@@ -2,18 +2,35 @@
 
 import numpy as np
 
+LARGEST = 1e30  # of a value: its square, and what trees and kernels make of it, stay finite
+
+
+def as_finite(name: str, values: np.ndarray) -> np.ndarray:
+    """The values as float64, of the same shape.
+
+    Raises:
+        ValueError: no real numbers, NaN or infinity among them, or one beyond 1e30 either way.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected real numbers, found {array.dtype}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity")
+    if array.size and (largest := np.abs(array).max()) > LARGEST:
+        raise ValueError(f"{name}: expected numbers of at most {LARGEST:g} either way, found {largest:g}")
+    return array
+
 
 def as_table(name: str, values: np.ndarray) -> np.ndarray:
     """The values as float64 [N, columns].
 
     Raises:
-        ValueError: not two axes, no rows or columns, or NaN or infinity among the values.
+        ValueError: as `as_finite`; or not two axes, no rows or no columns.
     """
-    table = np.asarray(values, dtype=np.float64)
+    table = as_finite(name, values)
     if table.ndim != 2 or 0 in table.shape:
         raise ValueError(f"{name}: expected [N, columns], none of them 0, found shape {list(table.shape)}")
-    if not np.isfinite(table).all():
-        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity")
     return table
 
 
@@ -45,8 +62,8 @@ def as_codes_and_classes(
     """
     name = f"{prefix}classes" if prefix else "factor_classes"
     codes, classes = as_tables(**{f"{prefix}codes": codes, name: factor_classes})
-    if (classes != np.round(classes)).any():
-        raise ValueError(f"{name}: expected whole numbers; bin continuous factors with discretize first")
+    if (classes != np.round(classes)).any() or np.abs(classes).max() > 2**53:
+        raise ValueError(f"{name}: expected whole numbers of at most 2^53; bin continuous factors with discretize first")
     if (constant := np.flatnonzero(np.ptp(classes, axis=0) == 0)).size:
         raise ValueError(f"{name}: expected at least two values in every column, found one in column {constant[0]}; drop it")
     if classes.shape[1] < columns:

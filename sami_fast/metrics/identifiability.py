@@ -96,6 +96,7 @@ def correlation_matrix(codes: np.ndarray, factors: np.ndarray, kind: str = "spea
             columns = rankdata(columns, axis=0)
         varies = np.ptp(columns, axis=0) > 0  # asked of the values: rounding leaves a centred constant a little off 0
         centred = np.where(varies, columns - columns.mean(0), 0.0)
+        centred /= np.where(varies, np.abs(centred).max(0), 1.0)  # the squares of tiny numbers are 0, and what is divided by it counts as 1
         return centred / np.where(varies, np.linalg.norm(centred, axis=0), 1.0)
 
     codes, factors = as_tables(codes=codes, factors=factors)

@@ -17,8 +17,10 @@ def as_images(name: str, images: Tensor) -> Tensor:
     """Images in [-1, 1], [N, C, H, W] with C 1 or 3, unchanged.
 
     Raises:
-        ValueError: another shape (channels last, say), no images, or values outside [-1, 1].
+        ValueError: another shape (channels last, say), no images, no real numbers, or values outside [-1, 1].
     """
+    if images.is_complex():
+        raise ValueError(f"{name}: expected real numbers, found {images.dtype}")
     if images.dim() != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"{name}: expected [N, C, H, W] with 1 or 3 channels, found {list(images.shape)}")
     low, high = images.min().item(), images.max().item()

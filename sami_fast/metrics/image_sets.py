@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import as_finite
 from .image_pairs import as_images
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -116,9 +117,7 @@ def extract(images: Tensor | Iterable[Tensor], extractor: nn.Module, batch_size:
         features = extractor(((batch.to(device).float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1))
         if features.dim() != 2 or len(features) != len(batch):
             raise ValueError(f"extractor: expected features [{len(batch)}, F], found {list(features.shape)}")
-        if not features.isfinite().all():
-            raise ValueError("extractor: expected finite features, found NaN or infinity")
-        parts.append(features.double().cpu())
+        parts.append(as_finite_tensor("extractor", features))
     if not parts:
         raise ValueError("images: expected at least one batch, found none")
     return torch.cat(parts)
@@ -135,13 +134,18 @@ class _Given(nn.Module):
         return features
 
 
+def as_finite_tensor(name: str, features: Tensor) -> Tensor:
+    """Features as float64 on the CPU; errors as `checks.as_finite`."""
+    return torch.from_numpy(as_finite(name, features.detach().cpu().numpy()))
+
+
 def _as_features(real: Tensor, generated: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     for name, features in (("real", real), ("generated", generated)):
         if features.dim() != 2 or features.shape[1] != real.shape[1]:
             raise ValueError(f"{name}: expected features [N, {real.shape[-1]}], found {list(features.shape)}")
         if len(features) < least:
             raise ValueError(f"{name}: expected at least {least} images, found {len(features)}")
-    return real.double(), generated.double()
+    return as_finite_tensor("real", real), as_finite_tensor("generated", generated)
 
 
 def fid(real: Tensor, generated: Tensor) -> float:
@@ -154,7 +158,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
     Returns:
         At least 0.
     Raises:
-        ValueError: wrong shapes or too few rows.
+        ValueError: wrong shapes, too few rows, or as `checks.as_finite`.
     Source: Heusel et al., arXiv:1706.08500.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -176,7 +180,7 @@ def kid(real: Tensor, generated: Tensor, *, seed: int = 0) -> tuple[float, float
     Returns:
         The mean, which may be negative; its standard deviation over subsets; and images per subset: 1000, or as many as both sets have.
     Raises:
-        ValueError: wrong shapes or too few rows.
+        ValueError: wrong shapes, too few rows, or as `checks.as_finite`.
     Source: Bińkowski et al., arXiv:1801.01401.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -204,7 +208,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
     Returns:
         Share of generated images within reach of the real ones, and of real ones within reach of the generated ones.
     Raises:
-        ValueError: wrong shapes or too few rows.
+        ValueError: wrong shapes, too few rows, or as `checks.as_finite`.
     Source: Kynkäänniemi et al., arXiv:1904.06991.
     """
     if neighbours < 1:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .checks import as_tables
+from .checks import as_finite, as_tables
 
 LIVE_NATS = 0.05  # a dimension with less information carries nothing
 LIVE_RULE = f"information above {LIVE_NATS:g} nats"  # for messages
@@ -69,9 +69,9 @@ def live_dims(information: np.ndarray | Sequence[float]) -> np.ndarray:
     Returns:
         Their indices, most informative first. [L] ints, L <= Z.
     Raises:
-        ValueError: more than one axis.
+        ValueError: more than one axis, or as `checks.as_finite`: NaN is no less than the limit, and no more.
     """
-    nats = np.asarray(information)
+    nats = as_finite("information", np.asarray(information))
     if nats.ndim != 1:
         raise ValueError(f"information: expected one value per dimension, [Z], found shape {list(nats.shape)}")
     order = np.argsort(-nats, kind="stable")

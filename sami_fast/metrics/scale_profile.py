@@ -20,6 +20,7 @@ from .. import ops
 from ..methods.latent_model import LatentModel
 from ..schedule import alpha_sigma
 from .bound import RECONSTRUCTION_STEP, Images
+from .checks import as_finite
 from .latents import live_dims
 
 PROFILE_STEP = RECONSTRUCTION_STEP + 1  # noise of its own, apart from the bound's
@@ -51,8 +52,11 @@ def half_point(logsnr: np.ndarray, values: np.ndarray, full: float) -> float:
         values: Of the curve there. [L].
         full: Its height, > 0.
     Returns:
-        A value between the first and the last level. NaN where the curve never is below full / 2, or still is at the last level.
+        A value between the first and the last level. NaN where the curve never is below full / 2, or still is at the last level, and
+        where values are NaN.
     """
+    if np.isnan(values).any() or not math.isfinite(full):
+        return math.nan
     fitted = isotonic_regression(np.clip(values, 0.0, full))
     above = int(np.searchsorted(fitted, full / 2))
     if above in (0, len(fitted)):
@@ -66,8 +70,8 @@ def as_levels(logsnr: Sequence[float] | np.ndarray) -> np.ndarray:
     Raises:
         ValueError: none, more than one axis, not finite, or not increasing.
     """
-    levels = np.asarray(logsnr, dtype=np.float64)
-    if levels.ndim != 1 or not levels.size or not np.isfinite(levels).all() or (np.diff(levels) <= 0).any():
+    levels = as_finite("logsnr", np.asarray(logsnr))
+    if levels.ndim != 1 or not levels.size or (np.diff(levels) <= 0).any():
         raise ValueError(f"logsnr: expected increasing levels, [L], found {levels.tolist()}")
     return levels
 
@@ -119,7 +123,7 @@ def scale_profile(
 
     root, height, mean = math.sqrt(count), clean.mean(0), information.mean(1)
     scale = np.full(len(height), math.nan)
-    for d in live_dims(height):
+    for d in live_dims(np.nan_to_num(height, nan=0.0)):  # of a model that gives NaN, nothing has a scale
         scale[d] = half_point(levels, mean[:, d], height[d])
     distance = [[kstest(column, "norm", method="asymp").statistic for column in table.T] for table in residual]
     return ScaleProfile(

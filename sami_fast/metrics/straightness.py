@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ttest_1samp
 
+from .checks import as_finite
+
 STILL = 1e-8  # of the spread of all frames: a shorter step has no direction
 
 
@@ -76,11 +78,9 @@ class Straightness:
 
 def _as_clips(name: str, clips: np.ndarray, stride: int) -> np.ndarray:
     """Every `stride`-th frame, float64 [N, T, D]."""
-    clips = np.asarray(clips, dtype=np.float64)
+    clips = as_finite(name, clips)
     if clips.ndim != 3 or 0 in clips.shape:
         raise ValueError(f"{name}: expected [N clips, T frames, D], none of them 0, found shape {list(clips.shape)}")
-    if not np.isfinite(clips).all():
-        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity")
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, found {stride}")
     if clips.shape[1] <= 2 * stride:
@@ -100,7 +100,7 @@ def clip_straightness(clips: np.ndarray, *, stride: int = 1, std: np.ndarray | N
     """
     clips = _as_clips("clips", clips, stride)
     if std is not None:
-        std = np.asarray(std, dtype=np.float64)
+        std = as_finite("std", std)
         if std.shape != clips.shape[2:] or not (std >= 0).all() or not std.any():
             raise ValueError(f"std: expected [{clips.shape[2]}], none negative and not all 0, found shape {list(std.shape)}")
         clips = clips[:, :, std > 0] / std[std > 0]

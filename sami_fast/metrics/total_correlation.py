@@ -27,7 +27,7 @@ def gaussian_total_correlation(codes: np.ndarray) -> float:
     codes = codes[:, np.ptp(codes, axis=0) > 0]
     if codes.shape[1] < 2:
         return 0.0
-    correlation = np.corrcoef(codes, rowvar=False)  # the variances drop out
+    correlation = np.corrcoef(codes / np.ptp(codes, axis=0), rowvar=False)  # the scales drop out; the squares of tiny numbers are 0
     if np.linalg.matrix_rank(correlation, hermitian=True) < len(correlation):
         return float("inf")
     return float(-0.5 * np.linalg.slogdet(correlation).logabsdet)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .layers import AttentionBlock, ResBlock, Upsample, checked_sides, conv, norm_act
+from .layers import AttentionBlock, ResBlock, Upsample, check_sizes, checked_sides, conv, norm_act
 
 
 class Decoder(nn.Module):
@@ -10,7 +10,7 @@ class Decoder(nn.Module):
 
     Args:
         image_channels: C of the images.
-        image_size: H = W, divisible by 2^(len(channels) - 1).
+        image_size: H = W, at least 2^(len(channels) - 1).
         latent_size: Z.
         channels, blocks, attention, groups, style: As of the denoiser whose middle and way up this is.
     Shapes:
@@ -32,6 +32,7 @@ class Decoder(nn.Module):
         style: str = "group_norm_silu",
     ) -> None:
         super().__init__()
+        check_sizes(channels, blocks, image_channels=image_channels, image_size=image_size, latent_size=latent_size, groups=groups)
         attention = attention or []
         sides = checked_sides("decoder", style, image_size, range(len(channels)), attention)
         width, side = channels[-1], sides[-1]
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
         self.start = (width, side, side)
         layers: list[nn.Module] = [ResBlock(width, width, groups, style)]
         for new_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
-            layers.append(Upsample(width, new_width, style))
+            layers.append(Upsample(width, new_width, style, side % 2 == 1))
             for _ in range(blocks):
                 layers.append(ResBlock(new_width, new_width, groups, style))
                 if side in attention:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import AttentionBlock, Conv2d, ResBlock, Upsample, checked_sides, conv, norm_act
+from .layers import AttentionBlock, Conv2d, ResBlock, Upsample, check_size, check_sizes, checked_sides, conv, norm_act
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
 
     Args:
         image_channels: C of the images.
-        image_size: H = W, divisible by 2^(len(channels) - 1).
+        image_size: H = W, at least 2^(len(channels) - 1). An odd side is rounded up where it is halved.
         channels: Width of each resolution, full resolution first.
         blocks: Residual blocks per resolution, down and up alike.
         attention: Resolutions (side lengths) that get self-attention.
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
     Shapes:
         x_t [B, C, H, W], t [B] in [0, 1], z [B, Z] if conditional -> eps_pred [B, C, H, W].
     Raises:
-        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
+        ValueError: unknown style, an image too small to be halved that often, attention at a resolution that does not exist.
     Called with `recompute`, backward computes the residual and attention blocks again instead of keeping what is inside them.
     Differentiable: twice, though training needs it once; with `recompute` by `backward()` alone and once.
     """
@@ -98,6 +98,7 @@ class Denoiser(nn.Module):
         latent_size: int = 0,
     ) -> None:
         super().__init__()
+        check_sizes(channels, blocks, image_channels=image_channels, image_size=image_size, embedding_size=embedding_size, groups=groups)
         attention = attention or []
         sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
@@ -122,7 +123,7 @@ class Denoiser(nn.Module):
         self.middle = ResBlock(width, width, groups, style, embedding_size)
         self.grow = nn.ModuleList()
         for new_width, side in reversed(list(zip(channels[:-1], sides, strict=False))):
-            self.grow.append(Upsample(width, new_width, style))
+            self.grow.append(Upsample(width, new_width, style, side % 2 == 1))
             self.up.append(stage(2 * new_width, new_width, side))
             width = new_width
         self.out_norm = norm_act(width, groups, style)
@@ -131,6 +132,7 @@ class Denoiser(nn.Module):
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
         if latent_size:
+            check_size("latent_size", latent_size)
             self.embed_z = _two_layers(latent_size, embedding_size)
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor | None = None, *, recompute: bool = False) -> Tensor:

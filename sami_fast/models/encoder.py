@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
-from .layers import AttentionBlock, ResBlock, checked_sides, conv, norm_act
+from .layers import AttentionBlock, ResBlock, check_size, check_sizes, checked_sides, conv, norm_act
 
 MIN_VAR = 1e-4
 
@@ -31,7 +31,14 @@ class Variance(Pointwise):
 
 
 def gaussian_heads(features: int, latent_size: int, init_std: float, bias: bool = True) -> tuple[Linear, Linear, Variance]:
-    """Heads for mu and the variance over [B, features]: mu(h) and var(raw_var(h)), with standard deviation init_std at the start."""
+    """Heads for mu and the variance over [B, features]: mu(h) and var(raw_var(h)), with standard deviation init_std at the start.
+
+    Raises:
+        ValueError: init_std is no number above 0 and at most 100, or the number of latents is out of bounds.
+    """
+    check_size("latent_size", latent_size)
+    if not (isinstance(init_std, int | float) and 0 < init_std <= 100):
+        raise ValueError(f"init_std: expected a number above 0 and at most 100, found {init_std!r}")
     mu, raw_var = Linear(features, latent_size, bias=bias), Linear(features, latent_size)
     with torch.no_grad():
         raw_var.weight.mul_(0.1)
@@ -62,7 +69,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
 
     Args:
         image_channels: C of the images, values in [-1, 1].
-        image_size: H = W of the images, divisible by 2^len(channels).
+        image_size: H = W of the images, at least 2^len(channels). An odd side is rounded up where it is halved.
         latent_size: Z.
         channels: Width of each stage; a stage halves the resolution, then refines it.
         blocks: Residual blocks per stage.
@@ -74,7 +81,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
     Shapes:
         x [B, C, H, W] -> mu, var, both [B, Z] float32 (float64 for a float64 model).
     Raises:
-        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that does not exist.
+        ValueError: unknown style, an image too small to be halved that often, attention at a resolution that does not exist.
     Differentiable: twice by autograd; also swept (sweeps.py): adjoint of (grad_mu, grad_var), tangent (tmu, tvar).
     Source: SAMI, arXiv:2512.17127, encoder; var in float32 under autocast.
     """
@@ -93,6 +100,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         smooth: float = 0.0,
     ) -> None:
         super().__init__()
+        check_sizes(channels, blocks, image_channels=image_channels, image_size=image_size, latent_size=latent_size, groups=groups)
         attention = attention or []
         sides = checked_sides("encoder", style, image_size, range(1, len(channels) + 1), attention)
         self.image_shape = (image_channels, image_size, image_size)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
 
+MOST, MOST_BLOCKS, MOST_LEVELS = 2**16, 64, 16  # of a size or a width; of blocks per resolution; of resolutions
+
 STYLES = ("group_norm_silu", "bias_free_relu")
 
 
@@ -160,28 +162,46 @@ class AttentionBlock(Residual):
 
 
 class Upsample(nn.Module):
-    """[B, C_in, H, W] -> [B, C_out, 2H, 2W]: nearest neighbour, then a convolution."""
+    """[B, C_in, H, W] -> [B, C_out, 2H, 2W], or one row and one column less if `odd`: nearest neighbour, then a convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, style: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, style: str, odd: bool = False) -> None:
         super().__init__()
-        self.conv = conv(in_channels, out_channels, 3, style)
+        self.conv, self.odd = conv(in_channels, out_channels, 3, style), odd
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x[:, :, :-1, :-1] if self.odd else x)
+
+
+def check_size(name: str, value: int, low: int = 1, high: int = MOST) -> None:
+    """Raises ValueError where a size is no whole number within its bounds: an architecture may come from anybody's file."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}: expected a whole number from {low} to {high}, found {str(value)[:60]}")
+
+
+def check_sizes(channels: Sequence[int], blocks: int, **sizes: int) -> None:
+    """`check_size` of the widths of every resolution, of the blocks of each, and of other sizes by their names."""
+    if not isinstance(channels, list | tuple) or not 1 <= len(channels) <= MOST_LEVELS:
+        raise ValueError(f"channels: expected a list of 1 to {MOST_LEVELS} widths, found {str(channels)[:60]}")
+    for width in channels:
+        check_size("channels", width)
+    check_size("blocks", blocks, 0, MOST_BLOCKS)
+    for name, size in sizes.items():
+        check_size(name, size)
 
 
 def checked_sides(owner: str, style: str, image_size: int, halvings: range, attention: list[int]) -> list[int]:
-    """Side lengths of an image that was halved so many times.
+    """Side lengths of an image that was halved so many times, each rounded up, as a convolution of stride 2 does.
 
     Raises:
-        ValueError: unknown style, an image size that cannot be halved that often, attention at a resolution that is not among them.
+        ValueError: unknown style, an image too small to be halved that often, attention at a resolution that is not among them.
     """
     if style not in STYLES:
         raise ValueError(f"style: expected one of {', '.join(STYLES)}, found {style!r}")
     most = halvings[-1]
-    if image_size % 2**most:
-        raise ValueError(f"image size {image_size} is not divisible by {2**most}, which the {owner}'s {most} halvings need")
-    sides = [image_size >> times for times in halvings]
+    if image_size < 2**most:
+        raise ValueError(f"image size {image_size} is below {2**most}, which the {owner}'s {most} halvings need")
+    sides = [-(-image_size // 2**times) for times in halvings]
     for side in attention:
         if side not in sides:
             raise ValueError(f"attention {side}: the {owner} has no such resolution, its own are {', '.join(map(str, sides))}")

@@ -114,7 +114,7 @@ def _short(dtype: torch.dtype) -> str:
 
 @cache
 def _warn_once(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if (os.environ.get("LOCAL_RANK") or "0") == "0":
         warnings.warn(message, stacklevel=2)
 
 

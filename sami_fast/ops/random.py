@@ -29,7 +29,7 @@ def random_normal(seed: int, step: int, stream: int, index: Tensor, size: int, *
     Returns:
         [S, size] float32, on the device of `index`.
     Raises:
-        ValueError: there is no such stream, seed or step is out of range, or index is not [S].
+        ValueError: there is no such stream, seed or step is out of range, index is not [S], or size is negative.
         TypeError: index is not int64.
         BackendError: the backend cannot run this call.
     Runs on: C++, Triton, CUDA, reference.
@@ -46,6 +46,7 @@ def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int, 
 def _draw(name: str, seed: int, step: int, stream: int, index: Tensor, size: int, backend: str | None) -> Tensor:
     check_index(index)
     check_draw(seed, step, stream)
+    check_count("size", size)
     backend = choose(name, backend, index)
     if backend == "reference":
         return getattr(reference, name)(seed, step, stream, index, size)
@@ -58,6 +59,12 @@ def check_index(index: Tensor) -> None:
         raise ValueError(f"index: expected [S], found {list(index.shape)}")
     if index.dtype != torch.int64:
         raise TypeError(f"index: expected torch.int64, found {index.dtype}")
+
+
+def check_count(name: str, count: int) -> None:
+    """ValueError unless there can be so many."""
+    if not 0 <= count < 1 << 62:
+        raise ValueError(f"{name}: expected 0 to 2**62 - 1, found {count}")
 
 
 def check_draw(seed: int, step: int, stream: int = 0) -> None:

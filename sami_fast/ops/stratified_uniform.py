@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import reference
 from .define import define
 from .launchers import Launcher, Launchers
-from .random import check_draw, check_index
+from .random import check_count, check_draw, check_index
 
 
 class StratifiedUniformLaunchers(Launchers):
@@ -39,7 +39,7 @@ def stratified_uniform(
         [B, K] float32 in [0, 1], bit for bit the same on every backend. An index outside the global batch raises on a CPU (IndexError on
         the reference, where a negative one counts from the end, RuntimeError on the compiled core) and gives NaN on a GPU.
     Raises:
-        ValueError: index is not [B], or seed or step is out of range.
+        ValueError: index is not [B], seed or step is out of range, or levels or global_batch is negative.
         TypeError: index is not int64.
         BackendError: the backend cannot run this call.
     Differentiable: no; there is nothing to differentiate.
@@ -47,6 +47,8 @@ def stratified_uniform(
     """
     check_index(index)
     check_draw(seed, step)
+    check_count("levels", levels)
+    check_count("global_batch", global_batch)
     backend = StratifiedUniformLaunchers.choose(backend, index)
     if backend == "reference":
         return reference.stratified_uniform(index, levels, global_batch, seed=seed, step=step)

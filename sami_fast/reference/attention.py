@@ -33,6 +33,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
             raise ValueError(f"{name}: expected {list(expected)}, found {list(value.shape)}")
     if k.shape[1] == 0:
         raise ValueError("k: expected at least one key, found none")
+    if q.shape[3] == 0:
+        raise ValueError("q: expected a head size of at least 1, found 0")
     if causal and q.shape[1] != k.shape[1]:
         raise ValueError(f"causal: expected as many queries as keys, found {q.shape[1]} and {k.shape[1]}")
 

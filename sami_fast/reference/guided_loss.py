@@ -32,6 +32,8 @@ def check_guided_loss(
 ) -> None:
     """Raise the ValueError of `guided_loss` where shapes differ; without eps, those of eps_pred are what is expected."""
     shape = eps_pred.shape if eps is None else eps.shape
+    if len(shape) != 4:
+        raise ValueError(f"{'eps_pred' if eps is None else 'eps'}: expected [S, C, H, W], found {list(shape)}")
     for name, value in (("eps_pred", eps_pred), ("grad_log_q", grad_log_q)):
         if value.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)}, found {list(value.shape)}")

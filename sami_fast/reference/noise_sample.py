@@ -31,7 +31,9 @@ def check_noise_sample(x_0: Tensor, alpha_t: Tensor, sigma_t: Tensor, index: Ten
     """Raise the ValueError of `noise_sample` where shapes do not fit."""
     if x_0.dim() != 4:
         raise ValueError(f"x_0: expected [B, C, H, W], found {list(x_0.shape)}")
-    batch, levels = x_0.shape[0], alpha_t.shape[-1]
+    if alpha_t.dim() != 2:
+        raise ValueError(f"alpha_t: expected [B, K], found {list(alpha_t.shape)}")
+    batch, levels = x_0.shape[0], alpha_t.shape[1]
     for name, value in (("alpha_t", alpha_t), ("sigma_t", sigma_t)):
         if value.shape != (batch, levels):
             raise ValueError(f"{name}: expected [{batch}, {levels}], found {list(value.shape)}")

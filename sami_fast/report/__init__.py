@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from ..environment import cores
 from ..errors import UserError
 from ..evaluation import Latents, Run, encode, known_factors, open_run, profile, score
 from ..evaluation.latents import untrained
@@ -82,7 +83,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     latents = encode(run, run.model)
     factors, names, _ = known_factors(run)
     measured = profile(run)
-    scores = score(run, latents, measured, jobs=os.cpu_count() or 1)
+    scores = score(run, latents, measured, jobs=cores())
     scores["untrained"] = latent_scores(run, encode(run, untrained(run)), quick=True)
     found, clips = discoveries(run, latents), read_clips(run)
     if found:

@@ -1,6 +1,7 @@
 """The clips of a dataset as paths through the latents, and how much these bend."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..evaluation import Latents, Run
-from ..evaluation.clips import flat, means, num_clips, through
+from ..evaluation.clips import flat, means, num_clips, through, whole_clips
 from ..latents.images import image_grid
 from ..metrics.straightness import clip_straightness
 from .charts import DASHED, FAINT, INK, colour, new_figure, tidy
@@ -36,8 +37,8 @@ def read_clips(run: Run) -> Clips | None:
     """The evaluation clips of a run; None where its data have none, or none of three frames or more."""
     if not num_clips(run):
         return None
-    frames = run.evaluation.clips(torch.arange(min(SHOWN, num_clips(run))))
     codes, pixels = through(run, means(run.model), flat)
+    frames = torch.stack([*islice(whole_clips(run), SHOWN)])
     return Clips(frames, codes, clip_straightness(codes).curvature, clip_straightness(pixels).curvature)
 
 

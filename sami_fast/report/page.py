@@ -60,7 +60,8 @@ TEMPLATES.globals.update(CONSTANTS)
 
 def command_line(environment: dict[str, Any]) -> str:
     """The command that made the run, as one would type it."""
-    words = [word for word in map(str, environment.get("command") or []) if not word.startswith("--local_rank")]
+    command = environment.get("command")
+    words = [word for word in map(str, command if isinstance(command, list) else []) if not word.startswith("--local_rank")]
     return shlex.join(["python", *words] if words and words[0].endswith(".py") else words)
 
 

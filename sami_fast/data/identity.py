@@ -1,0 +1,34 @@
+"""What data are: the same content is the same data, wherever it lies and whenever it was written.
+
+Times only say whether what is kept of a file still holds (`index`, `storage.stamp`): where they differ, the file is looked at again.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+BLOCK, BLOCKS = 2**16, 2**10  # bytes, and how many such samples stand for a file that is larger than all of them: 64 MiB
+
+
+def content_of(path: Path) -> str:
+    """What a file holds, in 32 digits: its size and all of its bytes, or of a larger file samples at equal distances.
+
+    Raises:
+        OSError: from the system.
+    """
+    with open(path, "rb") as stream:
+        size = stream.seek(0, 2)
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+        step = max(BLOCK, (size - BLOCK) // (BLOCKS - 1))
+        for place in range(0, size, step):
+            stream.seek(place)
+            digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """A short name for a list of texts: a resumed run must see the same files."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,228 @@
+"""What ends a run from outside: Ctrl-C, SIGTERM, ranks that are gone; and that nothing is lost by it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers import TINY, assert_same_weights, rows, tiny
+from kill_campaign import campaign
+
+from sami_fast.engine import checkpoints, interruption
+from sami_fast.engine.watch import Watch, meet, named
+from sami_fast.errors import Interrupted, RankLostError, UserError
+from sami_fast.train import main, train
+
+MODES = {"joint": (), "staged": ("train.mode=staged", "train.denoiser_steps=60", "train.bank_steps=3")}
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard also where a shell has put the tests into the background, and there it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def send_when(number, condition, patience=120.0):
+    """The signal to this process, from a thread, once it is safe to send and the condition holds."""
+
+    def wait():
+        deadline = time.monotonic() + patience  # never into a later test
+        while signal.getsignal(signal.SIGINT) is not interruption._arrived or not condition():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_keeps_the_step_and_says_how_to_go_on(mode, number, tmp_path, capsys):
+    """In the first stage of a staged run, and in the only one of a joint run."""
+    options = ["train.steps=60", "checkpoint.every=100", *MODES[mode]]
+    expected = train(tiny(tmp_path / "whole", *options))
+    before = signal.getsignal(number)
+    command = ["--config", TINY, "--no-report", f"runs_dir={tmp_path}/stopped", *options]
+    capsys.readouterr()
+    send_when(number, lambda: any(log.read_text().count("\n") > 2 for log in (tmp_path / "stopped").rglob("metrics.jsonl")))
+    assert main(command) == 128 + number
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    kept, folder = re.search(
+        r"interrupted; step (\d+) of 60 is kept in (.*); the same command with --resume goes on from there\n", said
+    ).groups()
+    (checkpoint,) = (tmp_path / "stopped").rglob("step_*")
+    assert (checkpoint.name, str(checkpoint.parent)) == (f"step_{kept}", folder)
+    assert ("denoisers" in folder) == (mode == "staged")
+    assert not checkpoints.damage(checkpoint)
+    assert main([*command, "--resume"]) == 0
+    assert_same_weights(tmp_path / "stopped/tiny", expected)
+    assert [row["loss_nats"] for row in rows(tmp_path / "stopped/tiny")] == [row["loss_nats"] for row in rows(expected)]
+
+
+def test_a_signal_before_the_first_step_ends_the_command_at_once(tmp_path, capsys):
+    command = ["--config", TINY, "--no-report", f"runs_dir={tmp_path}/runs", "train.steps=100000"]
+    send_when(signal.SIGINT, lambda: True)
+    assert main(command) == 130
+    assert capsys.readouterr().err == "sami-fast: interrupted; nothing was kept yet; the same command with --resume starts again\n"
+    assert not list(tmp_path.rglob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [
+        (["SIGINT", "SIGINT"], 130),  # the second stops at once
+        (["SIGINT", "SIGTERM"], 0),  # how a launcher passes Ctrl-C on
+        (["SIGTERM", "SIGTERM", "SIGINT"], 0),
+    ],
+)
+def test_a_second_ctrl_c_stops_at_once(signals, status):
+    script = f"""
+import os, signal
+from sami_fast.engine import interruption
+try:
+    with interruption.handled(), interruption.held_back("wait"):
+        for name in {signals}:
+            os.kill(os.getpid(), getattr(signal, name))
+        print("still there", interruption.asked())
+except interruption.Interrupted as error:
+    print("then", error.status)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stderr == "wait\n"
+    first = getattr(signal, signals[0])
+    assert done.stdout == ("" if status else f"still there {first:d}\nthen {128 + first}\n")
+
+
+def test_a_command_in_the_background_goes_on_ignoring_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.handled():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is interruption._arrived
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_comes_after_the_last_step_is_not_forgotten():
+    with interruption.handled():
+        with pytest.raises(Interrupted) as caught, interruption.held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.status == 143
+    assert interruption.asked() == 0
+
+
+# ---- ranks
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """A free one, as a launcher would give it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(number))
+    return number
+
+
+def test_a_rank_that_does_not_come_is_named(port):
+    with pytest.raises(RankLostError, match=r"ranks 1, 2 did not come within 1 s \(engine.patience\)") as caught:
+        meet(0, 3, 1.0)
+    assert caught.value.speaks
+    assert caught.value.status == 1
+
+
+def test_a_first_rank_that_does_not_come_is_named_by_the_second(port):
+    for rank, speaks in ((1, True), (2, False)):
+        with pytest.raises(RankLostError, match=f"rank 0, at 127.0.0.1:{port}, did not come within 1 s") as caught:
+            meet(rank, 3, 1.0)
+        assert caught.value.speaks == speaks
+
+
+@pytest.mark.parametrize("value", ["0", "99999"])
+def test_a_port_that_is_none(value, port, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", value)
+    with pytest.raises(UserError, match=f"MASTER_PORT: expected a port, 1 to 65535, found {value}"):
+        meet(0, 2, 1.0)
+
+
+def test_a_port_that_is_taken(port):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", port))
+        other.listen()
+        with pytest.raises(UserError, match=f"cannot listen at 127.0.0.1:{port} .it is taken.; give the launcher another port"):
+            meet(0, 2, 1.0)
+
+
+def together(port, patience=60.0):
+    """The store of two ranks, as each sees it."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rank: meet(rank, 2, patience), (0, 1)))
+
+
+def test_two_trainings_do_not_mix(port):
+    stores = together(port)
+    with pytest.raises(UserError, match=f"another training uses 127.0.0.1:{port} already"):
+        meet(1, 2, 5.0)
+    del stores
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_rank_is_named_by_the_other(silent, port):
+    stores = together(port)
+    if silent == 0:  # it holds the store: the process would be gone, and the store with it
+        watch = Watch(1, 2, stores[1], 60.0)
+        stores.clear()
+    else:
+        watch = Watch(0, 2, stores[0], 60.0)
+    lost = watch.explain()
+    watch.close()
+    assert str(lost) == f"rank {silent} ended without a word, or answers no more"
+    assert lost.speaks
+    assert lost.status == 1
+
+
+def test_why_a_rank_ends_the_run_is_heard_by_the_others(port):
+    stores = together(port)
+    watches = [Watch(rank, 2, store, 60.0) for rank, store in enumerate(stores)]
+    watches[1].end("data.path: no images", 2)
+    with pytest.raises(RankLostError, match=r"rank 1: data\.path: no images") as caught:
+        watches[0].told("a word that never comes")
+    assert caught.value.speaks
+    assert caught.value.status == 2
+    assert watches[0].explain() is not None
+    for watch in watches:
+        watch.close()
+
+
+def test_nobody_is_blamed_while_all_are_there(port):
+    watches = [Watch(rank, 2, store, 60.0) for rank, store in enumerate(together(port))]
+    assert watches[0].explain() is None
+    for watch in reversed(watches):
+        watch.close()
+
+
+def test_ranks_in_words():
+    assert named([3]) == "rank 3"
+    assert named(range(20)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+
+
+# ---- all of it together
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_lose_nothing(ranks, tmp_path):
+    """A short form of what tests/kill_campaign.py does at length."""
+    assert campaign(tmp_path, 3, [ranks], seed=ranks).total() == 3
