@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from sami_fast.evaluation.table import spread
+
 from .rows import ROOT, Row, committed
 from .table import markdown
 
@@ -30,10 +32,6 @@ class Claim:
     needed: str
     command: list[str]  # the module of benchmarks that measures it, and its arguments
     judged: Callable[[], tuple[bool, str]]  # whether it holds, and what was measured; ValueError: no row
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -69,7 +67,7 @@ def leads(data: str, key: str, others: Sequence[str]) -> Callable[[], tuple[bool
     def judged() -> tuple[bool, str]:
         found = _scores(data, key)
         missing = [name for name in ("sami", *others) if name not in found]
-        told = ", ".join(f"{RIVALS.get(name, name)} {_over_seeds(values)}" for name, values in found.items())
+        told = ", ".join(f"{RIVALS.get(name, name)} {spread(values, 3)}" for name, values in found.items())
         return not missing and all(ahead(found["sami"], found[name]) for name in others), told
 
     return judged
@@ -131,7 +129,7 @@ def found_axes(data: str, key: str, raw: str) -> Callable[[], tuple[bool, str]]:
             raise ValueError(f"{data} {key}: no row")
         as_they_are = [row[raw] for row in rows]
         by_method = {name: [row[key][name] for row in rows] for name in rows[0][key]}
-        told = ", ".join(f"{name} {_over_seeds(values)}" for name, values in {"as they are": as_they_are, **by_method}.items())
+        told = ", ".join(f"{name} {spread(values, 3)}" for name, values in {"as they are": as_they_are, **by_method}.items())
         return max(mean(values) for values in by_method.values()) > mean(as_they_are), told
 
     return judged
@@ -181,12 +179,15 @@ CLAIMS = {
     },
     "pretrained": Claim("an encoder on a pretrained UNet", "R2 >= 0.9 in a third of the time, 5 seeds", ["pretrained"], pretrained),
     "rooms axes": Claim(
-        "rooms: MCC on axes found without labels", "above the raw axes", _methods("rooms", FIVE), found_axes("rooms", "mcc_axes", "mcc")
+        "rooms: MCC on axes found without labels",
+        "above the raw axes",
+        _methods("rooms", FIVE, *METHODS),
+        found_axes("rooms", "mcc_axes", "mcc"),
     ),
     "avatars axes": Claim(
         "avatars: TAD on axes found without labels",
         "above the raw axes",
-        _methods("avatars", THREE),
+        _methods("avatars", THREE, *METHODS),
         found_axes("avatars", "tad_axes", "tad_nashae"),
     ),
 }

@@ -26,7 +26,7 @@ import numpy as np
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.environment import cores, describe
-from sami_fast.evaluation import Evaluated, Run, encode, evaluate, known_factors, open_run, tables
+from sami_fast.evaluation import Evaluated, Latents, Run, encode, evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.clips import straightness_scores
 from sami_fast.evaluation.latents import make_baselines
 from sami_fast.evaluation.scores import plain
@@ -140,14 +140,14 @@ def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row
         cpu_seconds: Of the training, where that was measured.
     """
     run = open_run(folder, images)
+    latents = encode(run, run.model)
     scores: Row = json.loads((folder / "used.json").read_text()) if (folder / "used.json").is_file() else {}
     if clips := judged_clips(run, data):
-        scores["straightness_by_source"] = straightness_by_source(run, clips, baselines)
+        scores["straightness_by_source"] = straightness_by_source(run, latents, clips, baselines)
     factors, names, _ = known_factors(run, attributes=False)
     attributes, *_ = known_factors(run, attributes=True)
     if not (names or attributes.size) or run.model.deterministic:
         return scores
-    latents = encode(run, run.model)
     if run.config.data.kind == "disks":
         scores["pixel_energy"] = pixel_energy(run.config)
     found = {}
@@ -178,10 +178,9 @@ def judged_clips(run: Run, data: str) -> dict[str, Run]:
     }
 
 
-def straightness_by_source(run: Run, clips: dict[str, Run], baselines: bool) -> dict[str, dict]:
+def straightness_by_source(run: Run, latents: Latents, clips: dict[str, Run], baselines: bool) -> dict[str, dict]:
     """As `straightness_scores`, by source; with baselines also through an ImageNet classifier."""
-    latents, others = encode(run, run.model), make_baselines(run) if baselines else None
-    more = {}
+    others, more = make_baselines(run) if baselines else None, {}
     if baselines:
         every = [imagenet()(run.images(index).cpu()) for index in run.index()[: -(-AXES_IMAGES // run.batch_size)]]
         more["imagenet"] = imagenet(), np.concatenate(every).std(0)

@@ -8,7 +8,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
@@ -82,18 +83,6 @@ class Section:
 
     def key(self, name: str) -> str:
         return f"{self.section}.{name}" if self.section else name
-
-
-def _departures(settings: Section) -> dict[str, Any]:
-    """The settings of a section that are not their defaults, by their keys within it."""
-    found: dict[str, Any] = {}
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        if isinstance(value, Section):
-            found |= {f"{item.name}.{key}": inner for key, inner in _departures(value).items()}
-        elif value != (item.default if item.default_factory is MISSING else item.default_factory()):
-            found[item.name] = value
-    return found
 
 
 @dataclass(frozen=True)
@@ -244,8 +233,8 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in _departures(self).keys() & {"labels", "holdout_by", "range"}:
-            if self.kind not in USED_BY[key]:
+        for key, unset in (("labels", ""), ("holdout_by", ""), ("range", "auto")):
+            if getattr(self, key) != unset and self.kind not in USED_BY[key]:
                 raise UserError(f"{self.key(key)}: has no effect with data.kind {self.kind}; it is for {', '.join(USED_BY[key])}")
         if self.kind in GREY_OR_COLOUR and self.channels not in (0, 1, 3):
             raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {self.channels}")
@@ -794,7 +783,10 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
 
 
 def _refuse_unused(config: Config, asked: Mapping[str, Any]) -> None:
-    for key in _departures(config).keys() & asked.keys():
+    unset = Config()
+    for key in asked:
+        if reduce(getattr, key.split("."), config) == reduce(getattr, key.split("."), unset):
+            continue
         inside = key.removeprefix("data.")
         kinds = next((USED_BY[place] for place in (inside, inside.partition(".")[0]) if inside != key and place in USED_BY), KINDS)
         if config.data.kind not in kinds:

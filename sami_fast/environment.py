@@ -58,6 +58,11 @@ def cores_of_rank() -> int:
     return max(1, cores() // max(1, whole_number(name, 1)))
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of all, or works alone; known before the ranks have met."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
 def speaks() -> bool:
     """Whether this process prints errors: one per machine, since what is wrong may be wrong on one of them only."""
     return not os.environ.get("RANK") or (os.environ.get("LOCAL_RANK") or "0") == "0"

@@ -6,7 +6,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """On one line, whatever the names and values in it hold: what cannot be printed is escaped."""
-        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in super().__str__())
+        return printable(super().__str__())
 
 
 class AbsentError(UserError):

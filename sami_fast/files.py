@@ -19,6 +19,7 @@ from .errors import UserError
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 PARTIAL = ".partial-"  # begins the name of everything half-written; safe to delete when nothing runs
 FORGOTTEN = 3600  # seconds without a write after which, where there are no locks, a half-written file is taken for what a kill left
+LOCK = "lock"  # in a folder of the cache: whose lock `locked` takes
 MOST_JSON = 2**26  # bytes
 DEEPEST_JSON = 32  # lists and objects inside each other
 
@@ -142,7 +143,7 @@ def locked(folder: Path) -> Generator[None]:
     Where nothing can be locked, as on some network file systems and where one may only read, every process works.
     """
     try:
-        lock = open_lock(folder / "lock")
+        lock = open_lock(folder / LOCK)
         take_lock(lock, wait=True)
     except OSError:
         lock = None

@@ -190,11 +190,10 @@ class Trainer:
             UserError: it is of a run with other settings, or of an earlier version.
         """
         checkpoints.refuse_other_formats(self.checkpoints)
-        found = [(path, checkpoints.read_manifest(path)) for path in checkpoints.list_checkpoints(self.checkpoints)]
-        if whole := [(path, manifest) for path, manifest in found if manifest is not None]:
-            self._refuse_other_run(*whole[0])
-        else:
-            stages.refuse_other_settings(self.asked, self.dataset)
+        for checkpoint in checkpoints.list_checkpoints(self.checkpoints):
+            if (manifest := checkpoints.read_manifest(checkpoint)) is not None:
+                return self._refuse_other_run(checkpoint, manifest)
+        stages.refuse_other_settings(self.asked, self.dataset)
 
     def _restore(self) -> None:
         on_chief(lambda: checkpoints.set_damaged_aside(self.checkpoints, self.say, self._unfit))

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ..environment import cache_home, temporary_home
+from ..environment import cache_home, is_first_rank, temporary_home
+from ..files import LOCK
 
 log = logging.getLogger("sami_fast.data")
 _told: set[object] = set()  # what this process has said
 
-LOCK = "lock"
 SEED = 0x5A31  # checksums start here, so that zeros, where nothing was written yet, do not pass for an image
 
 
 def tell_once(message: str, about: object = "") -> None:
     """Warn on the first rank, and once, however often data are opened. `about` tells warnings apart; the message itself when empty."""
-    if (os.environ.get("RANK") or "0") == "0" and (about or message) not in _told:
+    if is_first_rank() and (about or message) not in _told:
         _told.add(about or message)
         log.warning("%s", message)
 

@@ -151,13 +151,15 @@ def build_index(
             place = cache.writable(place)
             file, lines = place / f"{what}.json", place / f"{what}.jsonl"
             with locked(place):
-                known |= _read(file) | _read_lines(lines)  # another process may have looked meanwhile
+                held = _read(file)
+                known |= held | _read_lines(lines)  # another process may have looked meanwhile
                 if stale := _stale(known, stats):
                     for entries in _look(folder, {name: stats[name] for name in stale}, inspect, what):
                         known |= entries
                         _append(lines, entries)
                     kept = known if names is not None else {name: known[name] for name in listed}
-                    _write(file, json.dumps({"version": VERSION, "files": kept}))
+                    if kept != held:  # it is the same where a file could not be reached, this time as before
+                        _write(file, json.dumps({"version": VERSION, "files": kept}))
                     lines.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir: cannot keep the index of {folder} there ({error})") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ..environment import is_first_rank
 from ..errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,7 +45,7 @@ def _arrived(number: int, frame: FrameType | None) -> None:
         return
     if not _waiting:
         raise Interrupted(number)
-    if _answer and (os.environ.get("RANK") or "0") == "0":
+    if _answer and is_first_rank():
         os.write(2, f"{_answer}\n".encode())  # print may be what the signal has interrupted
 
 
