@@ -1,7 +1,7 @@
 """sami-fast: train and use SAMI (Score-based Autoencoder for Multiscale Inference, arXiv:2512.17127).
 
-from sami_fast import Sami
-model = Sami.from_pretrained("runs/disks")
+import sami_fast
+model = sami_fast.load_model("runs/disks")
 posterior = model.encode(images)          # mu, var: [B, Z]
 """
 
@@ -13,36 +13,47 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import ops
     from .accelerate import accelerate
+    from .config import Config, load_config
     from .errors import UserError
     from .latents.axes import Axes
     from .latents.sampling import edit, interpolate, reconstruct, sample, traverse
     from .methods.registry import load_model
     from .methods.sami import Sami
     from .ops import use_backend
+    from .train import train
 
 __version__ = "0.1.0"
 __all__ = [
     "Axes",
+    "Config",
     "Sami",
     "UserError",
     "__version__",
     "accelerate",
     "edit",
     "interpolate",
+    "load_config",
     "load_model",
+    "ops",
     "reconstruct",
     "sample",
+    "train",
     "traverse",
     "use_backend",
 ]
 
+# Where each public name stands; `ops` is a module.
 _HOME = {
     "Axes": "latents.axes",
+    "Config": "config",
     "Sami": "methods.sami",
     "UserError": "errors",
     "accelerate": "accelerate",
+    "load_config": "config",
     "load_model": "methods.registry",
+    "train": "train",
     "use_backend": "ops",
 } | dict.fromkeys(("edit", "interpolate", "reconstruct", "sample", "traverse"), "latents.sampling")
 
@@ -79,12 +90,31 @@ class _MovedModules(MetaPathFinder, Loader):
 sys.meta_path.append(_MovedModules())
 
 
-def __getattr__(name: str) -> Any:
-    """Names load on first use: `import sami_fast` works anywhere and costs nothing."""
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class _Package(ModuleType):
+    """`sami_fast.train` and `sami_fast.accelerate` are functions, each in a file of its own name.
+
+    Python binds a file that is imported to its name in the package; here that name stays the function's. So `from sami_fast.train import
+    main` reads the file, and `sami_fast.train` is the same function before and after.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+if not TYPE_CHECKING:  # which know the names from above, and would take any other for one
+
+    def __getattr__(name: str) -> Any:
+        """Names load on first use: `import sami_fast` works anywhere and costs nothing."""
+        if name == "ops":
+            return import_module(".ops", __name__)
+        if name in _HOME:
+            return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -554,13 +554,3 @@ def _forms_weights(module: Any) -> bool:
         and module.scale == (module.inner_dim // module.heads) ** -0.5
         and module.norm_q is module.norm_k is None
     )
-
-
-class _CallableModule(ModuleType):
-    """`sami_fast.accelerate` is the name of this file and of its function. Whichever of the two Python finds there, it can be called."""
-
-    def __call__(self, module: nn.Module) -> Report:
-        return accelerate(module)
-
-
-sys.modules[__name__].__class__ = _CallableModule

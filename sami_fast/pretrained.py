@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .accelerate import accelerate
 from .errors import UserError
-from .hub import WEIGHTS, located
+from .hub import UNET, HubOptions, located
 from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
-from .saved import SETTINGS, read_model_settings, read_settings, read_weights
+from .saved import SETTINGS, read_model_settings, read_settings, read_weights, weight_files
 from .schedule import Schedule, alpha_sigma, fractional_index
 
 # Beyond what any UNet or scheduler of diffusers has, and small enough to build: of a number, of layers per block, of a list.
@@ -63,6 +63,14 @@ class DiscreteTimeDenoiser(nn.Module):
         self.network, self.prediction, self.fractional = network, prediction, fractional
         self.register_buffer("levels", timestep_levels(alphas_cumprod), persistent=False)
         self.use(schedule)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `half`, `to` and the like do; noise levels go to the device and keep their precision, or timesteps would blur."""
+        levels = self.levels
+        super()._apply(fn, recurse)
+        if not (levels.is_meta or self.levels.is_meta):
+            self.levels = levels.to(self.levels.device)
+        return self
 
     def use(self, schedule: Schedule) -> None:
         """Take t for a time of this schedule from now on; ValueError as above."""
@@ -318,7 +326,7 @@ def _unusable(folder_or_id: str | os.PathLike[str], error: Exception) -> UserErr
     return UserError(f"{folder_or_id}: cannot be used as a denoiser ({' '.join(str(error).split())[:300]})")
 
 
-def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> DiffusersDenoiser:
+def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule, **options: Unpack[HubOptions]) -> DiffusersDenoiser:
     """A diffusers UNet2DModel with its scheduler as a denoiser, in evaluation mode, which fine-tuning keeps: dropout is off.
 
     Images are in [-1, 1], diffusers' convention.
@@ -326,18 +334,15 @@ def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule) -> 
     Args:
         folder_or_id: What `save_pretrained` of a DDPMPipeline wrote, or of a UNet2DModel and a scheduler into one folder; or a hub id.
         schedule: The levels of training and sampling.
+        options: revision, token, cache_dir, local_files_only, subfolder, variant: see `HubOptions`.
     Raises:
         UserError: diffusers is missing, or the checkpoint is damaged, pickled, or of another kind.
     """
-    folder = located(folder_or_id)
-    folder = _unet_folder(folder) or folder
+    home = located(folder_or_id, **options)
+    folder = _unet_folder(home) or home
     if (kind := _config(folder).get("_class_name")) != "UNet2DModel":
         raise UserError(f"{folder}: expected a UNet2DModel, found {kind}; a denoiser works on pixels and is told nothing but the timestep")
-    scheduler, files = read_scheduler(folder_or_id), sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    if not files:
-        pickled = any(folder.glob("diffusion_pytorch_model*.bin"))
-        hint = "; pickled weights are not read, convert them first" if pickled else ""
-        raise UserError(f"{folder}: no diffusion_pytorch_model.safetensors there{hint}")
+    scheduler, files = read_scheduler(home), weight_files(folder, UNET, options.get("variant"))
     settings = _plain(read_settings(folder / SETTINGS))
     try:
         from diffusers.utils import logging

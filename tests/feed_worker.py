@@ -8,8 +8,8 @@ import os
 import sys
 import zlib
 
-from sami_fast import train as training
 from sami_fast.data import Feed
+from sami_fast.train import main as train_main
 
 
 def main(records: str, arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(records: str, arguments: list[str]) -> int:
         return x_0, place
 
     Feed.micro_batch = recorded
-    return training.main(arguments)
+    return train_main(arguments)
 
 
 if __name__ == "__main__":

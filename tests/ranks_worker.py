@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from sami_fast import train as training
 from sami_fast.config import Config, load_config
 from sami_fast.engine import deepspeed as engines
 from sami_fast.engine.shards import is_partitioned, local
 from sami_fast.errors import NonFiniteError, UserError
+from sami_fast.train import Trainer, train
 
 HERE = Path(__file__).resolve().parent
 # Free bits and the controller both use the KL of the whole batch: they would show a rank that looks at its own part only. The clipping
@@ -57,7 +57,7 @@ def settings(folder: str, name: str, *overrides: str) -> Config:
 
 def train_until(config: Config, step: int, end: Callable[[], None]) -> None:
     """Train, and do something right after the checkpoint of that step."""
-    trainer = training.Trainer(config, resume=False, overwrite=False)
+    trainer = Trainer(config, resume=False, overwrite=False)
     save = trainer.engine.save
 
     def save_and_end(folder, done, state, facts):
@@ -87,16 +87,16 @@ def main(folder: str, part: str = "") -> None:
         if part.startswith("kill"):
             train_until(config, 8, kill_last_rank)
         else:
-            training.train(config, resume=True)
+            train(config, resume=True)
         return
     for name, overrides in VARIANTS.items():
-        training.train(settings(folder, name, *overrides))
+        train(settings(folder, name, *overrides))
     for mode in MODES:
         for stage in (0, 3):
             overrides = [f"train.mode={mode}", f"denoiser.pretrained={folder}/zero0", f"engine.zero_stage={stage}"]
-            training.train(settings(folder, f"{mode}{stage}", *overrides))
+            train(settings(folder, f"{mode}{stage}", *overrides))
     for stage in STAGES:  # in folders of their own: a denoiser is used again by runs of any ZeRO stage
-        training.train(settings(f"{folder}/staged{stage}", "tiny", *STAGED, f"engine.zero_stage={stage}"))
+        train(settings(f"{folder}/staged{stage}", "tiny", *STAGED, f"engine.zero_stage={stage}"))
     for stage in STAGES:
         config = settings(folder, f"resumed{stage}", f"engine.zero_stage={stage}")
         try:
@@ -104,8 +104,8 @@ def main(folder: str, part: str = "") -> None:
         except InterruptedError:
             if torch.distributed.get_rank() == 0:
                 shutil.copytree(config.run_dir, Path(folder) / f"stopped{stage}")
-            training.train(config, resume=True)
-        training.train(settings(folder, f"from_one{stage}", f"engine.zero_stage={stage}"), resume=True)
+            train(config, resume=True)
+        train(settings(folder, f"from_one{stage}", f"engine.zero_stage={stage}"), resume=True)
     measure_parts(folder)
     fill_disk(folder)
     poison(folder)
@@ -113,7 +113,7 @@ def main(folder: str, part: str = "") -> None:
 
 def measure_parts(folder: str) -> None:
     """Bytes of the denoiser's weights that this rank holds at ZeRO-3, and what they would be in one piece."""
-    trainer = training.Trainer(settings(folder, "parts", "engine.zero_stage=3"), resume=False, overwrite=False)
+    trainer = Trainer(settings(folder, "parts", "engine.zero_stage=3"), resume=False, overwrite=False)
     parameters = [p for name, p in trainer.engine.parameters.items() if name.startswith("denoiser.")]
     held = {
         "partitioned": sum(is_partitioned(p) and p.numel() == 0 for p in parameters),
@@ -125,7 +125,7 @@ def measure_parts(folder: str) -> None:
 
 def fill_disk(folder: str) -> None:
     """Only the first rank writes; the other must learn of its failure."""
-    full = training.Trainer(settings(folder, "full"), resume=False, overwrite=False)
+    full = Trainer(settings(folder, "full"), resume=False, overwrite=False)
     write, engines.save_file = engines.save_file, no_space
     try:
         full.run()
@@ -140,7 +140,7 @@ def no_space(*arguments, **options):
 
 def poison(folder: str) -> None:
     """One rank alone sees bad numbers; all must stop."""
-    poisoned = training.Trainer(settings(folder, "poisoned"), resume=False, overwrite=False)
+    poisoned = Trainer(settings(folder, "poisoned"), resume=False, overwrite=False)
     rank = torch.distributed.get_rank()
     if rank == 1:
         with torch.no_grad():

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from sami_fast import train
 from sami_fast.cli import parser
 from sami_fast.config import load_config
+from sami_fast.train import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sami_fast"
@@ -154,7 +154,7 @@ def check(words: list[str], whole: bool = True) -> None:
         if hasattr(arguments, "overrides"):
             load_config(arguments.config, arguments.overrides)
     elif "sami_fast/train.py" in words:
-        arguments = train.parse(words[words.index("sami_fast/train.py") + 1 :])
+        arguments = parse(words[words.index("sami_fast/train.py") + 1 :])
         load_config(arguments.config, arguments.overrides)
     elif program == "make":
         targets = {word for word in rest if "=" not in word}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -114,6 +115,17 @@ def test_wheel_contents(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"sami_fast", f"sami_fast-{PROJECT['version']}.dist-info"}
     assert "sami-fast = sami_fast.cli:main" in entry_points
+
+
+def test_the_source_distribution_is_typed(tmp_path: Path) -> None:
+    """What a wheel is built from has the mark by which type checkers believe annotations."""
+    pytest.importorskip("build", reason="the package build is not installed")
+    source = copy_sources(tmp_path / "source")
+    succeed(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source), cwd=tmp_path)
+    (found,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"sami_fast/py.typed", "sami_fast/__init__.py", "sami_fast/hub.py", "kernels/__init__.py"} <= names
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler in the path")

@@ -487,7 +487,7 @@ def test_axis_values():
         (lambda s: sample(s, 1, seed=0, solver="heun"), "solver: expected ddim, ancestral, dpm2m, found 'heun'"),
         (lambda s: sample(s, 1, seed=0, solver="ancestral", eta=2.0), "eta: expected 1 or none with solver ancestral, found 2"),
         (lambda s: sample(s, 1, seed=0, solver="dpm2m", eta=1.0), "eta: expected 0 or none with solver dpm2m, found 1"),
-        (lambda s: invert(s, torch.zeros(2, 3, 8, 8)), r"x_0: expected \[B, 1, 8, 8\], found \[2, 3, 8, 8\]"),
+        (lambda s: invert(s, torch.zeros(2, 3, 8, 8)), r"x_0: expected \[N, 1, 8, 8\], found \[2, 3, 8, 8\]"),
         (lambda s: invert(s, torch.zeros(2, 1, 8, 8), torch.zeros(1, 3)), r"z: expected \[2, Z\], found \[1, 3\]"),
         (lambda s: invert(s, torch.zeros(2, 1, 8, 8), num_steps=0), "num_steps: expected at least 1, found 0"),
         (lambda s: interpolate(s, torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8), 3), r"a: expected one image \[1, 1, 8, 8\]"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import normal
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -98,7 +99,7 @@ def test_weights_are_complete_floating_and_finite(door, harm, request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("door", DOORS)
 def test_other_precisions_and_wrapped_networks_load(door, prefix, dtype, request):
     fixture, load, name = DOORS[door]
@@ -114,6 +115,30 @@ def test_a_prefix_of_some_keys_is_a_mistake(saved):
     rewrite(saved / "model.safetensors", lambda t: {f"module.{n}" if "mu" in n else n: v for n, v in t.items()})
     with pytest.raises(UserError, match=r"it lacks encoder\.mu\.bias, encoder\.mu\.weight"):
         load_model(saved)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("networks", [("encoder",), ("encoder", "denoiser")])
+def test_networks_that_were_wrapped_by_themselves_load(networks, wrapper, saved):
+    """`model.encoder = torch.compile(model.encoder)`, then `model.state_dict()`."""
+    expected = load_model(saved).state_dict()
+
+    def wrapped(name: str) -> str:
+        network, _, rest = name.partition(".")
+        return f"{network}.{wrapper}{rest}" if network in networks else name
+
+    rewrite(saved / "model.safetensors", lambda tensors: {wrapped(name): value for name, value in tensors.items()})
+    found = load_model(saved).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_compiled_network_is_saved_and_loaded(tmp_path):
+    model = build()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.encoder = torch.compile(model.encoder)
+    model.save_pretrained(tmp_path)
+    found = load_model(tmp_path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_attention_by_its_names_of_before(unet):
@@ -143,6 +168,163 @@ def test_keys_and_shapes_are_those_of_a_network_on_no_device(tmp_path):
         expected = nn.Linear(3, 2).state_dict()
     found = read_weights(tmp_path / "linear.safetensors", expected)
     assert torch.equal(found["weight"], normal(2, 3).float())
+
+
+# Weights in several files, and variants
+
+
+def same(found: nn.Module, expected: nn.Module) -> bool:
+    ours = expected.state_dict()
+    return all(torch.equal(value, ours[name]) for name, value in found.state_dict().items())
+
+
+def test_weights_in_parts_are_the_same_model(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    build().save_pretrained(tmp_path, max_shard_size="1KB")
+    parts = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(parts) > 2
+    assert set(index["weight_map"].values()) == {part.name for part in parts}
+    assert index["metadata"]["total_size"] == sum(4 * value.numel() for value in build().state_dict().values())
+    assert same(load_model(tmp_path), build())
+    from huggingface_hub import load_torch_model  # as others read them
+
+    other = build(1)
+    load_torch_model(other, tmp_path)
+    assert same(other, build())
+
+
+def test_one_file_and_parts_replace_each_other(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    one = {"config.json", "model.safetensors"}
+    for seed, size, latents in ((0, None, 3), (1, "1KB", 5), (2, "2KB", 3), (3, None, 5)):
+        build(seed, latent_size=latents).save_pretrained(tmp_path, max_shard_size=size)
+        assert same(load_model(tmp_path), build(seed, latent_size=latents))
+        names = {file.name for file in tmp_path.iterdir()}
+        assert names == one if size is None else "model.safetensors" not in names
+    build(4).save_pretrained(tmp_path, max_shard_size="1GB")  # all of it fits into one
+    assert {file.name for file in tmp_path.iterdir()} == one
+
+
+def test_variants_lie_beside_each_other(tmp_path):
+    build(0).save_pretrained(tmp_path)
+    build(1).half().save_pretrained(tmp_path, variant="fp16")
+    assert load_file(tmp_path / "model.fp16.safetensors")["encoder.mu.weight"].dtype == torch.float16
+    assert same(load_model(tmp_path), build(0))
+    found = load_model(tmp_path, variant="fp16")
+    assert same(found, build(1).half().float())
+    assert found.encoder.mu.weight.dtype == torch.float32
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors there; of its variants there is fp16"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match=r"no model\.bf16\.safetensors there; of its variants there is fp16"):
+        load_model(tmp_path, variant="bf16")
+    for variant in ("../fp16", "", "a b"):
+        if variant:
+            with pytest.raises(UserError, match="variant: expected a word such as fp16"):
+                load_model(tmp_path, variant=variant)
+    with pytest.raises(UserError, match="variant: expected a word"):
+        build().save_pretrained(tmp_path / "new", variant="a/b")
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_inside(tmp_path):
+    build().save_pretrained(tmp_path / "all/disks")
+    assert same(load_model(tmp_path / "all", subfolder="disks"), build())
+    for subfolder in ("../all", "/etc", "disks/../.."):
+        with pytest.raises(UserError, match="subfolder: expected a folder inside the model's"):
+            load_model(tmp_path / "all", subfolder=subfolder)
+
+
+def test_a_unet_in_parts_and_of_a_variant(unet):
+    expected = load_unet(unet)
+    unet_model = expected.network
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    unet_model.save_pretrained(unet, max_shard_size="4KB")
+    unet_model.save_pretrained(unet, variant="fp16")
+    assert len(list(unet.glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
+    assert same(load_unet(unet), expected)
+    assert same(load_diffusers(unet, UniformLogsnr(-7.0, 5.0), variant="fp16"), expected)
+    with pytest.raises(UserError, match=r"no diffusion_pytorch_model\.bf16\.safetensors there"):
+        load_diffusers(unet, UniformLogsnr(-7.0, 5.0), variant="bf16")
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def first(folder: Path) -> Path:
+    return min(folder.glob("model-*.safetensors"))
+
+
+def change_map(folder: Path, change) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def renamed(name):
+    return lambda folder: change_map(folder, lambda places: places | {min(places): name})
+
+
+DAMAGE = {
+    "a part is missing": (
+        lambda folder: first(folder).unlink(),
+        r"index\.json: model-00001-of-\d+\.safetensors is not there, one of \d+ files",
+    ),
+    "a part is cut short": (
+        lambda folder: os.truncate(first(folder), 100),
+        r"model-00001-of-\d+\.safetensors: damaged or not a safetensors",
+    ),
+    "a part is a folder": (lambda folder: (first(folder).unlink(), (folder / "model-00001-of-00000.safetensors").mkdir()), "is not there"),
+    "a part of another save": (
+        lambda folder: (
+            (first(folder).rename(folder / "kept"), build(1).save_pretrained(folder, max_shard_size="1KB"))
+            and (folder / "kept").rename(first(folder))
+        ),
+        "files of weights from two saves, the later of which was cut short; save the model again",
+    ),
+    "a tensor in two parts": (
+        lambda folder: save_file(load_file(first(folder)), max(folder.glob("model-*.safetensors")), {"save": _mark(folder)}),
+        "in two files of weights, expected in one",
+    ),
+    "a file outside": (renamed("../model.safetensors"), r"expected names of safetensors files beside it, found '\.\./model\.safetensors'"),
+    "a file of the system": (renamed("/etc/passwd"), "expected names of safetensors files beside it, found '/etc/passwd'"),
+    "a pickle": (renamed("pytorch_model.bin"), "expected names of safetensors files beside it"),
+    "an option": (renamed("..safetensors"), "expected names of safetensors files"),
+    "no name": (renamed(7), "expected a weight_map from tensors to files"),
+    "no map": (lambda folder: change_map(folder, lambda places: []), "expected a weight_map from tensors to files"),
+    "an empty map": (lambda folder: change_map(folder, lambda places: {}), "expected a weight_map from tensors to files"),
+    "a long map": (
+        lambda folder: change_map(folder, lambda places: {str(n): f"{n}.safetensors" for n in range(1001)}),
+        "at most 1000 files",
+    ),
+    "no JSON": (lambda folder: (folder / INDEX).write_text("{"), r"index\.json: not valid JSON"),
+    "notes of another kind": (lambda folder: (folder / INDEX).write_text('{"metadata": [1]}'), "expected a weight_map"),
+}
+
+
+def _mark(folder: Path) -> str:
+    with safe_open(first(folder), "pt") as stored:
+        return stored.metadata()["save"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_parts_are_said_in_a_sentence(damage, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    build().save_pretrained(tmp_path, max_shard_size="1KB")
+    harm, message = DAMAGE[damage]
+    harm(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["many", -1, [1]])
+def test_a_size_that_is_none(size, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(UserError, match="max_shard_size: expected bytes or words such as 5GB, found"):
+        build().save_pretrained(tmp_path / "model", max_shard_size=size)
+    assert not (tmp_path / "model").exists()
 
 
 DEEP: list = []

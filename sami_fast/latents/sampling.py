@@ -1,6 +1,8 @@
 """The reverse process, guided by z: sample, reconstruct, traverse, interpolate, edit; and back from an image to its noise: invert.
 
 Every random number is a function of (seed, index of the picture): a picture does not depend on the batch it is computed in.
+Images are given in any way that `as_images` knows. Noise, latents and sums are float32, in float64 for a model in float64, and so are the
+pictures that come out; networks of 16 bits get their images in 16 bits.
 Step k of the stream INIT is the noise added after k reverse steps; step 0 is x_T.
 """
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..methods.inputs import ImageLike, as_images
 from ..methods.latent_model import LatentModel, Posterior
 from ..schedule import alpha_sigma
 from . import SOLVERS, STARTS, Solver, Start
@@ -98,7 +101,7 @@ def reverse_process(
 
     Args:
         model: Of any method.
-        x_T: Starting noise; its dtype is that of the arithmetic.
+        x_T: Starting noise; its dtype is that of the arithmetic, which is float32 at least.
         z: Latents to guide towards; None for the denoiser alone.
         seed: Key of the fresh noise, >= 0.
         index: Which picture each row is, for its fresh noise. int64 >= 0; 0, 1, 2, ... when None.
@@ -115,6 +118,8 @@ def reverse_process(
         ValueError: shapes do not fit, or solver, num_steps, eta or batch_size is out of range.
     Source: Song, Meng & Ermon, arXiv:2010.02502; Lu et al., arXiv:2211.01095, algorithm 2; guidance of SAMI, arXiv:2512.17127.
     """
+    x_T = x_T.to(model.device, torch.promote_types(x_T.dtype, torch.float32))
+    z = None if z is None else torch.as_tensor(z).to(x_T)
     if model.decodes:
         return _decoded(model, x_T, z, clip_x_0, batch_size)
     levels = _Levels(model, x_T, "logsnr" if solver == "dpm2m" else "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
@@ -146,7 +151,7 @@ def reverse_process(
 @torch.no_grad()
 def invert(
     model: LatentModel,
-    x_0: Tensor,  # [N, C, H, W]
+    x_0: ImageLike,  # [N, C, H, W]
     z: Tensor | None = None,  # [N, Z]
     *,
     num_steps: int = NUM_STEPS,
@@ -167,7 +172,7 @@ def invert(
     miss x_0 by a mean squared error of 0.58, guided from the denoiser's own x_T by 0.0002, from random x_T by 0.024.
 
     Args:
-        x_0: Images in [-1, 1]; their dtype is that of the arithmetic.
+        x_0: Images in [-1, 1]; their dtype is that of the arithmetic, which is float32 at least.
         z: Latents that guide; None for the denoiser alone.
         num_steps, guidance_scale, guidance_clip, clip_x_0, batch_size: As in `reverse_process`, which must be given the same.
     Returns:
@@ -176,7 +181,8 @@ def invert(
         ValueError: as `reverse_process`.
     Source: Song, Meng & Ermon, arXiv:2010.02502, section 4.3.
     """
-    x_0 = x_0.to(model.device)
+    x_0 = as_images(x_0, model.image_shape, name="x_0", least=model.arithmetic, noisy=True).to(model.device)
+    z = None if z is None else torch.as_tensor(z).to(x_0)
     levels = _Levels(model, x_0, "t", num_steps, guidance_scale, guidance_clip, clip_x_0)
 
     def forward(x_t: Tensor, z: Tensor | None, _: Tensor) -> Tensor:
@@ -265,34 +271,39 @@ def _index(model: LatentModel, count: int, first: int) -> Tensor:
 
 
 def starting_noise(model: LatentModel, count: int, seed: int, first: int = 0) -> Tensor:
-    """x_T of the pictures first, first + 1, ... of a seed. [count, C, H, W] float32 on the model's device."""
-    return _noise(model, seed, 0, _index(model, count, first))
+    """x_T of the pictures first, first + 1, ... of a seed. [count, C, H, W] float32 (float64 for a float64 model) on the model's device."""
+    return _noise(model, seed, 0, _index(model, count, first)).to(model.arithmetic)
 
 
 def prior_latents(model: LatentModel, count: int, seed: int, first: int = 0) -> Tensor:
-    """z ~ N(0, I) of the pictures first, first + 1, ... of a seed. [count, Z] float32 on the model's device."""
-    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(model, count, first), model.latent_size)
+    """z ~ N(0, I) of the pictures first, first + 1, ... of a seed. [count, Z] on the model's device, dtype as of `starting_noise`."""
+    return ops.random_normal(seed, 0, ops.Stream.PRIOR, _index(model, count, first), model.latent_size).to(model.arithmetic)
+
+
+def clean_images(model: LatentModel, x_0: ImageLike, name: str = "x_0") -> Tensor:
+    """Clean images as the model takes them, on the device where they are. [N, C, H, W], at least float32; errors as `as_images`."""
+    return as_images(x_0, model.image_shape, name=name, least=model.arithmetic)
 
 
 @torch.no_grad()
-def encode(model: LatentModel, x_0: Tensor, batch_size: int = 256) -> Posterior:
+def encode(model: LatentModel, x_0: ImageLike, batch_size: int = 256) -> Posterior:
     """q(z|x_0) of many images, without gradient and in bounded memory.
 
     Args:
-        x_0: [N, C, H, W] in [-1, 1], on any device, N >= 1.
+        x_0: [N, C, H, W] in [-1, 1], on any device, N >= 1; or as in `as_images`.
         batch_size: Images at a time.
     Returns:
         mu and var, [N, Z] on the model's device.
     Raises:
-        ValueError: the images are not of the model's shape.
+        ValueError: the images are not of the model's shape, or not in [-1, 1].
+        TypeError: they are no images.
     """
-    if x_0.shape[1:] != model.image_shape:
-        raise ValueError(f"x_0: expected [N, {', '.join(map(str, model.image_shape))}], found {list(x_0.shape)}")
+    x_0 = clean_images(model, x_0)
     parts = [model.encode(part.to(model.device)) for part in x_0.split(batch_size)]
     return Posterior(torch.cat([part.mu for part in parts]), torch.cat([part.var for part in parts]))
 
 
-def posterior_latents(model: LatentModel, x_0: Tensor, *, seed: int, first: int = 0) -> Tensor:
+def posterior_latents(model: LatentModel, x_0: ImageLike, *, seed: int, first: int = 0) -> Tensor:
     """z ~ q(z|x_0), one per image: over many images, latents of the aggregated posterior.
 
     Args:
@@ -301,7 +312,8 @@ def posterior_latents(model: LatentModel, x_0: Tensor, *, seed: int, first: int 
     Returns:
         [N, Z] on the model's device.
     """
-    return encode(model, x_0).draw(_index(model, len(x_0), first), seed)
+    posterior = encode(model, x_0)
+    return posterior.draw(_index(model, len(posterior.mu), first), seed)
 
 
 def sample(
@@ -359,7 +371,7 @@ def _guided(
 
 def reconstruct(
     model: LatentModel,
-    x_0: Tensor,  # [N, C, H, W]
+    x_0: ImageLike,  # [N, C, H, W]
     *,
     seed: int,
     first: int = 0,
@@ -369,15 +381,16 @@ def reconstruct(
     """Images from noise and from the mean of q(z|x_0): what z does not know of x_0 comes out new, or, inverted, comes back.
 
     Args:
-        x_0: In [-1, 1].
+        x_0: In [-1, 1], or as in `as_images`.
         seed, first: The noise of image i is that of picture first + i.
         x_T: "random", or "inverted" (`invert`, by the denoiser alone), which implies eta 0.
         options: See `reverse_process`.
     Returns:
         In [-1, 1], on the model's device.
     Raises:
-        ValueError: as `reverse_process` and `resolve_eta`.
+        ValueError, TypeError: as `as_images`, `reverse_process` and `resolve_eta`.
     """
+    x_0 = clean_images(model, x_0)
     mu = encode(model, x_0).mu
     return _guided(model, x_0, mu, mu[:, None], x_T, seed, first, options)[:, 0]
 
@@ -391,9 +404,19 @@ def _picked(axis: int | Tensor, axes: Axes | None, latent_size: int) -> tuple[Ax
     return axes or Axes.of_latents(latent_size), axis
 
 
+def _as_latent(model: LatentModel, start: Any) -> Tensor | None:
+    """What is no image as latents [N, Z]; None for an image."""
+    shape = tuple(getattr(start, "shape", ()))
+    if len(shape) not in (1, 2) or shape == model.image_shape[1:]:  # that of a grey image without its channel
+        return None
+    if shape[-1] != model.latent_size:
+        raise ValueError(f"start: expected one image or latent [1, {model.latent_size}], found {list(shape)}")
+    return torch.as_tensor(start).to(model.device, model.arithmetic).view(-1, shape[-1])
+
+
 def traverse(
     model: LatentModel,
-    start: Tensor,  # [1, C, H, W] or [1, Z]
+    start: ImageLike,  # [1, C, H, W] or [1, Z]
     axis: int | Tensor,
     values: Sequence[float] | Tensor,  # [V]
     *,
@@ -406,7 +429,7 @@ def traverse(
     """One coordinate of the latent moved over values; the others and all noise are the same in every picture.
 
     Args:
-        start: An image in [-1, 1], whose mean latent is used, or a latent.
+        start: An image in [-1, 1], or as in `as_images`, whose mean latent is used; or a latent.
         axis: Latent dimension to move, 0 to Z - 1; with `axes`, which of these; or a direction [Z] d, whose coordinate is <z, d> / |d|^2.
         values: What the coordinate is set to.
         seed, first: The noise is that of picture `first`.
@@ -416,13 +439,15 @@ def traverse(
     Returns:
         One image per value, in [-1, 1].
     Raises:
-        ValueError: start is not one image or latent, there is no such axis, or as `reverse_process` and `resolve_eta`.
+        ValueError, TypeError: start is not one image or latent, there is no such axis, or as `reverse_process` and `resolve_eta`.
     """
+    latent = _as_latent(model, start)
+    if latent is not None and x_T == "inverted":
+        raise ValueError(f"start: expected an image [1, C, H, W] with x_T inverted, found {list(latent.shape)}")
+    start = clean_images(model, start, "start") if latent is None else latent
     if len(start) != 1:
         raise ValueError(f"start: expected one image or latent, found {len(start)}")
-    if x_T == "inverted" and start.dim() != 4:
-        raise ValueError(f"start: expected an image [1, C, H, W] with x_T inverted, found {list(start.shape)}")
-    z = encode(model, start).mu if start.dim() == 4 else start.to(model.device)
+    z = encode(model, start).mu if latent is None else latent
     picked, row = _picked(axis, axes, z.shape[1])
     goals = np.asarray(torch.as_tensor(values).cpu(), dtype=np.float64)
     moved = picked.moved(z.cpu().numpy().repeat(len(goals), 0), row, goals)
@@ -431,7 +456,7 @@ def traverse(
 
 def edit(
     model: LatentModel,
-    x_0: Tensor,  # [N, C, H, W]
+    x_0: ImageLike,  # [N, C, H, W]
     axis: int | Tensor,
     amounts: Sequence[float] | Tensor,  # [V]
     *,
@@ -444,7 +469,7 @@ def edit(
     """Images with one coordinate of their latent changed by given amounts: z becomes the mean of q(z|x_0) plus amount * direction.
 
     Args:
-        x_0: In [-1, 1].
+        x_0: In [-1, 1], or as in `as_images`.
         axis, axes: As in `traverse`; a direction [Z] is taken as long as it is.
         amounts: What is added; 0 reconstructs the image.
         seed, first: With x_T "random", the noise of image i is that of picture first + i.
@@ -453,8 +478,9 @@ def edit(
     Returns:
         One image per image and amount, in [-1, 1], on the model's device.
     Raises:
-        ValueError: there is no such axis, or as `reverse_process` and `resolve_eta`.
+        ValueError, TypeError: there is no such axis, or as `as_images`, `reverse_process` and `resolve_eta`.
     """
+    x_0 = clean_images(model, x_0)
     mu = encode(model, x_0).mu
     picked, row = _picked(axis, axes, mu.shape[1])
     added = np.asarray(torch.as_tensor(amounts).cpu(), dtype=np.float64)
@@ -484,8 +510,8 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 def interpolate(
     model: LatentModel,
-    a: Tensor,  # [1, C, H, W]
-    b: Tensor,  # [1, C, H, W]
+    a: ImageLike,  # [1, C, H, W]
+    b: ImageLike,  # [1, C, H, W]
     count: int,
     *,
     seed: int = 0,
@@ -496,7 +522,7 @@ def interpolate(
     """Pictures on the way from one image to another: latents on the straight line between the means, noise on the great circle.
 
     Args:
-        a, b: Images in [-1, 1].
+        a, b: Images in [-1, 1], or as in `as_images`.
         count: Pictures, the reconstructions of a and b included, >= 2.
         seed, first: With x_T "random", all pictures have the noise of picture `first`.
         x_T: "inverted" goes from the noise that a is made of to that of b (`slerp`), and implies eta 0.
@@ -504,18 +530,19 @@ def interpolate(
     Returns:
         In [-1, 1], on the model's device.
     Raises:
-        ValueError: a or b is not one image, count is below 2, or as `reverse_process` and `resolve_eta`.
+        ValueError, TypeError: a or b is not one image, count is below 2, or as `reverse_process` and `resolve_eta`.
     """
-    for name, value in (("a", a), ("b", b)):
-        if value.shape != (1, *model.image_shape):
+    given = {name: clean_images(model, value, name) for name, value in (("a", a), ("b", b))}
+    for name, value in given.items():
+        if len(value) != 1:
             raise ValueError(f"{name}: expected one image [1, {', '.join(map(str, model.image_shape))}], found {list(value.shape)}")
     if count < 2:
         raise ValueError(f"count: expected at least 2, found {count}")
-    ends = torch.cat((a, b))
+    ends = torch.cat([value.to(model.device) for value in given.values()])
     mu, weights = encode(model, ends).mu, torch.linspace(0, 1, count, dtype=torch.float64, device=model.device)
     latents = torch.lerp(mu[:1].double(), mu[1:].double(), weights[:, None]).to(mu)
     if x_T == "random":
-        return _guided(model, a, mu[:1], latents[None], x_T, seed, first, options)[0]
+        return _guided(model, ends[:1], mu[:1], latents[None], x_T, seed, first, options)[0]
     eta = resolve_eta(options.get("solver", "ddim"), options.get("eta"), default=model.guided_eta, x_T=x_T)
     from_a, from_b = _inverted(model, ends, mu, options)
     noise = slerp(from_a, from_b, weights)

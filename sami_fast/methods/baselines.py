@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..models import Decoder, Denoiser
 from ..step import Draw, unguided_error
+from .inputs import fitted
 from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
 
 COLLAPSED = (
@@ -86,7 +87,7 @@ class BetaVAE(Baseline):
         return residual.square().sum(1) / (2 * self.decoder_std**2)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
+        return fitted(self.decoder, z)(z)
 
 
 class DiffAE(Baseline):
@@ -139,4 +140,4 @@ class DiffAE(Baseline):
         """
         if z is None or scale != 1.0:
             raise ValueError("z: expected latents and a guidance scale of 1; a diffusion autoencoder draws nothing without them")
-        return self.denoiser(x_t, t, z)
+        return fitted(self.denoiser, x_t)(x_t, t, z)

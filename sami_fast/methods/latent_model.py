@@ -7,18 +7,21 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops, score
 from ..errors import UserError
-from ..hub import located
+from ..hub import HubOptions, located, upload
 from ..models import Encoder
-from ..saved import SETTINGS, WEIGHTS, count_weights, read_model_settings, read_weights, write_model
+from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
+from .card import write_card
+from .inputs import ImageLike, as_images, dtype_of, fitted
 
 FORMAT = "sami-fast/1"
 SPARE = 2**24  # numbers that a file of weights may lack and the networks are made all the same, so that the keys it lacks can be named
@@ -192,9 +195,27 @@ class LatentModel(nn.Module):
         """Where the weights are; the CPU when there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def encode(self, x: Tensor) -> Posterior:
-        """q(z|x) of images, clean or noisy. [B, C, H, W] in [-1, 1] -> mu, var [B, Z]; var is 0 where the model is deterministic."""
-        mu, var = self.encoder(x)
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """In what images and latents are kept between the networks: float64 where a network's weights are, else float32."""
+        return torch.float64 if torch.float64 in map(dtype_of, self.networks.values()) else torch.float32
+
+    def encode(self, x: ImageLike) -> Posterior:
+        """q(z|x) of images, clean or noisy, on the device of the weights.
+
+        Args:
+            x: Images in [-1, 1], [B, C, H, W]; or uint8, channels last, one image, a NumPy array, Pillow images: `as_images` says how.
+        Returns:
+            mu and var, [B, Z] each, float32 (float64 where model or images are), whatever the dtype of the weights; var is 0 where the
+            model is deterministic.
+        Raises:
+            ValueError: images of another shape, or with values that no image has, such as 255.
+            TypeError: no images.
+        Differentiable: twice, in x and the weights.
+        """
+        shape = self._image_shape or getattr(self.encoder, "image_shape", None)
+        images = as_images(x, shape, name="x", least=self.arithmetic, noisy=True).to(self.device)
+        mu, var = fitted(self.encoder, images)(images)
         return Posterior(mu, torch.zeros_like(mu) if self.deterministic else var)
 
     def parts(self, **others: Any) -> Parts:
@@ -221,14 +242,27 @@ class LatentModel(nn.Module):
         """The mean image of latents, where the method decodes. [B, Z] -> [B, C, H, W]."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | os.PathLike[str], weights: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        weights: dict[str, Tensor] | None = None,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        run: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Write model.safetensors and config.json, the layout of the Hugging Face hub.
 
         Args:
             folder: Made if it is not there.
             weights: What to save in place of the networks' own, where these are kept in parts.
+            variant: A word in the names of the files of weights, such as "fp16" for a model that is in half precision.
+            max_shard_size: Bytes, or words such as "5GB", beyond which weights lie in several files with an index; None for one file.
+            run: The run folder that the model comes from: its report's scores and its config become a model card, README.md.
         Raises:
             ValueError: the networks are not this package's own (`architecture` is None).
+            UserError: no such run, variant or size.
+            OSError: from the system.
         """
         if self.architecture is None:
             raise ValueError("architecture: expected the arguments of this package's networks; save networks of your own with safetensors")
@@ -240,29 +274,69 @@ class LatentModel(nn.Module):
             "settings": self.settings,
         }
         weights = self.state_dict() if weights is None else weights
-        write_model(Path(folder), config, {name: value.detach().cpu().contiguous() for name, value in weights.items()})
+        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        write_model(Path(folder), config, whole, variant=variant, max_shard_size=max_shard_size)
+        if run is not None:
+            write_card(self, Path(folder), Path(run))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload a model of sami-fast",
+    ) -> str:
+        """Save the model into a repository of the Hugging Face hub, with a model card, and say where.
+
+        Args:
+            repo_id: owner/name; made if it is not there.
+            run, variant, max_shard_size: As in `save_pretrained`. Without a run the card says what the model is and how it is loaded.
+            private: Whether a new repository is.
+            token: A user's; that of `hf auth login` when None.
+            revision: Branch to commit to, made if it is not there.
+            create_pr: Propose the commit instead of making it.
+            commit_message: Its first line.
+        Returns:
+            The address of the commit.
+        Raises:
+            ValueError, UserError: as `save_pretrained`; huggingface_hub is not installed, or the hub refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            write_card(self, Path(folder), None if run is None else Path(run), repo_id)
+            to: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+            return upload(Path(folder), repo_id, variant=variant, commit_message=commit_message, **to)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
+    def from_pretrained(
+        cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu", **options: Unpack[HubOptions]
+    ) -> Self:
         """Load what `save_pretrained` wrote. No pickle is read.
 
         Args:
-            folder_or_id: A folder with config.json and model.safetensors, a run folder (its model/ is used), or, when online and
-                huggingface_hub is installed, a hub id.
+            folder_or_id: A folder with config.json and model.safetensors, or its parts and their index; a run folder (its model/ is used);
+                or, when online and huggingface_hub is installed, a hub id.
             device: Where the weights go.
+            options: revision, token, cache_dir, local_files_only, subfolder, variant, as in huggingface_hub: see `HubOptions`.
         Raises:
             UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture.
         """
-        folder, config = read_saved(folder_or_id)
-        file = folder / WEIGHTS
+        folder, config = read_saved(folder_or_id, **options)
+        files = weight_files(folder, variant=options.get("variant"))
         try:
             if (method := config.get("method", "sami")) != cls.method:
                 raise UserError(f"{folder_or_id}: expected a model of method {cls.method}, found {method}")
             architecture = {key: config[key] for key in ("encoder", cls.partner)}
             with torch.device("meta"):  # where networks take no memory, however large their settings say that they are
                 least = sum(p.numel() for network in cls.sketch(architecture) for p in network.parameters())
-            if least > (found := count_weights(file)) + SPARE:
-                raise UserError(f"{file}: weights of another architecture: expected {least} numbers at least, found {found}")
+            if least > (found := count_weights(files)) + SPARE:
+                raise UserError(f"{files[0]}: weights of another architecture: expected {least} numbers at least, found {found}")
             model = cls.build(architecture, config["schedule"], **config.get("settings", {}))
         except UserError:
             raise
@@ -272,17 +346,17 @@ class LatentModel(nn.Module):
             raise UserError(
                 f"{folder / SETTINGS}: does not describe a model of this package ({' '.join(str(error).split())[:300]})"
             ) from None
-        model.load_state_dict(read_weights(file, model.state_dict()))
+        model.load_state_dict(read_weights(files, model.state_dict()))
         return model.to(device).eval()
 
 
-def read_saved(folder_or_id: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+def read_saved(folder_or_id: str | os.PathLike[str], **options: Unpack[HubOptions]) -> tuple[Path, dict[str, Any]]:
     """Where a saved model lies and its settings; arguments and errors as in `LatentModel.from_pretrained`."""
-    folder = located(folder_or_id)
-    for name in (SETTINGS, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder_or_id}: no {name} there; expected a run folder or a saved model")
-    config = read_model_settings(folder)
+    folder, variant = located(folder_or_id, **options), options.get("variant")
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder_or_id}: no {SETTINGS} there; expected a run folder or a saved model")
+    weight_files(folder, variant=variant)
+    config = read_model_settings(folder, variant)
     if config.get("format") != FORMAT:
         raise UserError(f"{folder / SETTINGS}: expected format {FORMAT}, found {config.get('format')!r}")
     return folder, config

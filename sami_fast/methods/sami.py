@@ -10,6 +10,7 @@ from .. import score
 from ..pretrained import build_denoiser, build_encoder, sketch
 from ..schedule import Schedule, alpha_sigma
 from ..step import Draw, denoising_step, training_step
+from .inputs import fitted
 from .latent_model import LatentModel, Parts, Posterior, Prose, StepLoss, Term
 
 __all__ = ["Posterior", "Sami"]
@@ -104,17 +105,18 @@ class Sami(LatentModel):
         Returns:
             [B, C, H, W].
         """
-        eps_pred = self.denoiser(x_t, t)
+        eps_pred = fitted(self.denoiser, x_t)(x_t, t)
         return eps_pred if z is None or scale == 0.0 else eps_pred - self.guidance(x_t, t, z, scale, clip)
 
     def guidance(self, x_t: Tensor, t: Tensor, z: Tensor, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """What `predict_eps` takes off the denoiser's estimate, scale sigma_t grad log q(z|x_t); arguments as there. [B, C, H, W]."""
+        encoder = fitted(self.encoder, x_t)
         if clip is not None:
-            mu, var = self.encoder(x_t)
+            mu, var = encoder(x_t)
             reach = clip * var.sqrt()
             z = torch.clamp(z, mu - reach, mu + reach)
         _, sigma_t = alpha_sigma(self.schedule.logsnr(t))
-        return scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(self.encoder, x_t, z)
+        return scale * sigma_t.view(-1, 1, 1, 1) * score.grad_log_q(encoder, x_t, z)
 
 
 def _nothing(*outputs: Tensor) -> Tensor:

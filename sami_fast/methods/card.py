@@ -1,0 +1,117 @@
+"""The README.md of a model that is shared: what it is, how it is loaded, how its run went."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .. import __version__
+from ..errors import UserError, printable
+from ..files import absent, open_regular, write_text_whole
+from ..saved import read_settings
+
+if TYPE_CHECKING:
+    from .latent_model import LatentModel
+
+NAME = "README.md"
+MOST_CONFIG = 2**20  # bytes
+PLACES = ("runs_dir", "path", "labels", "cache_dir")  # settings that only say where files lie on the machine of the run
+SKIPPED = ("untrained", "axes")  # scores of something else
+
+
+def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: str | None = None) -> None:
+    """Write a model card into the folder of a saved model.
+
+    Args:
+        model: What was saved.
+        folder: Where.
+        run: The run folder that it comes from, whose config and report are in the card; None where there is none.
+        repo_id: Where on the hub it will lie.
+    Raises:
+        UserError: no such run, or its files cannot be read.
+        OSError: from the system.
+    """
+    scores: dict[str, Any] = {}
+    config = ""
+    if run is not None:
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run}: expected a run folder for the model card; {absent(run / 'config.yaml', 'file')}")
+        config = _config(run / "config.yaml")
+        if (run / "report" / "metrics.json").is_file():
+            scores = read_settings(run / "report" / "metrics.json")
+    write_text_whole(folder / NAME, "\n".join(_lines(model, config, scores, repo_id, None if run is None else run.resolve().name)))
+
+
+def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], repo_id: str | None, run: str | None) -> Iterator[str]:
+    channels, height, width = model.image_shape
+    tags = ["sami-fast", model.method, "representation-learning", "disentanglement", *(["diffusion"] if model.noisy else [])]
+    yield "---"
+    yield yaml.safe_dump({"library_name": "sami-fast", "tags": tags}, sort_keys=False).rstrip()
+    yield "---"
+    yield f"# {escaped(repo_id or run or model.label)}"
+    yield ""
+    yield (
+        f"A model of the method {escaped(model.label)}: {model.latent_size} latents of images of {channels} x {height} x {width} "
+        f"(channels, height, width), trained with sami-fast {__version__}."
+    )
+    yield ""
+    yield "```python"
+    yield "from sami_fast import load_model, reconstruct"
+    yield ""
+    yield f"model = load_model({json.dumps(repo_id or 'this/folder')})"
+    yield "posterior = model.encode(images)  # mu and var, [B, Z]; images in [-1, 1], or uint8"
+    yield "again = reconstruct(model, images, seed=0)"
+    yield "```"
+    if isinstance(health := scores.get("health"), dict):
+        yield ""
+        yield f"**Health of the run:** {escaped(health.get('word', ''))}: {escaped(health.get('reason', ''))}"
+    if table := list(_table(scores)):
+        yield from ("", "## Scores", "", "On held-out images where there are any. What each means: the documentation of sami-fast.", "")
+        yield from ("| Score | Value |", "| --- | --- |", *table)
+    if config:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))
+        yield from ("", "## Config", "", f"{fence}yaml", config, fence)
+    yield ""
+
+
+def _table(scores: Mapping[str, Any]) -> Iterator[str]:
+    """Every single number of a report, and the mean of those by factor."""
+    for name, value in scores.items():
+        what = name
+        if isinstance(value, dict) and name not in SKIPPED:
+            known = [each for each in value.values() if _is_number(each)]
+            if not known or len(known) < len(value):
+                continue
+            what, value = f"{name}, mean", sum(known) / len(known)
+        if _is_number(value):
+            yield f"| {escaped(what)} | {value:.4g} |"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _config(file: Path) -> str:
+    """A run's config without the places of its files, which are nobody else's business."""
+    try:
+        with open_regular(file) as stream:
+            settings = yaml.safe_load(stream.read(MOST_CONFIG))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    return yaml.safe_dump(_without_places(settings), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _without_places(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        # what remains of a path is its last part; a model of the hub is no path
+        return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
+    return {key: _without_places(value) for key, value in settings.items() if key not in PLACES}
+
+
+def escaped(text: object) -> str:
+    """Text as Markdown shows it: on one line, without markup of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", printable(text))
