@@ -10,7 +10,7 @@
 #   ops, step   every op against its rivals and roofline; the joint step of CelebA-64 (test_ops.py, test_step.py)
 #   deepspeed   the same networks through the launcher at every ZeRO stage (deepspeed_steps.py), where DeepSpeed is installed
 #
-#   --rehearse        no GPU: tiny sizes on Triton's interpreter (of Triton 3.9; that of 3.6 fails on bool arguments), nvcc compiles; figures
+#   --rehearse        no GPU: tiny sizes on Triton's interpreter, nvcc compiles; figures
 #                     mean nothing. REHEARSE_SMALL=1: still fewer cases, with the sami-fast that is installed, for the test suite
 #   --again           also what is done already with these very sources on this device
 #   --minutes N       when the call has to be over (9.5); what is not done by then goes on in the next call

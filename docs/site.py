@@ -20,6 +20,7 @@ PAGES = {  # files outside docs/ that are pages of the site
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "examples/README.md": "examples.md",
     "kernels/README.md": "triton.md",
     "csrc/README.md": "core.md",
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
@@ -67,5 +68,14 @@ def launch(
         return
     if 0 in grid:
         return
+    if INTERPRETED:
+        rest = tuple(_truth_value(value) if isinstance(value, bool) else value for value in rest)
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[tuple(grid)](first, *rest, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion)
+
+
+def _truth_value(value: bool) -> Any:
+    """As the interpreter of later versions passes it to a kernel; that of Triton 3.6 fails to."""
+    from triton.runtime.interpreter import TensorHandle
+
+    return tl.tensor(TensorHandle(torch.tensor([value]).numpy(), tl.int1), tl.int1)

@@ -15,7 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 if __name__ == "__main__" and not __package__:
     # As a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules.
-    sys.path = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
+    sys.path = [entry for entry in sys.path if os.path.realpath(entry) != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse
 import copy

@@ -2,17 +2,22 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
 import torch
+from helpers import normal
 from safetensors.torch import load_file
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from sami_fast.config import load_config
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.methods.build import build_model
-from sami_fast.step import guided_terms
+from sami_fast.step import Draw, guided_terms
 from sami_fast.train import train
 
 TINY = str(Path(__file__).parent / "tiny.yaml")
@@ -54,6 +59,34 @@ def test_what_is_compiled():
     assert parts["step"].guided_terms is not guided_terms
     assert parts["step"].denoiser is model.denoiser  # it is inside the graph
     assert parts["step"].score_method == eager_parts(model, configs["step"]).score_method == "dual"
+
+
+class Told(CustomGraphPass):
+    """What the compiler has been told when it comes to a graph."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[bool, bool]] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.found.append((inductor.triton.mix_order_reduction, inductor.triton.cudagraphs))
+
+    def uuid(self) -> str:  # of its own every time, so that nothing comes out of the cache
+        return str(uuid4())
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_sums_in_two_directions_are_left_out_where_torch_gets_them_wrong(cuda_graphs):
+    assert inductor.triton.mix_order_reduction  # torch's own choice
+    config = load_config(TINY, ["encoder.channels=[8]", "denoiser.channels=[4]", "engine.compile=denoiser"])
+    model = build_model(config, (1, 8, 8))
+    parts = compiled_parts(model, replace(config, engine=replace(config.engine, cuda_graphs=cuda_graphs)))
+    draw = Draw(seed=0, step=0, index=torch.arange(8), global_batch=8)
+    told = Told()
+    with inductor.patch(post_grad_custom_pre_pass=told):
+        model.training_loss(normal(8, 1, 8, 8, dtype=torch.float32), draw, 1.0, parts)[0].backward()
+    right = int(torch.__version__.split(".")[1]) >= 15
+    assert len(told.found) >= 2  # forward and backward
+    assert set(told.found) == {(right, cuda_graphs)}
 
 
 def test_compiled_code_is_kept_beside_the_other_caches(tmp_path, monkeypatch):

@@ -14,65 +14,29 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from pages import ROOT, split
 
 from sami_fast.cli import parser
 from sami_fast.config import load_config
 from sami_fast.train import parse
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sami_fast"
 PAGES = sorted(
-    path.relative_to(ROOT).as_posix() for pattern in ("*.md", "docs/**/*.md", "csrc/*.md", "kernels/*.md") for path in ROOT.glob(pattern)
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "csrc/*.md", "examples/*.md", "kernels/*.md")
+    for path in ROOT.glob(pattern)
 )
 OF_THE_TREE = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
 OUTPUTS = ("runs/", "build/", "model/", "report/", "checkpoints/", "tensorboard/")  # what runs and builds write
 SPAN = re.compile(r"`([^`\n]+)`")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of code and where it stands."""
-
-    page: str
-    line: int
-    language: str  # "" of an indented block
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def split(page: str) -> tuple[str, list[Block]]:
-    """The prose of a page, and its blocks of code."""
-    prose, blocks = [], []
-    lines = (ROOT / page).read_text().splitlines()
-    at = 0
-    while at < len(lines):
-        start, line = at, lines[at]
-        fence, indented = re.match(r"```(\w*)$", line), line.startswith("    ") and (not at or not lines[at - 1].strip())
-        if not fence and not indented:
-            prose.append(line)
-            at += 1
-            continue
-        at += 1
-        while at < len(lines) and (not lines[at].startswith("```") if fence else lines[at].startswith("    ") or not lines[at]):
-            at += 1
-        text = "\n".join(lines[start + 1 : at] if fence else (inner[4:] for inner in lines[start:at]))
-        at += bool(fence)
-        above = next((before for before in reversed(lines[:start]) if before.strip()), "")
-        if not above.startswith("<!-- unchecked:"):
-            blocks.append(Block(page, start + 1, fence[1] if fence else "", text))
-    return "\n".join(prose), blocks
-
-
 PROSE = {page: split(page)[0] for page in PAGES}
-BLOCKS = [block for page in PAGES for block in split(page)[1]]
+BLOCKS = [block for page in PAGES for block in split(page)[1] if block.said("unchecked") is None]
 
 
 def test_the_pages_are_found():

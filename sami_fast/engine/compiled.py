@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..config import Config
 from ..environment import cache_home
@@ -44,11 +45,21 @@ def compiled_parts(model: LatentModel, config: Config) -> Parts:
     if engine.compile == "none":
         return parts
     _keep_cache()
-    options: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead" if engine.cuda_graphs else None}
+    options = inductor_options(cuda_graphs=engine.cuda_graphs)
     if engine.compile == "denoiser":
-        return replace(parts, denoiser=torch.compile(parts.denoiser, **options))
-    whole = torch.compile(guided_terms, fullgraph=True, **options)
-    return replace(parts, encoder=torch.compile(parts.encoder, **options), guided_terms=whole)
+        return replace(parts, denoiser=torch.compile(parts.denoiser, dynamic=False, options=options))
+    whole = torch.compile(guided_terms, fullgraph=True, dynamic=False, options=options)
+    return replace(parts, encoder=torch.compile(parts.encoder, dynamic=False, options=options), guided_terms=whole)
+
+
+def inductor_options(cuda_graphs: bool) -> dict[str, Any]:
+    """Options of torch.compile.
+
+    On a GPU, torch before 2.15 may sum one tensor along two directions in a single kernel, and then gives wrong gradients: of a
+    convolution's bias where an embedding is added to each channel, under bf16 (pytorch/pytorch #190796, mended in 2.11), and of slices
+    of one tensor (#193061, in 2.15). So it is told not to.
+    """
+    return {"triton.cudagraphs": cuda_graphs} | ({"triton.mix_order_reduction": False} if TorchVersion(torch.__version__) < "2.15" else {})
 
 
 def _keep_cache() -> None:

@@ -73,7 +73,7 @@ def check_draw(seed: int, step: int, stream: int = 0) -> None:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, found {seed}")
     if not 0 <= step < 1 << 59:
         raise ValueError(f"step: expected 0 to 2**59 - 1, found {step}")
-    if not 0 <= stream < NUM_STREAMS:
+    if not 0 <= int(stream) < NUM_STREAMS:  # int: torch 2.10 compiles no comparison of an enum
         raise ValueError(f"stream: expected 0 to {NUM_STREAMS - 1}, found {stream}")
 
 
