@@ -8,6 +8,7 @@ A checkpoint is what `save_pretrained` of a DDPMPipeline writes, or of a UNet2DM
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,9 +22,10 @@ def small_checkpoint(folder: Path) -> Path:
 
     blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
     torch.manual_seed(0)
-    unet = UNet2DModel(16, 1, 1, block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8, attention_head_dim=8, **blocks)
-    unet.save_pretrained(folder)
-    DDPMScheduler().save_pretrained(folder)
+    unet: Any = UNet2DModel(16, 1, 1, block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8, attention_head_dim=8, **blocks)
+    scheduler: Any = DDPMScheduler()
+    for part in (unet, scheduler):
+        part.save_pretrained(folder)
     return folder
 
 
