@@ -3,24 +3,28 @@
 A run is a YAML file that holds only what differs from here, plus `key=value` overrides with dotted keys.
 """
 
+import copy
 import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import reduce
 from importlib.util import find_spec
+from operator import getitem
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeGuard, get_args
+from typing import Any, ClassVar, TypeGuard, get_args, get_origin
 
 import yaml
 
+from .adapters import BETAS, PREDICTS, RETURNS, TAKES, TIMES
 from .capabilities import CAPABILITIES, Capabilities
 from .errors import UserError
 from .files import absent, expanded
 from .models.layers import STYLES
+from .named import absolute
 from .schedule import KINDS as SCHEDULE_KINDS
 from .schedule import WEIGHTINGS
 from .score import SCORE_METHODS
@@ -52,6 +56,7 @@ def interval(low: float, high: float) -> Check:
 
 PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ANYTHING: Check = ("anything", lambda value: True)
+NAMED: Check = ("package.module:Name or path/to/file.py:Name", lambda v: not v or re.fullmatch(r".+:[^\W\d][\w.]*", v) is not None)
 STAGE: Check = ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))
 COMPILE = ("none", "denoiser", "step")
 MODES = ("joint", "denoiser", "frozen", "finetune", "staged")
@@ -61,8 +66,8 @@ AUTO = "auto"  # how a setting that is None for now is written
 def setting(default: Any, help: str, check: Check = ANYTHING, unit: str = "") -> Any:
     """A dataclass field with its meaning, unit and check."""
     metadata = {"help": help, "check": check, "unit": unit}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -82,7 +87,12 @@ class Section:
                 raise UserError(f"{self.key(item.name)}: expected {expected}, found {value!r}")
 
     def key(self, name: str) -> str:
-        return f"{self.section}.{name}" if self.section else name
+        return f"{self.section}.{spelled(name)}" if self.section else spelled(name)
+
+
+def spelled(field_name: str) -> str:
+    """The name of a setting: that of its field, which has an underscore after it where Python keeps the word for itself, `class`."""
+    return field_name.removesuffix("_")
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,17 @@ class EncoderConfig(Section):
         "denoiser: the way down and the middle of denoiser.pretrained with new heads, whatever else stands here but latent_size, init_std",
         one_of("fresh", "denoiser"),
     )
+    class_: str = setting(
+        "", "a network of your own in place of this package's, package.module:Name or path/to/file.py:Name: see docs/extending.md", NAMED
+    )
+    kwargs: dict[str, Any] = setting(
+        {}, "class: its arguments; image_shape and latent_size are added where it has parameters of these names"
+    )
+    returns: str = setting(
+        "mu_var", "class: what it returns, as two tensors or as one of both; a torch Distribution says it itself", one_of(*RETURNS)
+    )
+    takes: str = setting("x", "class: x, images alone, or x_t: images and their noise level t in [0, 1], 0 of clean ones", one_of(*TAKES))
+    accelerate: bool = setting(False, "class: sami_fast.accelerate its layers")
 
 
 @dataclass(frozen=True)
@@ -274,6 +295,20 @@ class DenoiserConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     embedding_size: int = setting(64, "width of the noise-level embedding, even", number(2, 8192))
+    class_: str = setting(
+        "", "a network of your own in place of this package's, package.module:Name or path/to/file.py:Name: see docs/extending.md", NAMED
+    )
+    kwargs: dict[str, Any] = setting({}, "class: its arguments; image_shape is added where it has a parameter of this name")
+    time: str = setting(
+        "unit",
+        "class: what it is told of the noise level: t in [0, 1], a whole timestep, sigma_t, ln(alpha^2 / sigma^2), or, edm, "
+        "sigma_t / alpha_t beside the image x_t / alpha_t",
+        one_of(*TIMES),
+    )
+    predicts: str = setting("eps", "class: what it predicts: the noise, v = alpha eps - sigma x_0, or the clean image", one_of(*PREDICTS))
+    timesteps: int = setting(1000, "class with time timestep: how many there are; 0 is the cleanest", number(2, 100_000))
+    betas: str = setting("linear", "class with time timestep: which noise level each of them is", one_of(*BETAS))
+    accelerate: bool = setting(False, "class: sami_fast.accelerate its layers")
 
 
 @dataclass(frozen=True)
@@ -493,10 +528,16 @@ class Config(Section):
             raise UserError(f"denoiser.pretrained: train.mode frozen and finetune need it, and train.mode {mode} has no use for it")
         if self.encoder.start == "denoiser" and not pretrained and mode != "staged":
             raise UserError("encoder.start: denoiser needs denoiser.pretrained, or train.mode staged")
-        if self.schedule.kind == "discrete" and not pretrained:
-            raise UserError("schedule.kind: discrete needs denoiser.pretrained")
-        if self.encoder.start == "denoiser" and self.engine.score not in ("auto", "reverse"):
-            raise UserError(f"engine.score: expected auto or reverse with encoder.start denoiser, found {self.engine.score}")
+        if self.schedule.kind == "discrete" and not pretrained and not (self.denoiser.class_ and self.denoiser.time == "timestep"):
+            raise UserError("schedule.kind: discrete needs denoiser.pretrained, or a denoiser.class with denoiser.time timestep")
+        if not self.own_encoder and self.engine.score not in ("auto", "reverse"):
+            other = "encoder.class" if self.encoder.class_ else "encoder.start denoiser"
+            raise UserError(f"engine.score: expected auto or reverse with {other}, found {self.engine.score}")
+        for owner in (self.encoder, self.denoiser):
+            if owner.class_ and self.method != "sami":
+                raise UserError(f"{owner.key('class')}: expected method sami, found {self.method}, whose networks are this package's")
+            if owner.class_ and self.encoder.start == "denoiser":
+                raise UserError(f"encoder.start: expected fresh with {owner.key('class')}, found denoiser")
 
     def _check_engine(self) -> None:
         engine, can = self.engine, self.capabilities
@@ -504,11 +545,13 @@ class Config(Section):
             raise UserError(
                 f"engine.zero_stage: expected at most {can.max_zero_stage} with method {self.method}, found {engine.zero_stage}"
             )
-        dual = engine.score in ("auto", "dual") and self.encoder.start != "denoiser"  # can be the way to differentiate the score
+        dual = engine.score in ("auto", "dual") and self.own_encoder  # can be the way to differentiate the score
         if engine.zero_stage == engine.encoder_zero_stage == 3 and not dual:
-            raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual and encoder.start fresh")
+            raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual, encoder.start fresh and no encoder.class")
         if engine.checkpoint_activations and not can.recompute:
             raise UserError(f"engine.checkpoint_activations: expected false with method {self.method}, which has no denoiser")
+        if engine.checkpoint_activations and self.denoiser.class_:
+            raise UserError("engine.checkpoint_activations: expected false with denoiser.class, which has to recompute its own")
         lowest = {"none": 0, "optimizer": 1, "parameters": 3}[engine.offload]
         if engine.zero_stage < lowest:
             raise UserError(f"engine.offload: {engine.offload} needs engine.zero_stage of at least {lowest}, found {engine.zero_stage}")
@@ -521,9 +564,14 @@ class Config(Section):
             raise UserError("engine.compile: step computes the denoiser anew, expected none or denoiser with train.bank_steps")
         if engine.compile == "step":
             if not (dual and engine.store_eps):
-                raise UserError("engine.compile: step needs engine.score auto or dual, store_eps and encoder.start fresh")
+                raise UserError("engine.compile: step needs engine.score auto or dual, store_eps, encoder.start fresh and no encoder.class")
         elif engine.cuda_graphs and engine.compile == "none":
             raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")
+
+    @property
+    def own_encoder(self) -> bool:
+        """Whether the encoder is one of `models.Encoder`, whose layers know ways of their own to differentiate the score."""
+        return self.encoder.start == "fresh" and not self.encoder.class_
 
     @property
     def capabilities(self) -> Capabilities:
@@ -606,8 +654,13 @@ def setting_keys(cls: type[Section] = Config, prefix: str = "") -> dict[str, Fie
         if _is_section(item.type):
             keys |= setting_keys(item.type, f"{prefix}{item.name}.")
         else:
-            keys[prefix + item.name] = item
+            keys[prefix + spelled(item.name)] = item
     return keys
+
+
+def _is_free(item: Field[Any]) -> bool:
+    """Whether a setting is a mapping of any names, each of which is a setting of its own: `encoder.kwargs.width`."""
+    return get_origin(item.type) is dict
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:
@@ -639,6 +692,9 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
     for key in ("data.path", "data.labels", "denoiser.pretrained"):  # a saved config must mean the same from any folder
         if settings.get(key) and Path(settings[key]).exists():
             settings[key] = str(Path(settings[key]).resolve())
+    for key in ("encoder.class", "denoiser.class"):
+        if settings.get(key):
+            settings[key] = absolute(settings[key])
     config = _build(Config, settings)
     _refuse_unused(config, asked)
     return config
@@ -647,12 +703,18 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for item in fields(cls):
-        key = prefix + item.name
+        key = prefix + spelled(item.name)
         if _is_section(item.type):
             values[item.name] = _build(item.type, settings, f"{key}.")
+        elif _is_free(item):
+            values[item.name] = {name.removeprefix(f"{key}."): value for name, value in settings.items() if name.startswith(f"{key}.")}
         elif key in settings:
             values[item.name] = settings[key]
     return cls(**values)
+
+
+class _Quoted(str):
+    """Text that stood in quotes: it is text even where it looks like a number."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -668,11 +730,14 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        return (_Quoted if node.style else str)(self.construct_scalar(node))
+
 
 _Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # of all that YAML reads in text, the merge key <<
 _Loader.yaml_constructors = {
-    kind: yaml.SafeLoader.yaml_constructors[kind] for kind in (*(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")), None)
-}
+    kind: yaml.SafeLoader.yaml_constructors[kind] for kind in (*(f"tag:yaml.org,2002:{name}" for name in ("seq", "map")), None)
+} | {"tag:yaml.org,2002:str": _Loader.construct_text}
 
 
 def _parsed(text: str) -> Any:
@@ -724,7 +789,10 @@ def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[s
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = RENAMED.get(f"{prefix}{name}", f"{prefix}{name}")
-        if key in keys:
+        free = key if key in keys and _is_free(keys[key]) else next((owner for owner in _free_keys() if key.startswith(f"{owner}.")), "")
+        if free:
+            new = _free_values({key.removeprefix(f"{free}."): value} if key != free else value, free, origin)
+        elif key in keys:
             new = {key: _typed(keys[key].type, value, key, origin)}
         elif not any(known.startswith(f"{key}.") for known in keys):
             raise _unknown(key, origin)
@@ -738,6 +806,46 @@ def _checked(values: Mapping[str, Any], origin: str, prefix: str = "") -> dict[s
         found |= new
     return found
 
+
+def _free_keys() -> list[str]:
+    return [key for key, item in setting_keys().items() if _is_free(item)]
+
+
+def _free_values(values: Any, key: str, origin: str) -> dict[str, Any]:
+    """The arguments of somebody else's class as {key.name: value}."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{key}: expected arguments by name, such as {key}.width=64, found {_shown(values)} ({origin})")
+    for name in values:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise UserError(f"{key}: expected names of arguments, found {str(name)[:60]!r} ({origin})")
+    return {f"{key}.{name}": _free_value(value) for name, value in values.items()}
+
+
+WORDS = {"true": True, "false": False, "null": None}
+
+
+def _free_value(value: Any) -> Any:
+    """A value whose type no setting says: numbers, true, false and null as in JSON, other text as it is, in lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {str(name): _free_value(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_free_value(inner) for inner in value]
+    if isinstance(value, _Quoted) or not isinstance(value, str):
+        return str(value)
+    if value in WORDS:
+        return WORDS[value]
+    if re.fullmatch(r"[+-]?(0|[1-9]\d*)", value):
+        return int(value)
+    return (
+        float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value) and not re.match(r"[+-]?0\d", value) else str(value)
+    )
+
+
+# Settings of our own networks, and of a network that is a class by name.
+OWN_ENCODER = ("channels", "blocks", "attention", "groups", "style", "smooth")
+OWN_DENOISER = ("channels", "blocks", "attention", "groups", "style", "embedding_size")
+NAMED_ENCODER = ("kwargs", "returns", "takes", "accelerate")
+NAMED_DENOISER = ("kwargs", "time", "predicts", "timesteps", "betas", "accelerate")
 
 # What an override needs to have a use: keys, the need in words, and whether a config has it.
 NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
@@ -769,23 +877,39 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         lambda c: c.kl_weight.kind == "auto",
     ),
     (
-        tuple(f"denoiser.{name}" for name in ("channels", "blocks", "attention", "groups", "style", "embedding_size")),
+        tuple(f"denoiser.{name}" for name in (*OWN_DENOISER, *NAMED_DENOISER)),
         "an empty denoiser.pretrained, which has its own",
         lambda c: not c.denoiser.pretrained,
     ),
     (
-        tuple(f"encoder.{name}" for name in ("channels", "blocks", "attention", "groups", "style", "smooth")),
+        tuple(f"encoder.{name}" for name in OWN_ENCODER),
         "encoder.start fresh",
         lambda c: c.encoder.start == "fresh",
     ),
+    (
+        tuple(f"encoder.{name}" for name in (*OWN_ENCODER, "init_std")),
+        "an empty encoder.class, whose network takes encoder.kwargs",
+        lambda c: not c.encoder.class_,
+    ),
+    (
+        tuple(f"denoiser.{name}" for name in OWN_DENOISER),
+        "an empty denoiser.class, whose network takes denoiser.kwargs",
+        lambda c: not c.denoiser.class_,
+    ),
+    (tuple(f"encoder.{name}" for name in NAMED_ENCODER), "encoder.class", lambda c: bool(c.encoder.class_)),
+    (tuple(f"denoiser.{name}" for name in NAMED_DENOISER), "denoiser.class", lambda c: bool(c.denoiser.class_)),
+    (("denoiser.timesteps", "denoiser.betas"), "denoiser.time timestep", lambda c: c.denoiser.time == "timestep"),
     (("engine.encoder_zero_stage",), "engine.zero_stage 3", lambda c: c.engine.zero_stage == 3),
 )
 
 
 def _refuse_unused(config: Config, asked: Mapping[str, Any]) -> None:
-    unset = Config()
-    for key in asked:
-        if reduce(getattr, key.split("."), config) == reduce(getattr, key.split("."), unset):
+    free = _free_keys()
+    asked_for = dict.fromkeys(next((owner for owner in free if key.startswith(f"{owner}.")), key) for key in asked)
+    now: Any = settings_of(config)
+    unset: Any = settings_of(Config())
+    for key in asked_for:
+        if reduce(getitem, key.split("."), now) == reduce(getitem, key.split("."), unset):
             continue
         inside = key.removeprefix("data.")
         kinds = next((USED_BY[place] for place in (inside, inside.partition(".")[0]) if inside != key and place in USED_BY), KINDS)
@@ -851,11 +975,38 @@ def _shown(value: Any) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole resolved config as YAML, which `load_config` reads back."""
-    return yaml.safe_dump(_with_auto(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_with_auto(settings_of(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that could be read as something else in quotes."""
+
+
+_Dumper.add_representer(_Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"'))
 
 
 def _with_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: _with_auto(value) if isinstance(value, dict) else AUTO if value is None else value for key, value in settings.items()}
+    return {
+        key: _in_quotes(value) if key == "kwargs" else _with_auto(value) if isinstance(value, dict) else AUTO if value is None else value
+        for key, value in settings.items()
+    }
+
+
+def _in_quotes(value: Any) -> Any:
+    """A free value such that `_free_value` reads it back."""
+    if isinstance(value, dict):
+        return {name: _in_quotes(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_quotes(inner) for inner in value]
+    return _Quoted(value) if isinstance(value, str) else value
+
+
+def settings_of(config: Section) -> dict[str, Any]:
+    """A section, or the whole config, as nested plain values under the names that files give them."""
+    return {
+        spelled(item.name): settings_of(value) if isinstance(value := getattr(config, item.name), Section) else copy.deepcopy(value)
+        for item in fields(config)
+    }
 
 
 def settings_table() -> str:

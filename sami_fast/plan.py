@@ -158,10 +158,10 @@ class Network:
 def count(
     network: nn.Module, arguments: Sequence[Tensor], differentiable: Sequence[bool], learns: bool, recompute: bool = False
 ) -> Network:
-    """Count a network of fake tensors.
+    """Count a network.
 
     Args:
-        network: Called with the arguments; all its parameters get a gradient here, whether or not it `learns`.
+        network: Called with zeros in the shapes of the arguments; all its parameters get a gradient here, whether or not it `learns`.
         arguments: Of one image, all of batch 1.
         differentiable: Which of them a training step asks a gradient of.
         learns: Whether its parameters are trained.
@@ -174,7 +174,7 @@ def count(
         for parameter in parameters:
             parameter.requires_grad_(of_weights)
         given = [
-            torch.empty(batch, *a.shape[1:], dtype=a.dtype).requires_grad_(asked) for a, asked in zip(arguments, of_arguments, strict=True)
+            torch.zeros(batch, *a.shape[1:], dtype=a.dtype).requires_grad_(asked) for a, asked in zip(arguments, of_arguments, strict=True)
         ]
         forward, backward = _Meter(), _Meter()
         with forward:
@@ -211,19 +211,23 @@ def count(
 
 
 def networks_of(config: Config, image_shape: tuple[int, int, int]) -> LatentModel:
-    """The networks that training would build. Fresh ones take no memory for their weights; a pretrained one has to be loaded.
+    """The networks that training would build. Fresh ones take no memory for their weights; a pretrained one has to be loaded, and one that
+    is somebody else's class has to be made.
 
     Raises:
         UserError: as `build_model`.
     """
-    with nullcontext() if config.denoiser.pretrained else _WithoutMemory():
+    real = config.denoiser.pretrained or config.encoder.class_ or config.denoiser.class_
+    with nullcontext() if real else _WithoutMemory():
         return build_model(config, image_shape)
 
 
 def count_networks(config: Config, model: LatentModel, image_shape: tuple[int, int, int]) -> tuple[Network, Network]:
-    """The encoder, and the network beside it. The model's weights are replaced by tensors without data."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
+    """The encoder, and the network beside it. The model's weights are replaced by tensors without data, unless it has networks of somebody
+    else's, which may look at their numbers."""
+    real = bool(config.encoder.class_ or config.denoiser.class_)
+    with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
+        for module in () if real else model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)

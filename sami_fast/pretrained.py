@@ -13,33 +13,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .accelerate import accelerate
+from .adapters import DenoiserAdapter, alphas_cumprod, construct, explained, named_encoder
 from .errors import UserError
 from .hub import UNET, HubOptions, located
 from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
 from .saved import SETTINGS, read_model_settings, read_settings, read_weights, weight_files
-from .schedule import Schedule, alpha_sigma, fractional_index
+from .schedule import Schedule, fractional_index
 
 # Beyond what any UNet or scheduler of diffusers has, and small enough to build: of a number, of layers per block, of a list.
 MOST, MOST_LAYERS, LONGEST = 2**17, 64, 2**17
-PREDICTIONS = ("epsilon", "v_prediction", "sample")  # of the noise, of alpha_t eps - sigma_t x_0, of x_0
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}  # diffusers' words and ours
 
 
-class DiscreteTimeDenoiser(nn.Module):
+class DiscreteTimeDenoiser(DenoiserAdapter):
     """A network (x_t, timestep) -> prediction as a denoiser (x_t, t) -> eps_pred.
 
     A time t of the schedule stands for a noise level. It is looked up among the noise levels of the network's own timesteps; where it lies
-    between two of them, the timestep that the network gets is fractional.
-
-        eps = prediction                                "epsilon"
-        eps = sigma_t x_t + alpha_t prediction          "v_prediction"
-        eps = (x_t - alpha_t prediction) / sigma_t      "sample"
+    between two of them, the timestep that the network gets is fractional. What the network may return: see `DenoiserAdapter`.
 
     Args:
-        network: (x_t [B, C, H, W], timestep [B]) -> [B, C, H, W], or an object whose `sample` that is. Channels after the C-th, a learned
-            variance, are dropped.
+        network: (x_t [B, C, H, W], timestep [B]) -> prediction.
         alphas_cumprod: alpha_t^2 of timesteps 0, 1, ..., decreasing. [N].
         schedule: The levels of training and sampling, within those of the timesteps.
-        prediction: What the network predicts.
+        prediction: What the network predicts, in diffusers' words: "epsilon", "v_prediction" or "sample".
         fractional: Whether the network takes timesteps between two of its own; otherwise it gets the nearest, as int64. With the schedule
             `Discrete` there are none between.
     Raises:
@@ -57,10 +53,10 @@ class DiscreteTimeDenoiser(nn.Module):
         prediction: str = "epsilon",
         fractional: bool = True,
     ) -> None:
-        super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction: expected {', '.join(PREDICTIONS)}, found {prediction!r}")
-        self.network, self.prediction, self.fractional = network, prediction, fractional
+        super().__init__(network, schedule, time="timestep", predicts=PREDICTIONS[prediction])
+        self.fractional = fractional
         self.register_buffer("levels", timestep_levels(alphas_cumprod), persistent=False)
         self.use(schedule)
 
@@ -84,18 +80,10 @@ class DiscreteTimeDenoiser(nn.Module):
             )
         self.schedule = schedule
 
-    def timestep(self, t: Tensor) -> Tensor:
+    def told(self, t: Tensor) -> Tensor:
         """Where t in [0, 1] lies among the network's timesteps 0 ... N - 1. [B] -> [B]."""
         place = fractional_index(self.levels.double(), self.schedule.logsnr(t))
         return place if self.fractional else place.round().long()
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        predicted = self.network(x_t, self.timestep(t))
-        predicted = (predicted if isinstance(predicted, Tensor) else predicted.sample)[:, : x_t.shape[1]].to(x_t.dtype)
-        if self.prediction == "epsilon":
-            return predicted
-        alpha_t, sigma_t = (a.view(-1, 1, 1, 1) for a in alpha_sigma(self.schedule.logsnr(t)))
-        return sigma_t * x_t + alpha_t * predicted if self.prediction == "v_prediction" else (x_t - alpha_t * predicted) / sigma_t
 
 
 def timestep_levels(alphas_cumprod: Tensor) -> Tensor:
@@ -225,13 +213,39 @@ def _unet(settings: dict[str, Any]) -> Any:
 
 def build_denoiser(arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
     """A fresh denoiser of this architecture: this package's, or a diffusers UNet."""
+    if "class" in arguments:
+        return named_denoiser(arguments, schedule)
     if "unet" not in arguments:
         return Denoiser(**arguments)
     return DiffusersDenoiser(_unet(arguments["unet"]), arguments["scheduler"], schedule)
 
 
+def named_denoiser(arguments: dict[str, Any], schedule: Schedule) -> DenoiserAdapter:
+    """The denoiser of an architecture that names a class.
+
+    Raises:
+        UserError: as `adapters.construct`, and where it does not take blank images and a time, or returns no images of their shape.
+        ValueError: a schedule with levels that no timestep has.
+    """
+    network, time, predicts = construct("denoiser", arguments), arguments["time"], arguments["predicts"]
+    if time == "timestep":
+        words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+        alphas = alphas_cumprod(arguments["betas"], arguments["timesteps"])
+        denoiser: DenoiserAdapter = DiscreteTimeDenoiser(network, alphas, schedule, prediction=words[predicts], fractional=False)
+    else:
+        denoiser = DenoiserAdapter(network, schedule, time=time, predicts=predicts)
+    denoiser.image_shape = tuple(arguments["image_shape"])
+    with torch.no_grad(), explained("denoiser", arguments["class"], denoiser):
+        denoiser(torch.zeros(2, *denoiser.image_shape), torch.tensor([0.0, 1.0]))
+    return denoiser
+
+
 def sketch(encoder: dict[str, Any], denoiser: dict[str, Any]) -> list[nn.Module]:
-    """Networks of which only the number of weights counts; of an encoder that is half of a diffusers UNet, the UNet alone."""
+    """Networks of which only the number of weights counts; of an encoder that is half of a diffusers UNet, the UNet alone.
+
+    None that are somebody else's classes, which may not know how to be made without memory."""
+    if "class" in encoder or "class" in denoiser:
+        return [] if "class" in encoder else [build_encoder(encoder)]
     network = _unet(denoiser["unet"]) if "unet" in denoiser else Denoiser(**denoiser)
     half_of = encoder.get("half_of", {})
     if "unet" in half_of and half_of != denoiser:
@@ -243,9 +257,11 @@ def build_encoder(arguments: dict[str, Any], denoiser: nn.Module | None = None) 
     """A fresh encoder of this architecture: this package's own, or half of a denoiser.
 
     Args:
-        arguments: Encoder's; or {"half_of": the denoiser's architecture, "latent_size", "init_std"}.
+        arguments: Encoder's; or {"half_of": the denoiser's architecture, "latent_size", "init_std"}; or those of `named_encoder`.
         denoiser: Whose weights half of it starts from; a fresh one when None.
     """
+    if "class" in arguments:
+        return named_encoder(arguments)
     if "half_of" not in arguments:
         return Encoder(**arguments)
     arguments = dict(arguments)
@@ -285,6 +301,8 @@ def image_shape_of(folder_or_id: str | os.PathLike[str]) -> tuple[int, int, int]
     folder = located(folder_or_id)
     config = _config(_unet_folder(folder) or folder)
     own = config.get("denoiser") if "format" in config else config
+    if isinstance(own, dict) and "class" in own and isinstance(shape := own.get("image_shape"), list) and len(shape) == 3:
+        own = {"image_channels": shape[0], "image_size": shape[1:]}
     network = own.get("unet", own) if isinstance(own, dict) else None
     return _image_shape(network) if isinstance(network, dict) else None
 

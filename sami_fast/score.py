@@ -13,6 +13,7 @@ where (mu', var') is the tangent of the encoder along v, lambda_mu = d / var, la
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def pick(encoder: Encoder, method: str = "auto") -> str:
             f"{type(encoder).__name__} is not; use reverse"
         )
     return method
+
+
+def at_level(encoder: Encoder, t: Tensor) -> Encoder:
+    """The encoder of images at the noise levels of t, [S]: itself, unless it is told the level (`adapters.EncoderAdapter`)."""
+    return partial(encoder, t=t) if getattr(encoder, "told_level", False) else encoder
 
 
 def _inside_a_transform() -> bool:

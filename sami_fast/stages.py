@@ -8,13 +8,13 @@ all that shapes it, so that runs which differ in the encoder's settings alone sh
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config
+from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config, settings_of
 from .data import Dataset, open_dataset
 from .data.spectrum import noisiest_level
 from .engine.processes import on_chief, on_each
@@ -53,7 +53,7 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
     Args:
         denoiser: What the pretrained denoiser's weights were at the start, if there is one: its place may change, and what lies there.
     """
-    settings = asdict(config)
+    settings = settings_of(config)
     for key in ("name", "runs_dir", "log", "checkpoint", "report"):
         del settings[key]
     settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
@@ -80,7 +80,7 @@ def as_written_now(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def with_later_settings(old: dict[str, Any], new: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Settings as an earlier version wrote them, with those of `new` that it did not know at their defaults."""
-    known: dict[str, Any] = asdict(Config()) if default is None else default
+    known: dict[str, Any] = settings_of(Config()) if default is None else default
     filled = dict(old)
     for key, value in new.items():
         if isinstance(value, dict):
@@ -106,7 +106,7 @@ def denoiser_stage(config: Config, dataset: Dataset) -> Config:
         train=train,
     )
     # By what differs from the defaults, so that settings which later versions add change no name.
-    settings = json.dumps(_departures(lasting_settings(alone, dataset, ""), asdict(Config())), sort_keys=True)
+    settings = json.dumps(_departures(lasting_settings(alone, dataset, ""), settings_of(Config())), sort_keys=True)
     name = hashlib.sha256(settings.encode()).hexdigest()[:12]
     alone = replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
     before = begun(alone) if asked.minutes else None

@@ -97,6 +97,7 @@ def guided_terms(
     """
     # eps_hat = eps_theta(x_t, t) - sigma_t grad_{x_t} log q(z | x_t)
     eps_pred = denoiser(x_t, t).to(x_t.dtype)
+    encoder = score.at_level(encoder, t)
     grad_log_q = score.grad_log_q(encoder, x_t, z, score_method)
 
     # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2
@@ -128,7 +129,7 @@ def training_step(
     """The loss of one batch: both networks learn from it.
 
     Args:
-        encoder: x -> (mu, var), [B, Z] each; blind to the noise level.
+        encoder: x -> (mu, var), [B, Z] each; blind to the noise level, or an `adapters.EncoderAdapter` that is told it.
         denoiser: (x_t, t) -> eps_pred, t [S] in [0, 1].
         schedule: Noise levels.
         x_0: Clean images.

@@ -44,6 +44,7 @@ from sami_fast.engine.processes import end_run, init_distributed, leave_distribu
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe, speaks, whole_number
 from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
+from sami_fast.first_batch import check_first_batch
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import LatentModel
@@ -91,6 +92,14 @@ def _kept_bytes(model: LatentModel, config: Config, weights: bool) -> int:
     return copies * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
+def _checked(model: LatentModel, config: Config, dataset: Dataset, device: torch.device) -> list[str]:
+    """`check_first_batch` on images of the data."""
+    if not (config.encoder.class_ or config.denoiser.class_):
+        return []
+    count = 4 if dataset.size is None else min(4, dataset.size)
+    return check_first_batch(model, dataset.training_images(torch.arange(max(2, count)) % count).to(device), config.seed)
+
+
 def _rehearse(module: TrainingModule, config: Config, device: torch.device, ranks: int) -> None:
     """A step and a validation batch of blank images, beside room for the optimiser: what does not fit is said now, not hours later.
 
@@ -133,6 +142,8 @@ class Trainer:
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
             self.model = build_model(config, self.dataset.image_shape).to(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
+        for said in _checked(self.model, config, self.dataset, self.device):
+            self.say(said)
         self.lasting = stages.lasting_settings(config, self.dataset, pretrained)
         optimizers = build_optimizers(self.model.networks, config, self.device)
         self.module = TrainingModule(self.model, config)
@@ -496,6 +507,7 @@ def _train_denoiser(config: Config, dataset: Dataset, device: torch.device, *, r
         on_chief(lambda: stages.refuse_other_settings(config, dataset))
     if config.encoder.start == "fresh":
         model = build_model(config, dataset.image_shape).to(device)
+        _checked(model, config, dataset, device)
         _rehearse(TrainingModule(model, config), config, device, torch.distributed.get_world_size())
     folder = RunFolder(stages.denoiser_stage(config, dataset).run_dir, patient=True)
     on_chief(folder.lock)
@@ -605,7 +617,7 @@ def _command(arguments: argparse.Namespace) -> int:
         from sami_fast.report import write_report
 
         print("writing the report", flush=True)
-        page = write_report(folder)
+        page = write_report(folder, trust_remote_code=True)  # the classes that this command has named
         if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
             print(Health(**health), flush=True)
         print(page, flush=True)

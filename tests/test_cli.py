@@ -324,7 +324,7 @@ def test_env(capsys):
 
 def test_report_prints_where_it_lies(run, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("sami_fast.report.write_report", lambda folder: asked.append(folder) or folder / "report" / "index.html")
+    monkeypatch.setattr("sami_fast.report.write_report", lambda folder, **trust: asked.append(folder) or folder / "report" / "index.html")
     assert main(["report", str(run)]) == 0
     assert asked == [run]
     assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")

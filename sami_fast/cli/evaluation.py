@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from ..environment import cores
 from ..errors import UserError, printable
 from ..latents import DISCOVERY_METHODS
 from .files import output_file, write_bytes
-from .options import AddCommand, at_least, number, path
+from .options import AddCommand, at_least, number, path, trust_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +27,12 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"expected each run once, found {max(arguments.run, key=arguments.run.count)} more than once")
     from tqdm import tqdm
 
+    from ..config import settings_of
     from ..evaluation import evaluate_run, num_stages, open_run, tables
 
-    runs = [open_run(Path(folder), arguments.images) for folder in arguments.run]  # what is wrong with any is found before work is done
+    runs = [
+        open_run(Path(folder), arguments.images, trust_remote_code=arguments.trust) for folder in arguments.run
+    ]  # what is wrong with any is found before work is done
     # Runs on the same images, whose encoders began with the same weights, share what does not depend on training.
     shares = [(run.config.data, run.config.encoder, run.config.seed) for run in runs]
     first = [arguments.baselines and share not in shares[:place] for place, share in enumerate(shares)]
@@ -47,7 +49,13 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     print("\n".join(map(printable, text.splitlines())))
     if output:
         rows = [
-            {"run": run.folder, "config": asdict(run.config), **run.scores, "baselines": run.baselines, "straightness": run.straightness}
+            {
+                "run": run.folder,
+                "config": settings_of(run.config),
+                **run.scores,
+                "baselines": run.baselines,
+                "straightness": run.straightness,
+            }
             for run in evaluated
         ]
         write_bytes(output, (json.dumps(rows, indent=2) if output.suffix == ".json" else text + "\n").encode())
@@ -67,7 +75,7 @@ def run_axes(arguments: argparse.Namespace) -> None:
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
-    run = open_run(Path(arguments.run))
+    run = open_run(Path(arguments.run), trust_remote_code=arguments.trust)
     if not run.model.guides:
         raise UserError(f"{arguments.run}: expected a SAMI run, whose denoiser can be asked, found one of method {run.model.method}")
     count = min(arguments.images, run.count)
@@ -122,7 +130,7 @@ def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray 
 def run_report(arguments: argparse.Namespace) -> None:
     from ..report import write_report
 
-    print(write_report(Path(arguments.run)))
+    print(write_report(Path(arguments.run), trust_remote_code=arguments.trust))
 
 
 def add_commands(command: AddCommand) -> None:
@@ -131,6 +139,7 @@ def add_commands(command: AddCommand) -> None:
         run_evaluate,
         "score runs side by side: factors recovered, rates, bound, noise levels, straightness of clips; seeds of one method are averaged",
         "evaluate runs/disks_seed0 runs/disks_seed1 runs/vae_seed0 runs/vae_seed1 --output table.md",
+        trust_option(),
     )
     evaluate.add_argument("run", type=path, nargs="+", help="run folders")
     evaluate.add_argument("--images", type=at_least(16), metavar="N", help="evaluation images; as each run's report when left out")
@@ -150,6 +159,7 @@ def add_commands(command: AddCommand) -> None:
         run_axes,
         "find axes of the latent space without labels, coarse to fine, and write them with a strip of pictures each",
         "axes runs/disks --output axes.npz",
+        trust_option(),
     )
     axes.add_argument("run", type=path, help="a run folder of SAMI")
     axes.add_argument("--output", type=path, required=True, metavar="FILE", help=".npz for --axes of other commands; pictures go beside it")
@@ -169,5 +179,5 @@ def add_commands(command: AddCommand) -> None:
     )
     axes.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
 
-    report = command("report", run_report, "score a finished run and write its report/ folder", "report runs/disks")
+    report = command("report", run_report, "score a finished run and write its report/ folder", "report runs/disks", trust_option())
     report.add_argument("run", type=path, help="a run folder")

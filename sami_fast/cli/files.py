@@ -80,7 +80,7 @@ def open_model(arguments: argparse.Namespace) -> "LatentModel":
     device = _device(arguments.device)
     from ..methods.registry import load_model
 
-    return load_model(folder, device)
+    return load_model(folder, device, trust_remote_code=arguments.trust)
 
 
 def open_sampler(arguments: argparse.Namespace) -> "LatentModel":

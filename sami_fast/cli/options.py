@@ -52,8 +52,14 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def model_options() -> argparse.ArgumentParser:
+def trust_option() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--trust", action="store_true", help="import the classes that the saved model names, which runs their code")
+    return options
+
+
+def model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, parents=[trust_option()])
     options.add_argument("run", type=path, help="a run folder, or a saved model (config.json, model.safetensors)")
     options.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write; refused if it exists")
     options.add_argument("--overwrite", action="store_true", help="replace the output file")

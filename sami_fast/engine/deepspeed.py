@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,12 @@ class Engine:
         self.parameters = {
             f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
         }
+        self._buffers = {
+            f"{name}.{key}": value
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+            if f"{name}.{key}" not in self.parameters
+        }
         self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.engines: dict[str, Any] = {}
         for name, settings in deepspeed_dicts(config, self.world_size).items():
@@ -281,8 +288,9 @@ class Engine:
         return next(filter(None, self._gathered(bad)), None)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight whole and on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
-        return self._on_chief((name, shards.whole_weight(p)) for name, p in self.parameters.items())
+        """Every weight whole, and every buffer, on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
+        weights = ((name, shards.whole_weight(p)) for name, p in self.parameters.items())
+        return self._on_chief(chain(weights, self._buffers.items()))
 
     def _on_chief(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         # One at a time: no rank but the first holds more than one whole tensor.

@@ -146,12 +146,13 @@ def _is_row(row: Any, model: LatentModel) -> bool:
     )
 
 
-def open_run(folder: Path, images: int | None = None) -> Run:
+def open_run(folder: Path, images: int | None = None, *, trust_remote_code: bool = False) -> Run:
     """Read a run folder.
 
     Args:
         folder: As training leaves it.
         images: Evaluation images to compute scores from, at most as many as there are; as the config says when None.
+        trust_remote_code: Whether classes that its model names may be imported, which runs their code.
     Raises:
         UserError: not a run folder, a run without a model yet, no log, or files that do not fit together.
     """
@@ -164,7 +165,7 @@ def open_run(folder: Path, images: int | None = None) -> Run:
             raise ValueError
     except ValueError:
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
-    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", trust_remote_code=trust_remote_code)
     log = _read_log(folder / "metrics.jsonl", model, config.train.steps)
     try:
         train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))

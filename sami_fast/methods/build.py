@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config, ScheduleConfig
+from ..adapters import EncoderAdapter, alphas_cumprod, named_classes
+from ..config import NAMED_DENOISER, NAMED_ENCODER, Config, EncoderConfig, ScheduleConfig, settings_of
 from ..errors import UserError
-from ..pretrained import DiscreteTimeDenoiser, build_encoder, image_shape_of, is_diffusers, load_diffusers, scheduler_levels
+from ..pretrained import (
+    DiscreteTimeDenoiser,
+    build_denoiser,
+    build_encoder,
+    image_shape_of,
+    is_diffusers,
+    load_diffusers,
+    scheduler_levels,
+    timestep_levels,
+)
+from ..saved import WEIGHTS, read_weights
 from ..schedule import MOST_LOGSNR, Discrete, Schedule, build_schedule
 from .latent_model import LatentModel, read_saved
 from .registry import METHODS
@@ -41,8 +52,14 @@ def noisiest_level_of_denoiser(config: Config) -> float | None:
 def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Arguments of both networks of the config's method for images of this shape, with a given denoiser's in place of the config's."""
     image = {"image_channels": image_shape[0], "image_size": image_shape[1]}
-    encoder, partner = image | asdict(config.encoder), image | asdict(config.denoiser)
-    del encoder["start"], partner["pretrained"]
+    encoder, partner = (
+        {"image_shape": list(image_shape)} | {name: section[name] for name in ("class", *named)}
+        if section["class"]
+        else image | {name: value for name, value in section.items() if name not in (*named, "class", "start", "pretrained")}
+        for section, named in ((settings_of(config.encoder), NAMED_ENCODER), (settings_of(config.denoiser), NAMED_DENOISER))
+    )
+    if config.encoder.class_:
+        encoder["latent_size"] = config.encoder.latent_size
     if config.encoder.start == "denoiser":
         encoder = {"half_of": denoiser or partner, "latent_size": config.encoder.latent_size, "init_std": config.encoder.init_std}
     method = METHODS[config.method]
@@ -85,17 +102,53 @@ def given_denoiser(config: Config) -> tuple[nn.Module, dict[str, Any], Schedule]
         schedule = schedule_of(config, scheduler_levels(source) if config.schedule.kind == Discrete.kind else ())
         denoiser = load_diffusers(source, schedule)
         return denoiser, denoiser.architecture, schedule
-    given = Sami.from_pretrained(source)
-    assert given.architecture is not None  # a saved model says it
-    denoiser, architecture = given.networks["denoiser"], given.architecture["denoiser"]
+    if named_classes(read_saved(source)[1]):
+        denoiser, architecture, trained_at = _named_denoiser(source, config.denoiser.class_)
+    else:
+        given = Sami.from_pretrained(source)
+        assert given.architecture is not None  # a saved model says it
+        denoiser, architecture, trained_at = given.networks["denoiser"], given.architecture["denoiser"], given.schedule
     if isinstance(denoiser, DiscreteTimeDenoiser):
         schedule = schedule_of(config, denoiser.levels.tolist())
         denoiser.use(schedule)
         return denoiser, architecture, schedule
-    if given.schedule.settings != asdict(config.schedule):
-        there = ", ".join(f"{key}={value}" for key, value in given.schedule.settings.items())
+    if trained_at.settings != asdict(config.schedule):
+        there = ", ".join(f"{key}={value}" for key, value in trained_at.settings.items())
         raise UserError(f"schedule: the given denoiser was trained with {there}; set the same")
-    return denoiser, architecture, given.schedule
+    return denoiser, architecture, trained_at
+
+
+def _named_denoiser(source: str, permitted: str) -> tuple[nn.Module, dict[str, Any], Schedule]:
+    """The denoiser of a saved model with classes by name, its architecture and its schedule; the encoder's class is not imported.
+
+    Args:
+        source: The saved model.
+        permitted: The one class that may be imported: the config's own.
+    """
+    folder, saved = read_saved(source)
+    arguments = saved.get("denoiser")
+    found = arguments.get("class", "") if isinstance(arguments, dict) else ""
+    if found != permitted:
+        there = (
+            f"the class {found}; if you trust it, set denoiser.class to the same"
+            if found
+            else "of this package; leave denoiser.class empty"
+        )
+        raise UserError(f"denoiser.pretrained: the denoiser of {source} is {there}")
+    try:
+        schedule = build_schedule(saved["schedule"])
+        denoiser = build_denoiser(saved["denoiser"], schedule)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{source}: does not describe a model of this package ({error})") from None
+    expected = {f"denoiser.{name}": value for name, value in denoiser.state_dict().items()}
+    weights = read_weights(folder / WEIGHTS, expected, _without_encoder)
+    denoiser.load_state_dict({name.removeprefix("denoiser."): value for name, value in weights.items()})
+    return denoiser, saved["denoiser"], schedule
+
+
+def _without_encoder(names: dict[str, Any]) -> None:
+    for name in [name for name in names if name.startswith("encoder.")]:
+        del names[name]
 
 
 def fingerprint_of(network: nn.Module) -> str:
@@ -121,14 +174,33 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)
             own = getattr(config, config.method, None)  # the section with the method's name, if it has one
-            return method.build(architecture_of(config, image_shape), asdict(config.schedule), **asdict(own) if own else {})
+            named = config.denoiser
+            levels = timestep_levels(alphas_cumprod(named.betas, named.timesteps)).tolist() if named.time == "timestep" else ()
+            settings = schedule_of(config, levels).settings
+            model = method.build(architecture_of(config, image_shape), settings, **asdict(own) if own else {})
+            return _with_latents_found(model, config)
         denoiser, its_architecture, schedule = given_denoiser(config)
         if (shape := tuple(denoiser.image_shape)) != image_shape:  # pyrefly: ignore[bad-argument-type] (denoisers of either kind have one)
             raise UserError(f"denoiser.pretrained: its images are {list(shape)} (C, H, W), the data's are {list(image_shape)}")
         architecture = architecture_of(config, image_shape, its_architecture)
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture["encoder"], denoiser)
+        model = _with_latents_found(method(encoder, denoiser, schedule, architecture), config)
     except ValueError as error:
         raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
     denoiser.requires_grad_(config.first_denoiser_step < config.train.steps)
-    return method(encoder, denoiser, schedule, architecture)
+    return model
+
+
+def _with_latents_found(model: LatentModel, config: Config) -> LatentModel:
+    """The model, whose architecture says how many latents an encoder of somebody else's has.
+
+    Raises:
+        UserError: other than `encoder.latent_size` asks for.
+    """
+    if isinstance(model.encoder, EncoderAdapter) and model.architecture is not None:
+        asked, found = config.encoder.latent_size, model.encoder.latent_size
+        if asked not in (found, EncoderConfig.latent_size):
+            raise UserError(f"encoder.latent_size: expected {found}, the latents that {config.encoder.class_} returns, found {asked}")
+        model.architecture["encoder"]["latent_size"] = found
+    return model

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, score
+from ..adapters import named_classes
 from ..errors import UserError
 from ..hub import HubOptions, located, upload
 from ..models import Encoder
@@ -200,11 +201,12 @@ class LatentModel(nn.Module):
         """In what images and latents are kept between the networks: float64 where a network's weights are, else float32."""
         return torch.float64 if torch.float64 in map(dtype_of, self.networks.values()) else torch.float32
 
-    def encode(self, x: ImageLike) -> Posterior:
+    def encode(self, x: ImageLike, t: Tensor | None = None) -> Posterior:
         """q(z|x) of images, clean or noisy, on the device of the weights.
 
         Args:
             x: Images in [-1, 1], [B, C, H, W]; or uint8, channels last, one image, a NumPy array, Pillow images: `as_images` says how.
+            t: Of noisy images, their level in [0, 1], [B]; an encoder that is blind to it has no use for it.
         Returns:
             mu and var, [B, Z] each, float32 (float64 where model or images are), whatever the dtype of the weights; var is 0 where the
             model is deterministic.
@@ -215,7 +217,8 @@ class LatentModel(nn.Module):
         """
         shape = self._image_shape or getattr(self.encoder, "image_shape", None)
         images = as_images(x, shape, name="x", least=self.arithmetic, noisy=True).to(self.device)
-        mu, var = fitted(self.encoder, images)(images)
+        encoder = self.encoder if t is None else score.at_level(self.encoder, t)
+        mu, var = fitted(encoder, images, self.encoder)(images)
         return Posterior(mu, torch.zeros_like(mu) if self.deterministic else var)
 
     def parts(self, **others: Any) -> Parts:
@@ -315,7 +318,12 @@ class LatentModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_id: str | os.PathLike[str], device: torch.device | str = "cpu", **options: Unpack[HubOptions]
+        cls,
+        folder_or_id: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+        **options: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. No pickle is read.
 
@@ -323,12 +331,15 @@ class LatentModel(nn.Module):
             folder_or_id: A folder with config.json and model.safetensors, or its parts and their index; a run folder (its model/ is used);
                 or, when online and huggingface_hub is installed, a hub id.
             device: Where the weights go.
+            trust_remote_code: Whether classes that the saved model names may be imported, which runs their code.
             options: revision, token, cache_dir, local_files_only, subfolder, variant, as in huggingface_hub: see `HubOptions`.
         Raises:
-            UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture.
+            UserError: a run that has no model yet; files missing, damaged, of another format or of another architecture; a network that is
+                a class by name, without permission to import it.
         """
         folder, config = read_saved(folder_or_id, **options)
         files = weight_files(folder, variant=options.get("variant"))
+        require_trust(folder_or_id, config, trust_remote_code)
         try:
             if (method := config.get("method", "sami")) != cls.method:
                 raise UserError(f"{folder_or_id}: expected a model of method {cls.method}, found {method}")
@@ -348,6 +359,15 @@ class LatentModel(nn.Module):
             ) from None
         model.load_state_dict(read_weights(files, model.state_dict()))
         return model.to(device).eval()
+
+
+def require_trust(folder_or_id: str | os.PathLike[str], config: dict[str, Any], trust_remote_code: bool) -> None:
+    """A `UserError` where a saved model names classes to import and there is no permission to."""
+    if not trust_remote_code and (named := named_classes(config)):
+        classes = " and ".join(f"its {network} is the class {spec}" for network, spec in named.items())
+        raise UserError(
+            f"{folder_or_id}: {classes}, code that would be imported; if you trust it, add --trust, or trust_remote_code=True in Python"
+        )
 
 
 def read_saved(folder_or_id: str | os.PathLike[str], **options: Unpack[HubOptions]) -> tuple[Path, dict[str, Any]]:

@@ -110,7 +110,7 @@ class Sami(LatentModel):
 
     def guidance(self, x_t: Tensor, t: Tensor, z: Tensor, scale: float = 1.0, clip: float | None = None) -> Tensor:
         """What `predict_eps` takes off the denoiser's estimate, scale sigma_t grad log q(z|x_t); arguments as there. [B, C, H, W]."""
-        encoder = fitted(self.encoder, x_t)
+        encoder = fitted(score.at_level(self.encoder, t), x_t, self.encoder)
         if clip is not None:
             mu, var = encoder(x_t)
             reach = clip * var.sqrt()

@@ -92,5 +92,5 @@ def _at_level(model: Sami, x_0: Tensor, index: Tensor, logsnr: float, seed: int,
     eps_pred = model.predict_eps(x_t, t)
     guesses = (eps_pred, eps_pred - model.guidance(x_t, t, z), eps_pred - model.guidance(x_t, t, z.roll(1, 0)))
     errors = torch.stack([(eps - guess).double().square().flatten(1).sum(1) for guess in guesses])
-    noisy = model.encode(x_t)
+    noisy = model.encode(x_t, t)
     return errors, (z.double() - noisy.mu.double()) / noisy.var.double().sqrt()

@@ -146,7 +146,7 @@ def _at_level(
     level = torch.full((len(x_0), 1), logsnr, dtype=torch.float64, device=x_0.device)
     alpha_t, sigma_t = (v.to(x_0) for v in alpha_sigma(level))
     x_t, _ = ops.noise_sample(x_0, alpha_t, sigma_t, index, seed=seed, step=PROFILE_STEP)
-    noisy = model.encode(x_t)
+    noisy = model.encode(x_t, model.schedule.t(level).flatten().to(x_0))
     mu_t, var_t = noisy.mu.double(), noisy.var.double()
     nats = 0.5 * (mu.square() + var - ((mu - mu_t).square() + var) / var_t - var_t.log())
     return nats.cpu(), ((z - mu_t) / var_t.sqrt()).cpu()

@@ -66,7 +66,7 @@ def _figures(
     return figures
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> Path:
+def write_report(run_folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Path:
     """Score a finished run and write its report/ folder.
 
     report/ then holds index.html (one page that needs nothing else), metrics.json (every number of it) and the pictures as .png; an
@@ -74,12 +74,13 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 
     Args:
         run_folder: With config.yaml, environment.json, metrics.jsonl and model/.
+        trust_remote_code: Whether classes that its model names may be imported, which runs their code.
     Returns:
         Path of report/index.html.
     Raises:
         UserError: not a run folder, no model in it yet, no log, data gone, or the disk refuses.
     """
-    run = open_run(Path(run_folder))
+    run = open_run(Path(run_folder), trust_remote_code=trust_remote_code)
     latents = encode(run, run.model)
     factors, names, _ = known_factors(run)
     measured = profile(run)
