@@ -6,6 +6,7 @@ A run is a YAML file that holds only what differs from here, plus `key=value` ov
 import copy
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -182,18 +183,22 @@ class CelebAConfig(Section):
 
 KINDS = (
     *("disks", "sprites", "rooms", "avatars", "image_folder", "video_folder", "celeba"),
-    *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array"),
+    *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array", "class", "given"),
 )
+OWN = ("class", "given")  # kinds that are classes or objects of the user's
 WITHOUT_FILES = ("disks", "sprites", "rooms", "avatars")  # kinds that are drawn or rendered
 LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and data.holdout_by
 DECODED = (*LABELLED, "celeba")  # kinds whose images are decoded
 USED_BY: dict[str, tuple[str, ...]] = {  # kinds that have a use for a setting or section of `data`; what is not here is for all
-    "path": tuple(kind for kind in KINDS if kind not in WITHOUT_FILES),
-    **dict.fromkeys(("array_key", "range"), ("array",)),
+    "path": tuple(kind for kind in KINDS if kind not in (*WITHOUT_FILES, *OWN)),
+    **dict.fromkeys(("class", "kwargs"), ("class",)),
+    "array_key": ("array",),
+    "range": ("array", *OWN),
     **dict.fromkeys(("labels", "holdout_by"), LABELLED),
     "holdout": tuple(kind for kind in KINDS if kind not in ("disks", "sprites", "celeba")),
-    **dict.fromkeys(("max_bad", "decoder", "workers", "cache_gib"), DECODED),
-    "cache_dir": tuple(kind for kind in KINDS if kind not in ("disks", "sprites")),
+    **dict.fromkeys(("max_bad", "decoder"), DECODED),
+    **dict.fromkeys(("workers", "cache_gib"), (*DECODED, *OWN)),
+    "cache_dir": tuple(kind for kind in KINDS if kind not in ("disks", "sprites", *OWN)),
     **{kind: (kind,) for kind in (*WITHOUT_FILES, "celeba")},
     "video": ("video_folder",),
     "video.clip_length": ("video_folder", "sprites", "rooms"),
@@ -204,12 +209,20 @@ GREY_OR_COLOUR = (*DECODED, "rooms", "avatars")  # kinds whose images can have 1
 @dataclass(frozen=True)
 class DataConfig(Section):
     section = "data"
-    kind: str = setting("disks", "where images come from", one_of(*KINDS))
-    path: str = setting("", "the file or folder of every kind but disks, sprites, rooms and avatars: see docs/data.md")
+    kind: str = setting(
+        "disks",
+        "where images come from; class: from data.class, which implies it; given: from a dataset that `sami_fast.train` was given",
+        one_of(*KINDS),
+    )
+    class_: str = setting(
+        "", "a dataset of your own, package.module:Name or path/to/file.py:Name: a torch Dataset, or one of sami_fast.data", NAMED
+    )
+    kwargs: dict[str, Any] = setting({}, "class: the arguments that it is made with; also one by one, data.kwargs.<name>=<value>")
+    path: str = setting("", "the file or folder of the other kinds but disks, sprites, rooms and avatars: see docs/data.md")
     array_key: str = setting("", "array: which entry of an .npz holds the images; the only one, or 'images', when empty")
     range: str = setting(
         "auto",
-        "array of floats: unit, [0, 1], or signed, [-1, 1]; auto is signed, with a warning where no value is below 0",
+        "floats of an array or a class: unit, [0, 1], or signed, [-1, 1]; auto is signed, with a warning where no value is below 0",
         one_of("auto", "unit", "signed"),
     )
     labels: str = setting("", "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes")
@@ -229,10 +242,17 @@ class DataConfig(Section):
     flip: bool = setting(False, "mirror training images left to right at random")
     max_bad: float = setting(0.01, "largest share of unreadable files that is skipped; more is an error", number(0, 1))
     decoder: str = setting("auto", "folders: DALI, or Pillow and PyAV; auto is DALI where it is installed", one_of("auto", "dali", "torch"))
-    workers: int = setting(0, "folders: batches decoded at a time on each rank; 0: as many as there are CPU cores per rank", number(0, 256))
+    workers: int = setting(
+        0,
+        "folders: batches decoded at a time on each rank, 0: as many as there are CPU cores per rank; class: threads that read, 0: none",
+        number(0, 256),
+    )
     cache_dir: str = setting("", "where indices and pixels are kept; $XDG_CACHE_HOME/sami-fast or ~/.cache/sami-fast when empty")
     cache_gib: float = setting(
-        4.0, "decoded images are kept on the disk if all of them need no more than this; 0 is never", number(0), "GiB"
+        4.0,
+        "decoded images are kept on the disk if all need no more than this, 0 is never; class: most memory for an iterable's images",
+        number(0),
+        "GiB",
     )
     disks: DisksConfig = field(default_factory=DisksConfig)
     sprites: SpritesConfig = field(default_factory=SpritesConfig)
@@ -243,9 +263,12 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, unset in (("labels", ""), ("holdout_by", ""), ("range", "auto")):
-            if getattr(self, key) != unset and self.kind not in USED_BY[key]:
-                raise UserError(f"{self.key(key)}: has no effect with data.kind {self.kind}; it is for {', '.join(USED_BY[key])}")
+        for key, unset in (("labels", ""), ("holdout_by", ""), ("range", "auto"), ("class_", ""), ("kwargs", {})):
+            kinds = USED_BY[spelled(key)]
+            if getattr(self, key) != unset and self.kind not in kinds:
+                raise UserError(f"{self.key(key)}: has no effect with data.kind {self.kind}; it is for {', '.join(kinds)}")
+        if self.kind == "class" and not self.class_:
+            raise UserError("data.class: data.kind class needs it, package.module:Name or path/to/file.py:Name")
         if self.kind in GREY_OR_COLOUR and self.channels not in (0, 1, 3):
             raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {self.channels}")
         if self.holdout_by not in ("", "folder") and not self.labels:
@@ -509,7 +532,7 @@ class Config(Section):
         super().__post_init__()
         self._check_networks()
         self._check_engine()
-        if self.data.kind not in WITHOUT_FILES and not self.data.path:
+        if self.data.kind in USED_BY["path"] and not self.data.path:
             what = {"array": "of an .npy or .npz file", "image_folder": "of a folder of images", "video_folder": "of a folder of videos"}
             raise UserError(f"data.path: data.kind {self.data.kind} needs the path {what.get(self.data.kind, 'of the published data')}")
         if self.denoiser.embedding_size % 2:
@@ -667,7 +690,7 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Defaults, then the YAML file, then `key=value` overrides.
 
     Text settings are taken as they are written, in the file and after "="; other values are numbers, truth values and lists in brackets.
@@ -678,21 +701,24 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         path: A YAML file, or the name of a config that comes with the package; None for the defaults alone.
-        overrides: Strings like "train.steps=50".
+        overrides: Strings like "train.steps=50", or settings by dotted key or by section: {"train.steps": 50, "data": {"flip": True}}.
     Raises:
         UserError: unknown key, wrong type, value out of range, impossible combination, unreadable file.
     """
     settings = {} if path is None else _read(_find(expanded(path)))
-    asked: dict[str, Any] = {}
-    for override in overrides:
+    asked = _checked(_as_text(overrides), "settings") if isinstance(overrides, Mapping) else {}
+    for override in () if isinstance(overrides, Mapping) else overrides:
         asked |= _override(override)
+    for some in (settings, asked):
+        if some.get("data.class") and "data.kind" not in some:
+            some["data.kind"] = "class"
     settings |= asked
     for key in PATHS & settings.keys():
         settings[key] = expanded(settings[key])
     for key in ("data.path", "data.labels", "denoiser.pretrained"):  # a saved config must mean the same from any folder
         if settings.get(key) and Path(settings[key]).exists():
             settings[key] = str(Path(settings[key]).resolve())
-    for key in ("encoder.class", "denoiser.class"):
+    for key in ("data.class", "encoder.class", "denoiser.class"):
         if settings.get(key):
             settings[key] = absolute(settings[key])
     config = _build(Config, settings)
@@ -766,6 +792,17 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config: {file} should hold `key: value` lines, found {_shown(values)}")
     return _checked(values, str(file))
+
+
+def _as_text(value: Any, nothing: str = AUTO) -> Any:
+    """Values of Python as the text that files hold."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_text(inner, "null" if "kwargs" in str(name) else nothing) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(inner, nothing) for inner in value]
+    if value is None or isinstance(value, bool):
+        return {None: nothing, True: "true", False: "false"}[value]
+    return _Quoted(value) if isinstance(value, str | os.PathLike) else str(value)
 
 
 def _override(override: str) -> dict[str, Any]:
@@ -936,7 +973,7 @@ TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 def _text(text: str) -> str:
     if "\0" in text:  # which no file name can hold
         raise ValueError
-    return text
+    return str(text)
 
 
 # By the type of a setting: how its text is read, and what is expected. 010 is refused: it is ten to some and eight to others.

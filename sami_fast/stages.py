@@ -91,8 +91,13 @@ def with_later_settings(old: dict[str, Any], new: dict[str, Any], default: dict[
     return filled
 
 
-def denoiser_stage(config: Config, dataset: Dataset) -> Config:
-    """The first stage of a staged run: all that shapes its denoiser, and nothing else. `config` as `with_data` gives it."""
+def denoiser_stage(config: Config, dataset: Dataset, name: str = "") -> Config:
+    """The first stage of a staged run: all that shapes its denoiser, and nothing else.
+
+    Args:
+        config, dataset: As `with_data` gives them.
+        name: Of its folder, for networks that settings do not tell apart; made of the settings when empty.
+    """
     asked = config.train
     # Where time is given, the steps that fit differ a little each time they are measured: the first run's count for all.
     steps = 1 if asked.minutes else asked.denoiser_steps
@@ -107,7 +112,7 @@ def denoiser_stage(config: Config, dataset: Dataset) -> Config:
     )
     # By what differs from the defaults, so that settings which later versions add change no name.
     settings = json.dumps(_departures(lasting_settings(alone, dataset, ""), settings_of(Config())), sort_keys=True)
-    name = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    name = name or hashlib.sha256(settings.encode()).hexdigest()[:12]
     alone = replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
     before = begun(alone) if asked.minutes else None
     return replace(alone, train=replace(train, steps=before.train.steps if before else asked.denoiser_steps))
@@ -147,11 +152,12 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "model" / "config.json").is_file()
 
 
-def beside_denoiser(config: Config, dataset: Dataset) -> Config:
-    """What follows the first stage of a staged run, as the finetune run that it is; other configs as they are."""
+def beside_denoiser(config: Config, dataset: Dataset, name: str = "") -> Config:
+    """What follows the first stage of a staged run, as the finetune run that it is; other configs as they are. Arguments as in
+    `denoiser_stage`."""
     if config.mode != "staged":
         return config
-    denoiser = replace(config.denoiser, pretrained=str(denoiser_stage(config, dataset).run_dir))
+    denoiser = replace(config.denoiser, pretrained=str(denoiser_stage(config, dataset, name).run_dir))
     return replace(config, train=replace(config.train, mode="finetune"), denoiser=denoiser)
 
 

@@ -22,19 +22,21 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sami_fast import __version__, budget, ops, stages
-from sami_fast.config import Config, deepspeed_dicts, load_config, settings_table, to_yaml
+from sami_fast import __version__, budget, ops, score, stages
+from sami_fast.config import Config, DataConfig, ScheduleConfig, deepspeed_dicts, load_config, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed
+from sami_fast.data.own import given
 from sami_fast.engine import checkpoints, interruption
 from sami_fast.engine.bank import Bank
 from sami_fast.engine.compiled import compiled_parts, eager_parts
@@ -47,8 +49,9 @@ from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLo
 from sami_fast.first_batch import check_first_batch
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
-from sami_fast.methods.latent_model import LatentModel
+from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.metrics.latents import gaussian_information, live_dims
+from sami_fast.saved import weight_files, write_model
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
 
@@ -56,6 +59,7 @@ RESTART_SCALE, RESTARTS = 1 / 3, 3  # beta of a restart after a collapse, and ho
 REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start or set objective.free_bits"
 COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
+KEPT_OF_DATA = ("holdout", "image_size", "channels", "flip", "range", "workers", "cache_gib")  # beside a dataset that is given
 LESS_MEMORY = "lower it, raise engine.gradient_accumulation, set engine.checkpoint_activations=true, or take smaller images or networks"
 
 
@@ -128,19 +132,29 @@ def _rehearse(module: TrainingModule, config: Config, device: torch.device, rank
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
-    def __init__(self, config: Config, *, resume: bool, overwrite: bool, run_folder: RunFolder | None = None, attempt: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: bool,
+        overwrite: bool,
+        run_folder: RunFolder | None = None,
+        attempt: int = 0,
+        model: LatentModel | None = None,
+    ) -> None:
         self.rank, self.world_size, self.device = init_distributed(config.engine.patience)
         set_threads(config.engine.threads)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
         config, self.dataset = stages.with_data(config)
         self.validation = stages.opened(config, split=1)
-        self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset))
+        name = config.name if model is not None else ""
+        self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset, name))
         self.run_folder = run_folder or RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
-            self.model = build_model(config, self.dataset.image_shape).to(self.device)
+            self.model = _networks(config, self.dataset, model).to(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         for said in _checked(self.model, config, self.dataset, self.device):
             self.say(said)
@@ -231,7 +245,7 @@ class Trainer:
         return self._unfit_state(manifest["state"]) or self.engine.unfit(checkpoint)
 
     def _refuse_other_run(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        changed = stages.difference(manifest["architecture"], self.model.architecture)
+        changed = stages.difference(manifest["architecture"], _described(self.model))
         if changed:
             raise UserError(f"{checkpoint}: holds another architecture: {', '.join(changed)}")
         changed = stages.difference(stages.as_written_now(manifest["settings"], self.lasting), self.lasting)
@@ -264,7 +278,7 @@ class Trainer:
                 self._steps()
             with self.engine.averaged_weights():
                 weights = self.engine.weights()
-            on_chief(lambda: self.model.save_pretrained(self.folder / "model", weights))
+            on_chief(lambda: _save(self.model, self.folder / "model", weights))
         finally:
             self.feed.close()
             self.run_folder.release()
@@ -403,7 +417,7 @@ class Trainer:
             validation_nats = self._validate() if validate else None
         if validation_nats is not None and not math.isfinite(validation_nats):
             raise NonFiniteError(f"step {self.step - 1}: the update left a validation loss of {validation_nats}; {self._stopped}")
-        facts = {"architecture": self.model.architecture, "settings": self.lasting, "validation_nats": validation_nats}
+        facts = {"architecture": _described(self.model), "settings": self.lasting, "validation_nats": validation_nats}
         assert self.pending is not None  # the step just taken
         step, measured = self.pending
         state = {
@@ -443,23 +457,125 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train and save the model; every rank calls it. Returns the run folder.
+def train(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    model: LatentModel | None = None,
+    dataset: Any = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Train and save a model; of several processes every one calls it.
 
+    Args:
+        config: A YAML file or the name of a config that comes with the package, settings that differ from the defaults, such as
+            {"name": "faces", "train.steps": 500}, or a `Config`.
+        model: A `Sami`, of any networks, or another method's model, in place of the config's networks; train.mode joint, denoiser or
+            staged. A copy of it is trained. In the end it has the weights that are saved, and is in eval mode.
+        dataset: In place of the config's data: a torch Dataset, a Hugging Face dataset or column, an iterable of images, a WebDataset, or a
+            `sami_fast.data.Dataset`; see docs/data.md for what images may be. An iterable is read into memory once.
+        settings: Settings that differ from the config that is named.
+        resume: Go on from the newest whole checkpoint, if there is one, with the same model and the same images.
+        overwrite: Replace the run folder.
+    Returns:
+        The run folder. `sami-fast` commands cannot make objects again: `write_report(folder, model=model, dataset=dataset)` can.
     Raises:
         UserError: something in the config, the data or the folder cannot work.
         NonFiniteError: a loss term became NaN or infinite.
+        CollapsedError: the latents carry nothing, and train.on_collapse is not to go on.
     """
+    config = _settled(config, settings or {}, model, dataset)
+    with nullcontext() if dataset is None else given(dataset):
+        folder = _train(config, model, resume=resume, overwrite=overwrite)
+    if model is not None:
+        model.load_state_dict(load_file(weight_files(folder / "model")[0]))
+        model.eval()
+    return folder
+
+
+def _settled(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None, settings: Mapping[str, Any], model: Any, dataset: Any
+) -> Config:
+    """The config that the arguments of `train` ask for."""
+    data = {} if dataset is None else {"data.kind": "given"}
+    if isinstance(config, Config):
+        if settings:
+            raise UserError("settings: expected none beside a Config, which holds them all; use dataclasses.replace")
+        if dataset is not None:
+            kept = {name: getattr(config.data, name) for name in KEPT_OF_DATA}
+            config = replace(config, data=DataConfig(kind="given", **kept))
+    elif isinstance(config, Mapping):
+        config = load_config(None, {**config, **settings, **data})
+    else:
+        config = load_config(None if config is None else os.fspath(config), {**settings, **data})
+    if model is None:
+        return config
+    if not isinstance(model, LatentModel):
+        raise UserError(f"model: expected a Sami(encoder, denoiser, schedule), found {type(model).__name__}")
+    if config.mode in ("frozen", "finetune"):
+        raise UserError(f"train.mode: expected joint, denoiser or staged with a model that is given, found {config.mode}")
+    try:
+        score.pick(model.encoder, config.engine.score)
+    except TypeError as error:
+        raise UserError(f"engine.{error}") from None
+    levels = model.schedule.settings
+    schedule = config.schedule if levels["kind"] == Discrete.kind else ScheduleConfig(**levels)
+    return replace(config, method=model.method, schedule=schedule)
+
+
+def _networks(config: Config, dataset: Dataset, model: LatentModel | None) -> LatentModel:
+    """The networks of a run: the config's, or a copy of a model that was given, which knows its sizes.
+
+    Raises:
+        UserError: they do not fit the images.
+    """
+    if model is None:
+        return build_model(config, dataset.image_shape)
+    model.know_sizes(dataset.images(torch.zeros(1, dtype=torch.int64)))
+    model = copy.deepcopy(model).train()
+    if model.image_shape != dataset.image_shape:
+        raise UserError(
+            f"dataset: expected images of shape {list(model.image_shape)} (C, H, W), the model's, found {list(dataset.image_shape)}"
+        )
+    if config.denoiser.pretrained:
+        denoiser, file = model.networks["denoiser"], weight_files(Path(config.denoiser.pretrained) / "model")[0]
+        trained = {name.removeprefix("denoiser."): value for name, value in load_file(file).items() if name.startswith("denoiser.")}
+        if lacking := [name for name, p in denoiser.state_dict().items() if name not in trained or trained[name].shape != p.shape]:
+            raise UserError(
+                f"{file}: holds no {lacking[0]} of this model's denoiser: it is of another model; overwrite=True trains it anew"
+            )
+        denoiser.load_state_dict({name: trained[name] for name in denoiser.state_dict()})
+        denoiser.requires_grad_(config.first_denoiser_step < config.train.steps)
+    return model
+
+
+def _described(model: LatentModel) -> dict[str, Any]:
+    """The architecture of a model; of networks that nobody can make again from settings, their classes by name."""
+    return model.architecture or {name: {"class": type(network).__qualname__} for name, network in model.networks.items()}
+
+
+def _save(model: LatentModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """`save_pretrained`; of such networks, the weights."""
+    if model.architecture is not None:
+        return model.save_pretrained(folder, weights)
+    settings = {"format": FORMAT, "method": model.method, GIVEN: _described(model), "schedule": model.schedule.settings}
+    write_model(folder, settings, weights)
+
+
+def _train(config: Config, model: LatentModel | None, *, resume: bool, overwrite: bool) -> Path:
     if config.train.minutes or config.mode == "staged":
         config, dataset, device = _opened(config)  # what is left to the data is settled once for all that follows
         if config.train.minutes:
             before = stages.begun(config) if resume else None
-            config = budget.laid_out(config, _pace(config, dataset, device)) if before is None else stages.with_steps_of(config, before)
+            config = (
+                budget.laid_out(config, _pace(config, dataset, device, model)) if before is None else stages.with_steps_of(config, before)
+            )
         if config.mode == "staged":
-            _train_denoiser(config, dataset, device, resume=resume, overwrite=overwrite)
+            _train_denoiser(config, dataset, device, model, resume=resume, overwrite=overwrite)
     attempt = 0
     while True:
-        trainer = Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt)
+        trainer = Trainer(config, resume=resume, overwrite=overwrite, attempt=attempt, model=model)
         try:
             return trainer.run()
         except CollapsedError as error:
@@ -477,9 +593,9 @@ def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
     return *stages.with_data(config), device
 
 
-def _pace(config: Config, dataset: Dataset, device: torch.device) -> budget.Pace:
+def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentModel | None = None) -> budget.Pace:
     """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
-    model = build_model(config, dataset.image_shape).to(device)
+    model = _networks(config, dataset, model).to(device)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
     ranks = torch.distributed.get_world_size()
     with enough_memory("train.batch_size", LESS_MEMORY):
@@ -500,19 +616,22 @@ def _course(config: Config) -> str:
     return "\n".join((f"by the speed of {torch.get_num_threads()} CPU threads or a GPU, as measured", *budget.course(config, pace)))
 
 
-def _train_denoiser(config: Config, dataset: Dataset, device: torch.device, *, resume: bool, overwrite: bool) -> None:
+def _train_denoiser(
+    config: Config, dataset: Dataset, device: torch.device, model: LatentModel | None, *, resume: bool, overwrite: bool
+) -> None:
     """The first stage of a staged run, unless it has been done. What would stop the second is looked for first."""
+    name, anew = (config.name, not resume) if model is not None else ("", False)  # of objects, no other run can use it
     on_chief(lambda: RunFolder(config.run_dir).check(resume=resume, overwrite=overwrite))
     if resume:
         on_chief(lambda: stages.refuse_other_settings(config, dataset))
     if config.encoder.start == "fresh":
-        model = build_model(config, dataset.image_shape).to(device)
-        _checked(model, config, dataset, device)
-        _rehearse(TrainingModule(model, config), config, device, torch.distributed.get_world_size())
-    folder = RunFolder(stages.denoiser_stage(config, dataset).run_dir, patient=True)
+        rehearsing = _networks(config, dataset, model).to(device)
+        _checked(rehearsing, config, dataset, device)
+        _rehearse(TrainingModule(rehearsing, config), config, device, torch.distributed.get_world_size())
+    folder = RunFolder(stages.denoiser_stage(config, dataset, name).run_dir, patient=True)
     on_chief(folder.lock)
     # One rank looks, and only while no other run can train there: what is found holds for all ranks until the end.
-    found = [(stages.denoiser_stage(config, dataset), stages.is_finished(folder.path))]
+    found = [(stages.denoiser_stage(config, dataset, name), stages.is_finished(folder.path) and not anew)]
     torch.distributed.broadcast_object_list(found)
     first, finished = found[0]
     if torch.distributed.get_rank() == 0:
@@ -520,7 +639,7 @@ def _train_denoiser(config: Config, dataset: Dataset, device: torch.device, *, r
     if finished:
         folder.release()
     else:
-        Trainer(first, resume=True, overwrite=False, run_folder=folder).run()
+        Trainer(first, resume=not anew, overwrite=anew, run_folder=folder, model=model).run()
     if torch.distributed.get_rank() == 0:
         print("stage 2, the encoder beside it", flush=True)
 
@@ -617,7 +736,7 @@ def _command(arguments: argparse.Namespace) -> int:
         from sami_fast.report import write_report
 
         print("writing the report", flush=True)
-        page = write_report(folder, trust_remote_code=True)  # the classes that this command has named
+        page = write_report(folder, trust_remote_code=True)  # of what this command has named
         if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
             print(Health(**health), flush=True)
         print(page, flush=True)

@@ -278,7 +278,7 @@ def test_the_range_of_floats(tmp_path, caplog):
     ArrayImages(path)  # which now holds values below 0
     ArrayImages(save(tmp_path, (unit * 255).astype(np.uint8)), value_range="unit")  # bytes have one meaning
     assert not caplog.records
-    with pytest.raises(UserError, match=r"^data\.range: has no effect with data\.kind disks; it is for array$"):
+    with pytest.raises(UserError, match=r"^data\.range: has no effect with data\.kind disks; it is for array, class, given$"):
         DataConfig(range="unit")
 
 

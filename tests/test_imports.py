@@ -17,13 +17,13 @@ ALLOWED = {
     "environment": {"errors", "ops"},
     "errors": set(),
     "kl_weight": set(),
+    "named": {"errors"},
     "reference": set(),
     "kernels": set(),
     "ops": {"_C", "errors", "kernels", "reference"},
     "schedule": {"ops"},
     "sweeps": {"ops"},
     "accelerate": {"ops"},
-    "named": {"errors"},
     "adapters": {"accelerate", "errors", "named", "schedule"},
     "first_batch": {"adapters", "errors", "methods", "ops", "score", "step"},
     "score": {"ops", "sweeps"},
@@ -34,7 +34,7 @@ ALLOWED = {
     "pretrained": {"accelerate", "adapters", "errors", "hub", "models", "saved", "schedule"},
     "files": {"errors"},
     "config": {"adapters", "capabilities", "errors", "files", "models", "named", "schedule", "score"},
-    "data": {"config", "environment", "errors", "files", "ops"},
+    "data": {"config", "environment", "errors", "files", "named", "ops"},
     "methods": {"adapters", "config", "errors", "files", "hub", "models", "ops", "pretrained", "saved", "schedule", "score", "step"},
     "engine": {"config", "environment", "errors", "files", "methods", "saved", "step"},
     "budget": {"config", "data", "errors", "step"},
@@ -43,7 +43,7 @@ ALLOWED = {
     "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
     "evaluation": {"config", "data", "errors", "files", "methods", "metrics"},
-    "report": {"config", "environment", "errors", "evaluation", "files", "latents", "metrics", "schedule"},
+    "report": {"config", "environment", "errors", "evaluation", "files", "latents", "methods", "metrics", "schedule"},
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")

@@ -118,7 +118,7 @@ def open_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset
     else:
         config = run_config(arguments)
         try:
-            dataset = open_dataset(config.data, config.seed, split=1)
+            dataset = open_dataset(config.data, config.seed, split=1, trust_remote_code=arguments.trust)
         except UserError as error:
             raise UserError(f"{arguments.run}/config.yaml: {error}") from None
     if dataset.image_shape != model.image_shape:

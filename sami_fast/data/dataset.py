@@ -6,7 +6,8 @@
         def images(self, index: Tensor) -> Tensor:
             return torch.rand(len(index), *self.image_shape) * 2 - 1
 
-For a config to name it, it also needs `from_config`, a line of `SOURCES` in `data/__init__.py` and one of `KINDS` in `config.py`.
+`sami_fast.train(dataset=Noise())` trains on it, and so does a config that says `data.class: path/to/file.py:Noise`, with the arguments
+`data.kwargs`. A kind of its own needs `from_config`, a line of `SOURCES` in `data/__init__.py` and one of `KINDS` in `config.py`.
 """
 
 from typing import Any, ClassVar, Self
@@ -32,6 +33,7 @@ class Dataset:
     attribute_names: frozenset[str] = frozenset()  # those of them that an image has or has not, 1 or 0, and that are scored as such
     periods: ClassVar[dict[str, float]] = {}  # of factors that come round again, such as angles, in the unit of `factors`; {}: none do
     held_out: bool = True  # whether split 1 shows images that split 0 does not
+    complete: bool = True  # whether all images can be read, so that `read` never finds one missing
     workers: int = 0  # threads in which the feed prepares batches; 0: each is made when it is asked for, on the device
     ahead: int = 0  # images that the feed asks for before they are needed, beside what keeps its workers busy
     clip_length: int = 0  # T, frames of a clip; 0: there are no clips
@@ -104,7 +106,10 @@ class Dataset:
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
-        """The dataset that a config describes; split 0 is for training, 1 for evaluation."""
+        """The dataset that a config describes; split 0 is for training, 1 for evaluation.
+
+        A class without it that `data.class` names is made with `data.kwargs`, and `data.holdout` of its images are evaluation's.
+        """
         raise NotImplementedError
 
 

@@ -180,31 +180,38 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
         BadFile: broken, truncated, or of a mode that is no image (more than four channels).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
-            to_srgb, image = _profile_of(opened), ImageOps.exif_transpose(opened)
-        if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise BadFile("floating-point pixels without a known range")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-        if to_srgb is not None:
-            alpha = image.getchannel("A") if image.mode == "RGBA" else None
-            image = to_srgb.apply(image.convert(to_srgb.input_mode))
-            if alpha is not None:
-                image.putalpha(alpha)
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        return np.array(image.convert("RGB"))
+            return as_seen(opened)
     except BadFile:
         raise
     except Exception as error:
         raise BadFile(_reason(error)) from None
+
+
+def as_seen(opened: Any) -> np.ndarray:
+    """A Pillow image as `decode_image` gives those of files. [H, W, 3] uint8; errors as there, and Pillow's own."""
+    from PIL import Image, ImageOps
+
+    to_srgb, image = _profile_of(opened), ImageOps.exif_transpose(opened)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadFile("floating-point pixels without a known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    if to_srgb is not None:
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        image = to_srgb.apply(image.convert(to_srgb.input_mode))
+        if alpha is not None:
+            image.putalpha(alpha)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.array(image.convert("RGB"))
 
 
 def without_profile(data: np.ndarray) -> np.ndarray:

@@ -54,6 +54,7 @@ class Decoded(EightBit):
             not installed.
     """
 
+    complete = False
     places: np.ndarray  # [size] int64, which of all images or frames this dataset shows
     count: int  # images or frames in all files
 

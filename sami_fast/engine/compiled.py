@@ -13,8 +13,8 @@ from torch.torch_version import TorchVersion
 from ..config import Config
 from ..environment import cache_home
 from ..methods.latent_model import LatentModel, Parts
+from ..methods.ranks import mean_over_ranks
 from ..step import Objective, guided_terms
-from .processes import mean_over_ranks
 
 
 def eager_parts(model: LatentModel, config: Config) -> Parts:

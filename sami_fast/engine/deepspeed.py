@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
 from ..files import partial_of
+from ..methods.ranks import mean_over_ranks
 from ..saved import read_weights
 from . import interruption, shards
 from .checkpoints import WEIGHTS, sync, write_failure, write_manifest
 from .compiled import recomputing
-from .processes import mean_over_ranks
 
 
 def _nvidia_apex_adam() -> Callable[..., torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, what rank 0 does for all, averages over them."""
+"""The processes of a run: joining them, and what rank 0 does for all."""
 
 import itertools
 import os
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from ..environment import cores_of_rank, whole_number
 from ..errors import RankLostError, UserError
@@ -137,13 +136,3 @@ def lost_rank() -> RankLostError | None:
 def set_threads(threads: int) -> None:
     """CPU threads of this rank; 0 gives every rank of the machine an equal share of the cores it may use."""
     torch.set_num_threads(threads or cores_of_rank())
-
-
-def mean_over_ranks(local_mean: Tensor) -> Tensor:
-    """Average of a small tensor over ranks; the tensor itself where one process works alone."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks == 1:
-        return local_mean
-    total = local_mean.clone()
-    torch.distributed.all_reduce(total)
-    return total / ranks

@@ -87,17 +87,20 @@ def num_stages(baselines: bool) -> int:
     return 5 + (3 if baselines else 0)
 
 
-def evaluate(folder: str | os.PathLike[str], *, images: int | None = None, jobs: int = 1, baselines: bool = True) -> Evaluated:
+def evaluate(
+    folder: str | os.PathLike[str], *, images: int | None = None, jobs: int = 1, baselines: bool = True, trust_remote_code: bool = False
+) -> Evaluated:
     """Open a run and score it.
 
     Args:
         folder: The run's.
         images: Evaluation images, at most as many as there are; as the run's config says when None.
         jobs, baselines: As in `evaluate_run`.
+        trust_remote_code: As in `open_run`.
     Raises:
         UserError: not a run folder, no model in it yet, no log, or data gone.
     """
-    return evaluate_run(open_run(Path(folder), images), jobs=jobs, baselines=baselines)
+    return evaluate_run(open_run(Path(folder), images, trust_remote_code=trust_remote_code), jobs=jobs, baselines=baselines)
 
 
 def evaluate_run(run: Run, *, jobs: int = 1, baselines: bool = True, say: Say = lambda stage: None) -> Evaluated:

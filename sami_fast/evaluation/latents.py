@@ -1,5 +1,6 @@
 """Codes of the evaluation images: the run's own, those of its encoder before training, principal components, pixels."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,15 +57,22 @@ def encode(run: Run, model: LatentModel) -> Latents:
 def untrained(run: Run) -> LatentModel:
     """The run's encoder as it was before the first step, beside its trained partner; its latents are drawn, whatever the method.
 
-    One that started as half of a denoiser is made from the denoiser as it is now, also if that was fine-tuned.
+    One that started as half of a denoiser is made from the denoiser as it is now, also if that was fine-tuned. Of one that was given as an
+    object the layers are drawn anew, as far as they know how (`reset_parameters`).
     """
     model = run.model
-    assert model.architecture is not None  # a saved model says it
     partner = model.networks[model.partner]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
-        encoder = model.build_encoder(model.architecture["encoder"], partner)
-    fresh = type(model)(encoder, partner, model.schedule, model.architecture, **model.settings)
+        if model.architecture is None:
+            encoder = copy.deepcopy(model.networks["encoder"])
+            for layer in encoder.modules():
+                if callable(reset := getattr(layer, "reset_parameters", None)):
+                    reset()
+        else:
+            encoder = model.build_encoder(model.architecture["encoder"], partner)
+    sizes = {"image_shape": model.image_shape, "latent_size": model.latent_size}
+    fresh = type(model)(encoder, partner, model.schedule, model.architecture, **sizes, **model.settings)
     fresh.deterministic = False
     return fresh.to(model.device).eval()
 

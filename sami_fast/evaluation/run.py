@@ -1,6 +1,7 @@
 """A finished run, read from its folder."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..config import Config, load_config
 from ..data import Dataset, open_dataset
+from ..data.own import given
 from ..errors import UserError
 from ..files import open_regular, parse_json
 from ..methods.latent_model import LatentModel
@@ -90,7 +92,7 @@ def readable(dataset: Dataset, index: Tensor) -> Tensor:
     Raises:
         UserError: there are none.
     """
-    if len(index) and type(dataset).read is Dataset.read:  # which never finds one missing
+    if len(index) and dataset.complete:
         return index
     there = []
     for part in index.split(READ_TOGETHER):
@@ -146,13 +148,16 @@ def _is_row(row: Any, model: LatentModel) -> bool:
     )
 
 
-def open_run(folder: Path, images: int | None = None, *, trust_remote_code: bool = False) -> Run:
+def open_run(
+    folder: Path, images: int | None = None, *, trust_remote_code: bool = False, model: LatentModel | None = None, dataset: Any = None
+) -> Run:
     """Read a run folder.
 
     Args:
         folder: As training leaves it.
         images: Evaluation images to compute scores from, at most as many as there are; as the config says when None.
-        trust_remote_code: Whether classes that its model names may be imported, which runs their code.
+        trust_remote_code: Whether classes that its model and its config name may be imported, which runs their code.
+        model, dataset: Of a run of `sami_fast.train` that was given them: the same again, the model with its weights.
     Raises:
         UserError: not a run folder, a run without a model yet, no log, or files that do not fit together.
     """
@@ -165,10 +170,12 @@ def open_run(folder: Path, images: int | None = None, *, trust_remote_code: bool
             raise ValueError
     except ValueError:
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
-    model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", trust_remote_code=trust_remote_code)
+    if model is None:
+        model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", trust_remote_code=trust_remote_code)
     log = _read_log(folder / "metrics.jsonl", model, config.train.steps)
     try:
-        train, evaluation = (open_dataset(config.data, config.seed, split) for split in (0, 1))
+        with nullcontext() if dataset is None else given(dataset):
+            train, evaluation = (open_dataset(config.data, config.seed, split, trust_remote_code=trust_remote_code) for split in (0, 1))
     except UserError as error:  # speaks of settings, which stand in the run's config
         raise UserError(f"{folder}/config.yaml: {error}") from None
     if evaluation.image_shape != model.image_shape:

@@ -23,8 +23,10 @@ from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
 from .card import write_card
 from .inputs import ImageLike, as_images, dtype_of, fitted
+from .own_loop import LOSS_STEP, OwnLoop
 
 FORMAT = "sami-fast/1"
+GIVEN = "given"  # in the settings of a model whose networks were objects: what they were, for people
 SPARE = 2**24  # numbers that a file of weights may lack and the networks are made all the same, so that the keys it lacks can be named
 
 
@@ -104,7 +106,7 @@ class Posterior:
         return ops.gaussian_kl(self.mu, self.var)
 
 
-class LatentModel(nn.Module):
+class LatentModel(OwnLoop):
     """An encoder, the network beside it, and the noise levels at which the data are seen.
 
     Args:
@@ -190,6 +192,19 @@ class LatentModel(nn.Module):
     def latent_size(self) -> int:
         """Z."""
         return self._latent_size or self.encoder.latent_size  # pyrefly: ignore[missing-attribute]
+
+    def know_sizes(self, images: Tensor) -> None:
+        """Find out the sizes that nobody has said, from images of the data and what the encoder makes of them. [B, C, H, W]."""
+        try:
+            _ = self.image_shape
+        except AttributeError:
+            _, channels, height, width = images.shape
+            self._image_shape = (channels, height, width)
+        try:
+            _ = self.latent_size
+        except AttributeError:
+            with torch.no_grad():
+                self._latent_size = self.encoder(images.to(self.device))[0].shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -277,7 +292,7 @@ class LatentModel(nn.Module):
             "settings": self.settings,
         }
         weights = self.state_dict() if weights is None else weights
-        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items() if name != LOSS_STEP}
         write_model(Path(folder), config, whole, variant=variant, max_shard_size=max_shard_size)
         if run is not None:
             write_card(self, Path(folder), Path(run))
@@ -379,4 +394,9 @@ def read_saved(folder_or_id: str | os.PathLike[str], **options: Unpack[HubOption
     config = read_model_settings(folder, variant)
     if config.get("format") != FORMAT:
         raise UserError(f"{folder / SETTINGS}: expected format {FORMAT}, found {config.get('format')!r}")
+    if GIVEN in config:
+        raise UserError(
+            f"{folder_or_id}: its networks were given to sami_fast.train as objects, and only their weights are here; make them again and "
+            f"load {weight_files(folder, variant=variant)[0].name} into the model"
+        )
     return folder, config

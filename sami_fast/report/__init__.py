@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..evaluation.scores import latent_scores
 from ..evaluation.table import Scores
 from ..files import write_whole
 from ..latents.discovery import Discovered
+from ..methods.latent_model import LatentModel
 from ..metrics.scale_profile import ScaleProfile
 from .charts import calibration, correlations, guidance, information, latents_against_factors, scatter_fits, training_curves
 from .discoveries import axis_scores, discoveries
@@ -66,7 +68,9 @@ def _figures(
     return figures
 
 
-def write_report(run_folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Path:
+def write_report(
+    run_folder: str | os.PathLike[str], *, trust_remote_code: bool = False, model: LatentModel | None = None, dataset: Any = None
+) -> Path:
     """Score a finished run and write its report/ folder.
 
     report/ then holds index.html (one page that needs nothing else), metrics.json (every number of it) and the pictures as .png; an
@@ -75,12 +79,13 @@ def write_report(run_folder: str | os.PathLike[str], *, trust_remote_code: bool 
     Args:
         run_folder: With config.yaml, environment.json, metrics.jsonl and model/.
         trust_remote_code: Whether classes that its model names may be imported, which runs their code.
+        model, dataset: As in `open_run`.
     Returns:
         Path of report/index.html.
     Raises:
         UserError: not a run folder, no model in it yet, no log, data gone, or the disk refuses.
     """
-    run = open_run(Path(run_folder), trust_remote_code=trust_remote_code)
+    run = open_run(Path(run_folder), trust_remote_code=trust_remote_code, model=model, dataset=dataset)
     latents = encode(run, run.model)
     factors, names, _ = known_factors(run)
     measured = profile(run)
