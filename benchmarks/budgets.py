@@ -254,8 +254,8 @@ def op_cases() -> dict[str, OpCase]:
         "attention_dual": OpCase(ops.attention_dual, leaves(6, 4, 64, 4, 32), 1),
         "conv2d": OpCase(partial(ops.conv2d, padding=1), [*leaves(1, *features), *leaves(1, 64, 64, 3, 3), parameters[0]], 2),
         "gaussian_log_prob": OpCase(ops.gaussian_log_prob, [z, mu, var], 2),
-        "group_norm_silu": OpCase(partial(ops.group_norm_silu, num_groups=4), [*leaves(1, *features), *parameters], 2),
-        "group_norm_silu_dual": OpCase(partial(ops.group_norm_silu_dual, num_groups=4), [*leaves(2, *features), *parameters], 1),
+        "group_norm_silu": OpCase(lambda x, *w: ops.group_norm_silu(x, 4, *w), [*leaves(1, *features), *parameters], 2),
+        "group_norm_silu_dual": OpCase(lambda x, tx, *w: ops.group_norm_silu_dual(x, tx, 4, *w), [*leaves(2, *features), *parameters], 1),
         "guided_loss": OpCase(ops.guided_loss, [normal(*images), *leaves(2, *images), amplitude, amplitude, amplitude], 2),
         "noise_sample": OpCase(noise, [normal(*images), amplitude[:, None], torch.arange(64)], 0),
     }

@@ -184,7 +184,9 @@ class TimmResNet(nn.Module):
         super().__init__()
         import timm
 
-        settings = {"norm_layer": "groupnorm", "stem_type": "deep"} | settings  # batch norm would let images of a batch see one another
+        # Batch norm would let the images of a batch see one another; and the score's own gradient wants a network without kinks.
+        smooth = {"norm_layer": "groupnorm", "act_layer": "silu", "stem_type": "deep", "replace_stem_pool": True}
+        settings = smooth | settings
         self.network = timm.create_model(name, in_chans=channels, num_classes=2 * latents, **settings)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,12 +74,12 @@ def attention() -> dict[str, Rival]:
     return _present({"jvp-flash-attention": jvp, "flash-attn": flash})
 
 
-def _liger_group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> Tensor:
+def _liger_group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     group_norm: Any = import_module(PACKAGES["liger-kernel"]).LigerGroupNormFunction
     return F.silu(group_norm.apply(x, weight, bias, x.shape[1], num_groups, 1e-5))
 
 
-def _apex_group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> Tensor:
+def _apex_group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor) -> Tensor:
     functional = import_module(PACKAGES["apex"]).cuda_group_norm_nhwc_one_pass
     return functional(x.contiguous(memory_format=torch.channels_last), num_groups, weight, bias, 1e-5, "silu")
 

@@ -1,5 +1,5 @@
-"""Other people's networks as they come and accelerated: a diffusers UNet's first gradients and gradient penalty, and SAMI's step with an
-encoder and a UNet in plain torch. Correct first, then timed."""
+"""Other people's networks as they come and accelerated: a diffusers UNet's first gradients and gradient penalty, and SAMI's step with the
+four pairs of `foreign.py`. Correct first, then timed."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from sami_fast.pretrained import DiscreteTimeDenoiser, timestep_levels
 from sami_fast.schedule import Discrete
 from sami_fast.step import Objective
 
+from .foreign import PAIRS, TIMESTEPS, Pair
 from .measure import Contestant, check_close
 from .steps import Run, Step, convolution_bound, least_bytes
 
@@ -101,63 +102,82 @@ def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
 
 LATENTS = 8
 FOREIGN = {"B": 16, "K": 1, "C": 3, "H": 32, "W": 32}
+LAST = "torch, channels-last"
 
 
-class TheirEncoder(nn.Module):
-    """x -> (mu, var) as people write it, in plain torch."""
+class Adapted(nn.Module):
+    """Somebody's encoder as x -> (mu, var), by its convention."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module, returns: str) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in ((3, 32), (32, 64), (64, 64)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.body, self.heads = nn.Sequential(*layers, nn.Flatten()), nn.Linear(64 * 16, 2 * LATENTS)
+        self.network, self.returns = network, returns
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, raw_var = self.heads(self.body(x)).chunk(2, 1)
-        return mu, nn.functional.softplus(raw_var) + 1e-4
+        found = self.network(x)
+        if isinstance(found, torch.distributions.Distribution):
+            return found.mean, found.variance
+        mu, other = found if isinstance(found, tuple) else found.chunk(2, 1)
+        return mu, {"mu_logvar": torch.exp, "mu_std": torch.square}[self.returns](other)
 
 
-class TheirUNet(nn.Module):
-    """(x_t, integer t) -> eps in plain torch: two resolutions, the timestep from a table."""
-
-    def __init__(self, timesteps: int) -> None:
-        super().__init__()
-        self.embedding, self.first = nn.Embedding(timesteps, 32), nn.Conv2d(3, 32, 3, 1, 1)
-        self.down = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1))
-        self.middle = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, 64, 3, 1, 1))
-        self.up = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, 1, 1))
-        self.last = nn.Sequential(nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 3, 3, 1, 1))
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        h = self.first(x_t) + self.embedding(t)[:, :, None, None]
-        return self.last(h + self.up(self.middle(self.down(h))))
-
-
-def foreign_step() -> Step:
-    """One batch for networks in plain torch."""
+def foreign_step(pair: Pair, batch: int = FOREIGN["B"]) -> Step:
+    """One batch for two networks of other people, none of whose weights is zero."""
     torch.manual_seed(0)
-    alphas = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
-    schedule = Discrete(timestep_levels(alphas).tolist())
-    encoder, unet = TheirEncoder(), TheirUNet(1000)
-    x_0 = torch.randn(*(FOREIGN[letter] for letter in "BCHW")).clamp(-1, 1)
-    sami = Sami(encoder, DiscreteTimeDenoiser(unet, alphas, schedule, fractional=False), schedule, latent_size=LATENTS)
+    alphas = torch.linspace(0.9999, 0.001, TIMESTEPS, dtype=torch.float64)
+    schedule, denoiser = Discrete(timestep_levels(alphas).tolist()), pair.denoiser()
+    if pair.time == "timestep":
+        prediction = {"eps": "epsilon", "v": "v_prediction"}[pair.predicts]
+        denoiser = DiscreteTimeDenoiser(denoiser, alphas, schedule, prediction=prediction, fractional=False)
+    sami = Sami(Adapted(pair.encoder(), pair.returns), denoiser, schedule, latent_size=LATENTS)
+    with torch.no_grad():
+        for p in sami.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    x_0 = torch.randn(batch, *(FOREIGN[letter] for letter in "CHW")).clamp(-1, 1)
     return Step(sami, x_0, Objective(), 0.1)
 
 
-def test_foreign_step(compete: Callable[..., None]) -> None:
-    """The method by autograd alone, and the engine's step with both networks accelerated."""
-    step = foreign_step()
-    accelerated = copy.deepcopy(step.sami)
-    accelerate(accelerated.encoder)
-    accelerate(accelerated.denoiser.network)
-    fast = Step(accelerated, step.x_0, step.objective, step.kl_weight)
+def in_torch(step: Step, dtype: torch.dtype = torch.float32, layout: torch.memory_format = torch.contiguous_format) -> Run:
+    """The method by autograd alone, the networks as they come; their constants are of the dtype too."""
+    sami = copy.deepcopy(step.sami).to(memory_format=layout)
+    plain = Step(sami, step.x_0.contiguous(memory_format=layout), step.objective, step.kl_weight).reference(dtype)
 
-    def runner(name: str) -> Run:
-        return step.reference() if name == BASELINE else fast.ours(name)
+    def run() -> Sequence[Tensor]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                return plain()
+        finally:
+            torch.set_default_dtype(before)
 
-    ready = contestants(runner, step.reference(torch.float64)(), step.reference()())
-    described = {"op": "foreign step, accelerated", "shape": FOREIGN, "dtype": "float32", "mode": "step", "images": FOREIGN["B"]}
+    return run
+
+
+def accelerated(step: Step) -> Step:
+    """The engine's step, both networks accelerated."""
+    sami = copy.deepcopy(step.sami)
+    accelerate(sami.encoder)
+    accelerate(sami.denoiser)
+    return Step(sami, step.x_0, step.objective, step.kl_weight)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_foreign_step(name: str, compete: Callable[..., None]) -> None:
+    """Loss and all gradients of both networks: plain torch in both layouts, and accelerated."""
+    for package in PAIRS[name].needs:
+        pytest.importorskip(package, exc_type=ImportError)
+    step = foreign_step(PAIRS[name])
+    fast, exact, rival = accelerated(step), in_torch(step, torch.float64)(), in_torch(step)()
+    makers = {
+        LAST: partial(in_torch, step, layout=torch.channels_last),
+        BASELINE: partial(in_torch, step),
+        "cpp": partial(fast.ours, "cpp"),
+    }
+    ready = [
+        Contestant.ready(who, make, partial(check_close, who, "step", truth=exact, same_dtype=rival), "cpu")
+        for who, make in makers.items()
+        if who != "cpp" or refusal("cpp", "cpu", torch.float32) is None
+    ]
+    described = {"op": f"foreign step, {name}", "shape": FOREIGN, "dtype": "float32", "mode": "step", "images": FOREIGN["B"]}
     described["bytes"] = least_bytes(step.x_0, step.sami)
-    compete(described | convolution_bound(step.reference(), "cpu"), ready, BASELINE)
+    compete(described | convolution_bound(in_torch(step), "cpu"), ready, LAST, targets={"cpp": 1.15})

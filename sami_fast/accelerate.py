@@ -1,4 +1,4 @@
-"""Our ops inside a model that somebody else wrote: group norm with SiLU, attention, and the 3x3 convolution.
+"""Our ops inside a model that somebody else wrote: group norm with SiLU, attention, the 3x3 convolution, and channels-last memory.
 
 report = sami_fast.accelerate(model)      # in place; parameters, their names and the numbers stay
 print(report)                             # what runs on our ops now, and what does not, and why
@@ -6,20 +6,22 @@ report.restore()                          # every layer is what it was
 
 A layer becomes ours by its `__class__`, which is set to a subclass with another forward. So parameters, buffers, hooks, the keys of
 state dicts and whatever an optimizer holds are the same objects before and after. The subclass has the name of the class it replaces, which
-model formats write down.
+model formats write down. Captured graphs (torch.fx, torch.export) would see more, functions included; but they freeze shapes and branches,
+lose the model's class and its other methods, and refuse much of what people write. Functions are met where they are called instead, by a
+TorchFunctionMode around those modules alone whose code names them.
 """
 
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import isfunction, unwrap
 from itertools import count, pairwise
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +29,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
 from .ops.conv2d import MIN_CHANNELS
 
-# Blocks of diffusers in whose forward a group norm is followed by a SiLU and nothing lies between, by the attributes that hold the two.
-FUSED = {
-    "diffusers.models.resnet.ResnetBlock2D": (("norm1", "nonlinearity"), ("norm2", "nonlinearity")),
-    "diffusers.models.unets.unet_2d.UNet2DModel": (("conv_norm_out", "conv_act"),),
-    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": (("conv_norm_out", "conv_act"),),
-}
 SDPA = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # torch's, and the function of diffusers that calls it
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Module)  # which compute nothing
 KINDS = (nn.GroupNorm, nn.SiLU, nn.Conv2d, nn.MultiheadAttention)
 REPLACED = "its forward was replaced by another on the instance"
 
@@ -63,8 +63,9 @@ class Report:
 
     Attributes:
         module: The model.
-        changed: Modules that run on our ops now, and containers that run two of their layers in one pass.
-        skipped: Group norms, SiLUs, convolutions and attention modules that do not, and pairs that stay two passes.
+        changed: Modules that run on our ops now, containers that run a norm and a SiLU in one pass, and the model itself where its
+            images lie in channels-last memory.
+        skipped: Norms, SiLUs, convolutions and attention modules that stay as they are.
     """
 
     module: nn.Module
@@ -72,7 +73,7 @@ class Report:
     skipped: tuple[Entry, ...]
 
     def restore(self) -> None:
-        """Every module inside the model is of its own class again. Parameters keep the values they have now.
+        """Every module inside the model is of its own class again, weights lie as they did. Parameters keep the values they have now.
 
         A copy of an accelerated model is restored by a report of its own: `accelerate(copy).restore()`.
         """
@@ -98,20 +99,28 @@ def accelerate(module: nn.Module) -> Report:
     """Let the layers inside a module run on our ops: differentiable twice, in memory linear in the tokens of attention.
 
     Changed are
-      - nn.GroupNorm, and with it an nn.SiLU that directly follows in an nn.Sequential or a known block of diffusers;
+      - nn.GroupNorm and its subclasses, and F.group_norm in the code of a module; with the nn.SiLU or F.silu that directly follows in an
+        nn.Sequential or in the code of the module that holds the norm, in one pass;
       - nn.MultiheadAttention, and modules whose own code or diffusers processor calls F.scaled_dot_product_attention;
-      - nn.Conv2d of 3x3 with stride 1 and padding 1, which is faster on the CPU and torch's own elsewhere.
-    Modules of these very classes, that is: a subclass may compute something else and is left alone. So is every SiLU by itself.
+      - nn.Conv2d of 3x3 with stride 1 and padding 1, which is faster on the CPU and torch's own elsewhere. Shapes at which ours is slower
+        stay torch's, call by call;
+      - the layout of images: weights of convolutions are laid out channels-last, and so are images that enter the model. What it returns
+        lies as it would have. Code that calls `view` or `contiguous` on
+        images meets versions of them that keep the layout.
+    A subclass of a convolution, of nn.SiLU or of nn.MultiheadAttention may compute something else and is left alone. So are RMS norms,
+    batch norms, and attention whose weights are formed in its code: plain torch, which can be differentiated twice. The latter keeps the
+    layout it was written for.
     Who needs first gradients only gains little: on a CPU torch's own attention is then as fast.
 
     What our attention does not have (masks but the causal one, dropout, weights as an output, unequal shapes, autocast to another dtype)
     goes to torch's mathematical attention where gradients are wanted, call by call. The first such call of a module warns and names it.
 
-    Hooks work as before: one on a group norm or on its SiLU keeps the two apart. A result lies in memory as torch's would. Calling this
-    again is harmless, and finds layers that were added since.
+    Hooks work as before: one on a group norm keeps it apart from its SiLU. Parametrizations may come before or after. Optimizers may be
+    older: their state follows the layout of the weights at their next step. Calling this again is harmless, and finds layers that were
+    added since.
 
     Args:
-        module: Any module; it is changed in place.
+        module: Any module; it is changed in place. Its parameters may be on the meta device.
     Returns:
         What was changed and what was left alone; its `restore` undoes all of it.
     Differentiable: twice; further on the reference backend.
@@ -129,6 +138,8 @@ def accelerate(module: nn.Module) -> Report:
                 if replacement is not None:
                     _become(part, replacement, (serial, f"{root}.{name}" if name else root))
                 (skipped if replacement is None else changed).append(Entry(name, kind, note))
+    if any(isinstance(part, (Conv2d, GroupNorm)) for part in modules.values()) and _use_channels_last(module):
+        changed.append(Entry("", root, "channels-last memory inside, weights included; results lie as they did"))
     return Report(module, tuple(changed), tuple(skipped))
 
 
@@ -139,10 +150,33 @@ class Accelerated(nn.Module):
         _original_class: What it was.
         _place: See `Place`.
         _original_processor: That of a diffusers Attention, where it was replaced as well.
+        _relaid: Of a module whose inside is channels-last, the names of the parameters that were not.
     """
 
     _original_class: type[nn.Module]
-    _place: Place
+    _place: Place = (-1, "a module made of an accelerated one")  # by slicing, or by `type(layer)(...)`
+    _relaid: tuple[str, ...] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._relaid is None:
+            return super().__call__(*args, **kwargs)
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if any(map(_is_channels_last, tensors)):
+            return super().__call__(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _as_channels_last, (args, kwargs))
+        return tree_map_only(Tensor, _as_contiguous, super().__call__(*args, **kwargs))
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class, beneath the one that torch puts over it when a parameter of the module gets a parametrization."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _set_own_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    if is_parametrized(module):
+        over = type(module)
+        kind = type(over.__name__, (kind,), {k: v for k, v in vars(over).items() if k not in ("__dict__", "__weakref__")})
+    module.__class__ = kind
 
 
 def _become(module: Any, replacement: type[nn.Module], place: Place) -> None:
@@ -150,14 +184,17 @@ def _become(module: Any, replacement: type[nn.Module], place: Place) -> None:
         module._original_processor = module.processor
         module.processor = _diffusers_attention().AttnProcessor2_0()
     module._place = place
-    module.__class__ = replacement
+    _set_own_class(module, replacement)
 
 
 def _restore(module: nn.Module) -> None:
     ours: list[Any] = [part for part in module.modules() if isinstance(part, Accelerated)]
     for part in ours:
-        part.__class__ = part._original_class
-        del part._place
+        for name in part._relaid or ():
+            _lay_out(part, name, torch.contiguous_format)
+        _set_own_class(part, part._original_class)
+        for attribute in ("_place", "_relaid"):
+            vars(part).pop(attribute, None)
         if "_original_processor" in vars(part):
             if type(part.processor) is _diffusers_attention().AttnProcessor2_0:  # and nobody has set another since
                 part.processor = part._original_processor
@@ -165,21 +202,24 @@ def _restore(module: nn.Module) -> None:
 
 
 @cache
-def _subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """The class with another forward, under its own name. No module holds it, so instances are pickled as the pair it is made of."""
+def _subclass(original: type[nn.Module], forward: Callable[..., Any] | None) -> type[nn.Module]:
+    """The class with another forward, or its own if that is None, under its own name.
+
+    No module holds it, so instances are pickled as the pair it is made of.
+    """
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _blank, (original, forward), self.__getstate__()
 
     # The old forward is a member of its own, since diffusers marks Attention with torch._dynamo.allow_in_graph, and torch.compile does not
     # look up `original.forward` on a class so marked.
-    members = {"forward": forward, "_original_forward": staticmethod(original.forward)}
+    members: dict[str, Any] = {} if forward is None else {"forward": forward, "_original_forward": staticmethod(original.forward)}
     members |= {"_original_class": original, "__reduce_ex__": __reduce_ex__}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     return type(original.__name__, (Accelerated, original), members | names)
 
 
-def _blank(original: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
+def _blank(original: type[nn.Module], forward: Callable[..., Any] | None) -> nn.Module:
     kind = _subclass(original, forward)
     return kind.__new__(kind)
 
@@ -195,6 +235,86 @@ def _warn_once(serial: int, message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+# Channels-last memory
+
+
+def _use_channels_last(module: Any) -> bool:
+    """Whether the module holds convolutions whose weights are laid out now, and images will be."""
+    convolutions = {name: part for name, part in module.named_modules() if isinstance(part, nn.Conv2d)}
+    if not convolutions:
+        return False
+    if not isinstance(module, Accelerated):
+        own = _own_class(module)
+        _set_own_class(module, Sequential if own is nn.Sequential else _subclass(own, None))
+    written_out = [part for part in module.modules() if _writes_attention_out(part)]
+    theirs = {part for attention in written_out for part in attention.modules()}
+    for part in written_out:
+        _set_own_class(part, _subclass(_own_class(part), _written_out_forward))
+    for part in convolutions.values():
+        if _own_class(part) is nn.Conv2d and part.padding_mode == "zeros" and "forward" not in vars(part) and part not in theirs:
+            _set_own_class(part, Conv2d)
+    parameters = [f"{name}.{key}".lstrip(".") for name, part in convolutions.items() for key, _ in part.named_parameters(recurse=False)]
+    module._relaid = tuple(name for name in parameters if _lay_out(module, name, torch.channels_last))
+    _watch_optimizers()
+    return True
+
+
+def _writes_attention_out(module: nn.Module) -> bool:
+    """Whether it makes tokens of images and forms the weights among them in its own code."""
+    if isinstance(module, Accelerated) or "forward" in vars(module) or not _is_called_attention(module):
+        return False
+    convolves = any(isinstance(part, nn.Conv2d) for part in module.children())
+    return convolves and bool({"softmax", "einsum"} & _names_in(_own_class(module), "forward"))
+
+
+def _written_out_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the layout it was written for, where images are tokens without a copy; there are more channels inside than outside."""
+    args, kwargs = tree_map_only(Tensor, _as_contiguous, (args, kwargs))
+    return tree_map_only(Tensor, _as_channels_last, self._original_forward(self, *args, **kwargs))
+
+
+def _lay_out(module: nn.Module, name: str, layout: torch.memory_format) -> bool:
+    """Whether this parameter of four dimensions lay otherwise. It stays the same object, with its hooks."""
+    parent, _, key = name.rpartition(".")
+    p = module.get_submodule(parent)._parameters.get(key)  # gone, if a parametrization took its place
+    if p is None or type(p.data) is not Tensor or p.dim() != 4 or p.is_contiguous(memory_format=layout):
+        return False
+    p.data = p.data.contiguous(memory_format=layout)
+    if p.grad is not None:
+        p.grad = p.grad.contiguous(memory_format=layout)
+    return True
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_lay_out_state)
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What an optimizer keeps of a weight lies as the weight does: fused ones go through memory without a look at strides."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p] if p.dim() == 4 and p in optimizer.state else {}
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.layout != torch.strided or x.is_nested or x.dim() != 4:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _as_channels_last(x: Tensor) -> Tensor:
+    image = x.layout == torch.strided and not x.is_nested and x.dim() == 4 and x.is_floating_point()
+    return x.contiguous(memory_format=torch.channels_last) if image else x
+
+
+def _as_contiguous(x: Tensor) -> Tensor:
+    return x.contiguous() if _is_channels_last(x) else x
+
+
 # Group norm, with the SiLU that follows
 
 
@@ -204,14 +324,35 @@ class GroupNorm(Accelerated, nn.GroupNorm):
     _original_class = nn.GroupNorm
 
     def forward(self, input: Tensor) -> Tensor:
-        return _group_norm(self, input, silu=False)
+        norm = PendingNorm if _is_awaited(self) else _group_norm
+        return norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def _group_norm(norm: GroupNorm, x: Tensor, silu: bool) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
-        y = ops.group_norm_silu(x.float(), norm.weight, norm.bias, norm.num_groups, norm_eps=norm.eps, silu=silu)
-        return y.to(_autocast_result(x.device.type, x.dtype))
-    return ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm_eps=norm.eps, silu=silu)
+def _norm_forward(self: Any, input: Tensor) -> Tensor:
+    """Of a subclass of nn.GroupNorm."""
+    with _OurFunctions(self._place, _is_awaited(self)):
+        y = self._original_forward(self, input)
+    return y if _is_awaited(self) else PendingNorm.settled(y)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, silu: bool = False
+) -> Tensor:
+    """F.group_norm, and with `silu` F.silu after it."""
+    dtype = _result_dtype(input)
+    x = input if dtype == input.dtype else input.float()
+    return ops.group_norm_silu(x, num_groups, weight, bias, eps, silu=silu).to(dtype)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return _autocast_result(x.device.type, x.dtype) if half and _autocast_dtype(x) else x.dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to; None where it is off, or not known."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if not x.is_meta and torch.is_autocast_enabled(kind) else None
 
 
 @cache
@@ -221,16 +362,58 @@ def _autocast_result(device: str, dtype: torch.dtype) -> torch.dtype:
         return F.group_norm(torch.zeros(1, 1, 2, device=device, dtype=dtype), 1).dtype
 
 
-def _why_apart(norm: nn.Module, act: nn.Module) -> str | None:
-    """Why a group norm and the module after it cannot run in one pass now; None when they can."""
-    if type(norm) is not GroupNorm:
-        return "the norm is not ours"
-    if type(act) is not nn.SiLU or "forward" in vars(act):
-        return "what follows is no plain nn.SiLU"
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (norm, act))
-    if hooked or _has_any_global_hook():
-        return "a hook sees what lies between"
-    return None
+class PendingNorm(Tensor):
+    """A group norm that waits for a SiLU: if that is what comes, both are one pass. All else gets the norm's result."""
+
+    _value: Tensor | None
+    _norm: Callable[..., Tensor]
+    _dtype: torch.dtype
+
+    @staticmethod
+    def __new__(cls, input: Tensor, *args: Any, **kwargs: Any) -> Self:
+        dtype = _result_dtype(input)
+        pending = Tensor._make_wrapper_subclass(cls, input.shape, strides=input.stride(), dtype=dtype, device=input.device)
+        pending._value, pending._norm, pending._dtype = None, partial(_group_norm, input, *args, **kwargs), dtype
+        return pending
+
+    @staticmethod
+    def settled(value: Any) -> Any:
+        """The norm's own result; anything else as it is."""
+        if not isinstance(value, PendingNorm):
+            return value
+        if value._value is None:
+            value._value = value._norm()
+        return value._value
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        norm = args[0] if args else None
+        if isinstance(norm, cls) and norm._value is None:
+            if func is F.silu:
+                y = norm._norm(silu=True)
+                if kwargs.get("inplace"):
+                    norm._value = y
+                return y
+            if func in (Tensor.to, Tensor.type) and len(args) == 2 and args[1] is norm._dtype and not kwargs:
+                return norm  # a cast to the dtype that it has
+        args, kwargs = tree_map_only(cls, cls.settled, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # pyrefly: ignore[bad-override]
+        raise TypeError(f"{func}: met a PendingNorm of sami_fast.accelerate, which torch's Python functions know and C++ ones do not")
+
+
+def _is_awaited(norm: nn.Module) -> bool:
+    """Whether the code around a norm is one in which a SiLU may follow, and nobody looks in between."""
+    mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
+    return isinstance(mode, _OurFunctions) and mode.awaits_silu and not _is_hooked(norm)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or bool(_has_any_global_hook())
 
 
 class Sequential(Accelerated, nn.Sequential):
@@ -238,86 +421,44 @@ class Sequential(Accelerated, nn.Sequential):
 
     _original_class = nn.Sequential
 
+    def __getitem__(self, idx: Any) -> Any:
+        part: Any = super().__getitem__(idx)
+        if isinstance(idx, slice):
+            part._relaid = ()  # a model by itself: what it returns lies as it would have
+        return part
+
     def forward(self, input: Tensor) -> Tensor:
-        waiting = [*self]
-        while waiting:
-            layer = waiting.pop(0)
-            if waiting and isinstance(layer, GroupNorm) and _why_apart(layer, waiting[0]) is None:
-                input = _group_norm(layer, input, silu=True)
-                waiting.pop(0)  # the SiLU is done
+        layers = [*self]
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            ours = isinstance(layer, nn.GroupNorm) and isinstance(layer, Accelerated)
+            if ours and type(following) is nn.SiLU and not _is_hooked(following):
+                with _OurFunctions(self._place, awaits_silu=not torch.compiler.is_compiling()):
+                    input = layer(input)
             else:
                 input = layer(input)
         return input
 
 
-class GroupNormAwaitingSiLU:
-    """What a group norm gives to the SiLU that follows. It is no tensor: whatever else meets it raises an error with this name."""
-
-    def __init__(self, norm: GroupNorm, x: Tensor) -> None:
-        self.norm = norm
-        self.x = x
-
-
-def _act(act: nn.SiLU, x: Tensor | GroupNormAwaitingSiLU) -> Tensor:
-    return _group_norm(x.norm, x.x, silu=True) if isinstance(x, GroupNormAwaitingSiLU) else act(x)
-
-
-class _Stage:
-    """A block as its own forward sees it: its group norms leave the work to the SiLU after them, all else is the block.
-
-    The layers themselves stay as they are for others who call them, and the SiLU does for other values: ResnetBlock2D has a single one for
-    its norms and its time embedding.
-    """
-
-    def __init__(self, block: nn.Module, pairs: list[tuple[str, str]]) -> None:
-        self._block = block
-        self._norms = [norm for norm, _ in pairs]
-        self._acts = [act for _, act in pairs]
-
-    def __getattr__(self, name: str) -> Any:
-        part = getattr(self._block, name)
-        if name in self._norms:
-            return partial(GroupNormAwaitingSiLU, part)
-        return partial(_act, part) if name in self._acts else part
-
-
 def _fusing_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    pairs = [pair for pair in _pairs(self) if _why_two_passes(self, *pair) is None]
-    return self._original_forward(_Stage(self, pairs) if pairs else self, *args, **kwargs)
-
-
-def _pairs(block: nn.Module) -> Iterable[tuple[str, str]]:
-    """The names of a group norm and of the activation after it, in an nn.Sequential or a known block."""
-    kind = block._original_class if isinstance(block, Accelerated) else type(block)
-    if kind is nn.Sequential:
-        children = pairwise(block._modules.items())
-        return [(n, a) for (n, norm), (a, act) in children if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU)]
-    pairs = FUSED.get(f"{kind.__module__}.{kind.__qualname__}", ())
-    return [pair for pair in pairs if isinstance(getattr(block, pair[0], None), nn.GroupNorm)]
-
-
-def _why_two_passes(block: nn.Module, norm: str, act: str) -> str | None:
-    if norm == "norm2" and getattr(block, "time_embedding_norm", None) == "scale_shift":
-        return "the time embedding scales and shifts what lies between"
-    return _why_apart(getattr(block, norm), getattr(block, act))
+    # A backward hook wraps what goes into its module, in C++.
+    awaits_silu = not torch.compiler.is_compiling() and not any(m._backward_hooks or m._backward_pre_hooks for m in self.modules())
+    with _OurFunctions(self._place, awaits_silu):
+        return tree_map_only(PendingNorm, PendingNorm.settled, self._original_forward(self, *args, **kwargs))
 
 
 # Convolution
 
 
 class Conv2d(Accelerated, nn.Conv2d):
-    """nn.Conv2d on `ops.conv2d`."""
+    """nn.Conv2d on `ops.conv2d`, in channels-last memory: what comes otherwise, as out of a reshape, would spread to all that follows."""
 
     _original_class = nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
-        y = ops.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        # Laid out as torch's result is, for those who view it in another shape.
-        return y if _is_channels_last(input) or _is_channels_last(self.weight) else y.contiguous()
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        x = _as_channels_last(input)
+        if self.padding_mode != "zeros":
+            return super().forward(x)
+        return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def _is_winograd(conv: nn.Conv2d) -> bool:
@@ -340,7 +481,7 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor, masked: bool, dropout_p: float, is
         return "shapes other than q [B, N, S_q, D] and k, v [B, N, S_k, D], or the same without N"
     if is_causal and q.shape[-2] != k.shape[-2]:
         return "is_causal with another number of queries than keys"
-    if torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype == torch.get_autocast_dtype(q.device.type):
+    if (dtype := _autocast_dtype(q)) is not None and not q.dtype == k.dtype == v.dtype == dtype:
         return "autocast to another dtype than that of queries, keys and values"
     return None
 
@@ -380,24 +521,33 @@ def _attention(
     return out.transpose(1, 2) if heads else out.squeeze(2)
 
 
-class _OurAttention(TorchFunctionMode):
-    """Inside the `with` block F.scaled_dot_product_attention is `_attention`."""
+class _OurFunctions(TorchFunctionMode):
+    """Inside the `with` block F.scaled_dot_product_attention and F.group_norm are ours, and images stay channels-last.
 
-    def __init__(self, place: Place) -> None:
+    That is, `contiguous` leaves them so, and `view` can do what `reshape` can.
+    """
+
+    def __init__(self, place: Place, awaits_silu: bool = False) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.awaits_silu = place, awaits_silu
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _attention(self.place, *args, **kwargs)
+        if func is F.group_norm:
+            return PendingNorm(*args, **kwargs) if self.awaits_silu else _group_norm(*args, **kwargs)
+        if func is Tensor.view and _is_channels_last(args[0]) and not isinstance(args[-1], torch.dtype) and not kwargs:
+            return args[0].reshape(*args[1:])
+        if func is Tensor.contiguous and len(args) == 1 and not kwargs and _is_channels_last(args[0]):
+            return args[0]
         if torch.compiler.is_compiling() and getattr(Tensor, func.__name__, None) is func:
             return getattr(args[0], func.__name__)(*args[1:], **kwargs)  # the compiler knows methods of tensors only as such
         return func(*args, **kwargs)
 
 
-def _attending_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with _OurAttention(self._place):
+def _calling_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _OurFunctions(self._place):
         return self._original_forward(self, *args, **kwargs)
 
 
@@ -456,16 +606,20 @@ def _layer(module: nn.Module) -> Iterator[Decision]:
     kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
     if kind is None:
         return
-    if type(module).__module__.startswith("sami_fast."):
+    own = _own_class(module)
+    if own.__module__.startswith("sami_fast."):
         yield None, "runs on our ops by itself"
-    elif type(module) is not kind:
-        yield None, f"a subclass of nn.{kind.__name__}, which may compute something else"
     elif "forward" in vars(module):
         yield None, REPLACED
+    elif own is not kind:
+        if kind is nn.GroupNorm:
+            yield _subclass(own, _norm_forward), "ops.group_norm_silu for the F.group_norm in its code"
+        else:
+            yield None, f"a subclass of nn.{kind.__name__}, which may compute something else"
     elif kind is nn.SiLU:
         yield None, "torch's, which can be differentiated twice; a pass that it shares with a group norm is listed with their container"
     elif kind is nn.GroupNorm:
-        yield (GroupNorm, "ops.group_norm_silu") if module.affine else (None, "ours has a weight and a bias, this one has neither")
+        yield GroupNorm, "ops.group_norm_silu"
     elif kind is nn.MultiheadAttention:
         yield MultiheadAttention, "ops.attention"
     elif isinstance(module, nn.Conv2d) and _is_winograd(module):
@@ -479,30 +633,40 @@ def _attention_module(module: nn.Module) -> Iterator[Decision]:
         return
     processor = getattr(module, "processor", None)
     forms_weights = _forms_weights(module)
-    if forms_weights or _calls_sdpa(type(module)) or _calls_sdpa(type(processor)):
+    if forms_weights or SDPA & (_names_in(_own_class(module)) | _names_in(type(processor))):
         if "forward" in vars(module):
             yield None, REPLACED
         else:
             how = "AttnProcessor2_0, which stands in for AttnProcessor" if forms_weights else "F.scaled_dot_product_attention"
-            yield _subclass(type(module), _attending_forward), f"ops.attention for {how}"
+            yield _subclass(_own_class(module), _calling_forward), f"ops.attention for {how}"
     elif _is_called_attention(module) and not any(_is_called_attention(part) for part in module.modules() if part is not module):
         where = "its class" if processor is None else f"its processor {type(processor).__name__}"
-        yield None, f"no F.scaled_dot_product_attention in the code of {where}"
+        yield None, f"no F.scaled_dot_product_attention in the code of {where}: what forms its weights can be differentiated twice"
+    elif re.search("RMS_?Norm", type(module).__name__, re.IGNORECASE):
+        yield None, "an RMS norm, of which we have no op: torch's can be differentiated twice"
 
 
 def _container(module: nn.Module) -> Iterator[Decision]:
-    if isinstance(module, Accelerated):
+    if isinstance(module, (*KINDS, Accelerated)):
         return
-    together = []
-    for norm, act in _pairs(module):
-        reason = REPLACED if "forward" in vars(module) else _why_two_passes(module, norm, act)
-        if reason is None:
-            together.append(f"{norm} + {act}")
-        else:
-            yield None, f"{norm} + {act} stay two passes: {reason}"
-    if together:
-        replacement = Sequential if type(module) is nn.Sequential else _subclass(type(module), _fusing_forward)
-        yield replacement, f"one pass for {', '.join(together)}"
+    own, children = _own_class(module), [*module.named_children()]
+    norms = [name for name, part in children if isinstance(part, nn.GroupNorm) and isinstance(part, Accelerated)]
+    acts = [name for name, part in children if type(part) is nn.SiLU]
+    if "forward" in vars(module):
+        if norms and acts:
+            yield None, f"{', '.join(norms)} and {', '.join(acts)} stay two passes: {REPLACED}"
+    elif own is nn.Sequential:
+        together = [f"{name} + {act}" for (name, _), (act, _) in pairwise(children) if name in norms and act in acts]
+        if together:
+            yield Sequential, f"one pass for {', '.join(together)}"
+    elif own not in CONTAINERS:
+        called = _names_in(own, "forward")
+        if (norms and (acts or "silu" in called)) or {"group_norm", "silu"} <= called:
+            yield _subclass(own, _fusing_forward), f"one pass for {', '.join(norms) or 'F.group_norm'} where a SiLU follows"
+        elif "group_norm" in called:
+            yield _subclass(own, _calling_forward), "ops.group_norm_silu for the F.group_norm in its code"
+        elif called & {"view", "contiguous"}:
+            yield _subclass(own, _calling_forward), "`view` and `contiguous` that leave images channels-last"
 
 
 def _is_called_attention(module: nn.Module) -> bool:
@@ -510,21 +674,22 @@ def _is_called_attention(module: nn.Module) -> bool:
 
 
 @cache
-def _calls_sdpa(kind: type) -> bool:
-    """Whether a method of the class, or a function of the same file that it calls, names F.scaled_dot_product_attention."""
-    waiting = [member for base in kind.__mro__ if base not in (nn.Module, object) for member in vars(base).values()]
-    seen = set()
+def _names_in(kind: type, start: str | None = None) -> set[str]:
+    """The names in the methods of a class, or in the one method and those it calls; and in functions of the same file that they call."""
+    members = {name: member for base in reversed(kind.__mro__) if base not in (nn.Module, object) for name, member in vars(base).items()}
+    waiting = [*members.values()] if start is None else [members.get(start)]
+    found, seen = set(), set()
     while waiting:
         function = unwrap(waiting.pop())
         if not isfunction(function) or function in seen:
             continue
         seen.add(function)
         names = set(_names(function.__code__))
-        if names & SDPA:
-            return True
+        found |= names
         known = function.__globals__
         waiting += [known[name] for name in names & known.keys() if getattr(known[name], "__module__", None) == function.__module__]
-    return False
+        waiting += [members[name] for name in names & members.keys()]
+    return found
 
 
 def _names(code: CodeType) -> Iterator[str]:

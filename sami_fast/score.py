@@ -15,11 +15,13 @@ where (mu', var') is the tangent of the encoder along v, lambda_mu = d / var, la
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
+from .errors import UserError
 from .sweeps import Layer, Tape, sweepable
 
 Encoder = Callable[..., Any]
@@ -76,6 +78,7 @@ def grad_log_q(
         [S, C, H, W], nats per unit of x.
     Raises:
         As `pick`; RuntimeError: "auto" in a compiled graph that may ask for a gradient.
+        UserError: in the backward pass, if torch has no second derivative for the encoder's attention.
     Differentiable: once more, in z and in the encoder's parameters, unless called under torch.no_grad (sampling); with "dual" not, there
     `directional` carries the gradient.
     Source: SAMI, arXiv:2512.17127, guidance by Bayes' rule.
@@ -96,7 +99,35 @@ def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
         mu, var = encoder(x_t)
         log_q = ops.gaussian_log_prob(z, mu, var)
         (gradient,) = torch.autograd.grad(log_q.sum(), x_t, create_graph=create_graph)
+    if create_graph and encoder not in _differentiable_twice:
+        _name_the_cure(encoder, gradient)
     return gradient
+
+
+_differentiable_twice: "WeakSet[Any]" = WeakSet()
+
+
+def _name_the_cure(encoder: Encoder, gradient: Tensor) -> None:
+    """Where torch has no derivative of the gradient, whoever asks for it is told what to do. Looked at once for each module."""
+    waiting, seen = [gradient.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("NotImplemented"):
+            gradient.register_hook(partial(_refuse, type(encoder).__name__))
+            return
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    if isinstance(encoder, nn.Module):
+        _differentiable_twice.add(encoder)
+
+
+def _refuse(name: str, _: Tensor) -> None:
+    raise UserError(
+        f"{name}: the encoder is differentiated twice, and torch's fused attention in it has no second derivative; "
+        "sami_fast.accelerate(encoder) puts one in its place that has"
+    )
 
 
 def constant(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from sami_fast.config import KINDS, DataConfig, DisksConfig
+from sami_fast.config import KINDS, OWN, DataConfig, DisksConfig
 from sami_fast.data import SOURCES, ArrayImages, Dataset, Disks, Feed, open_dataset
 from sami_fast.errors import UserError
 from sami_fast.ops import Stream, random_uniform
@@ -293,7 +293,7 @@ def test_open_dataset(tmp_path):
     path = save(tmp_path, counting(20))
     training, evaluation = (open_dataset(DataConfig(kind="array", path=path, holdout=0.25), 0, split) for split in (0, 1))
     assert (training.size, evaluation.size) == (15, 5)
-    assert (*SOURCES,) == KINDS
+    assert (*SOURCES, *OWN) == KINDS
 
 
 # The feed

@@ -26,7 +26,7 @@ ALLOWED = {
     "accelerate": {"ops"},
     "adapters": {"accelerate", "errors", "named", "schedule"},
     "first_batch": {"adapters", "errors", "methods", "ops", "score", "step"},
-    "score": {"ops", "sweeps"},
+    "score": {"errors", "ops", "sweeps"},
     "models": {"ops", "sweeps"},
     "step": {"ops", "schedule", "score"},
     "hub": {"errors", "files", "saved"},

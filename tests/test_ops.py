@@ -76,15 +76,15 @@ CASES = {
     ),
     "group_norm_silu": Case(
         norm_inputs,
-        lambda x, w, b, **kw: ops.group_norm_silu(x, w, b, 2, **kw),
+        lambda x, w, b, **kw: ops.group_norm_silu(x, 2, w, b, **kw),
         lambda backend, x, w, b: OPERATORS.group_norm_silu(x, w, b, 2, 1e-5, True, backend)[0],
-        lambda x, w, b: reference.group_norm_silu(x, w, b, 2),
+        lambda x, w, b: reference.group_norm_silu(x, 2, w, b),
     ),
     "group_norm": Case(
         norm_inputs,
-        lambda x, w, b, **kw: ops.group_norm_silu(x, w, b, 4, norm_eps=1e-3, silu=False, **kw),
+        lambda x, w, b, **kw: ops.group_norm_silu(x, 4, w, b, 1e-3, silu=False, **kw),
         lambda backend, x, w, b: OPERATORS.group_norm_silu(x, w, b, 4, 1e-3, False, backend)[0],
-        lambda x, w, b: reference.group_norm_silu(x, w, b, 4, norm_eps=1e-3, silu=False),
+        lambda x, w, b: reference.group_norm_silu(x, 4, w, b, 1e-3, silu=False),
     ),
     "gaussian_log_prob": Case(
         gaussian_inputs,
@@ -219,6 +219,42 @@ def test_a_third_derivative_says_so(name: str, backend: str):
         value = sum(g.square().sum() for g in torch.autograd.grad(value.sum(), inputs, create_graph=True))
     with pytest.raises(RuntimeError, match=rf"{name}: this derivative has no kernel; backend='reference' can be differentiated further"):
         torch.autograd.grad(value, inputs)
+
+
+@pytest.mark.parametrize("name", CHAINED)
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_hessian_vector_products(name: str, backend: str):
+    """By two backward passes, of which the second is in the cotangents of the first, as torch.autograd.functional.hvp has them."""
+    case = CASES[name]
+    inputs = [value.to(DEVICE) for value in case.inputs(torch.float32)]
+    along = [normal(*value.shape, seed=40 + place).to(value) for place, value in enumerate(inputs)]
+
+    def product(function: Callable[..., Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+        cast = [tuple(value.to(dtype) for value in values) for values in (inputs, along)]
+        return torch.autograd.functional.hvp(lambda *args: function(*args).sin().sum(), *cast)[1]
+
+    exact = product(case.truth, torch.float64)
+    for found, want in zip(product(partial(case.operator, backend), torch.float32), exact, strict=True):
+        assert relative_error(found, want) < 1e-5
+    if backend in ("reference", "cpp"):
+        for found, want in zip(product(partial(case.operator, backend), torch.float64), exact, strict=True):
+            assert relative_error(found, want) < 1e-12
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_products_with_some_cotangents(backend: str):
+    """Of the first gradients not all are used, and of the second ones not all either."""
+    x, weight, bias = leaves(norm_inputs(torch.float32))
+    results = []
+    for value, dtype in ((OPERATORS.group_norm_silu(x, weight, bias, 2, 1e-5, True, backend)[0], None), (None, torch.float64)):
+        if value is None:
+            x, weight, bias = leaves([a.detach().to(dtype) for a in (x, weight, bias)])
+            value = reference.group_norm_silu(x, 2, weight, bias)
+        (grad_x,) = torch.autograd.grad(value.sin().sum(), x, create_graph=True)
+        v = normal(*x.shape, seed=3).to(x).requires_grad_()
+        (weight_bar,) = torch.autograd.grad(grad_x, weight, v, create_graph=True)
+        results.append(torch.autograd.grad(weight_bar, v, normal(4, seed=5).to(x))[0])
+    assert relative_error(*results) < 1e-5
 
 
 @pytest.mark.parametrize("name", CHAINED)
@@ -367,8 +403,8 @@ def dual_case(name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]
     return (
         [x],
         [normal(*x.shape, seed=30, dtype=dtype)],
-        lambda x, tx, **kw: ops.group_norm_silu_dual(x, tx, weight.to(x), bias.to(x), 2, silu=silu, **kw),
-        lambda x: reference.group_norm_silu(x, weight.to(x), bias.to(x), 2, silu=silu),
+        lambda x, tx, **kw: ops.group_norm_silu_dual(x, tx, 2, weight.to(x), bias.to(x), silu=silu, **kw),
+        lambda x: reference.group_norm_silu(x, 2, weight.to(x), bias.to(x), silu=silu),
     )
 
 
@@ -481,7 +517,7 @@ def test_what_a_backend_cannot_take():
     with pytest.raises(
         BackendError, match=r"triton \(backend\) cannot run here: it takes float32, float16, bfloat16, not float64; what can"
     ):
-        ops.group_norm_silu(*x, 2, backend="triton")
+        ops.group_norm_silu(x[0], 2, *x[1:], backend="triton")
     for head in (7, 129):
         q = normal(1, 3, 1, head, dtype=torch.float32)
         with pytest.raises(BackendError, match=rf"its head sizes are 8 to 128, this one is {head}; what can: reference"):
@@ -585,24 +621,29 @@ def bad_calls() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         ),
         "dual shape": (lambda: ops.attention_dual(q, k, v, q, k, q), ValueError, r"tv: expected \[1, 7, 2, 8\], found \[1, 5, 2, 8\]"),
         "norm groups": (
-            lambda: ops.group_norm_silu(x, weight, bias, 3),
+            lambda: ops.group_norm_silu(x, 3, weight, bias),
             ValueError,
             "num_groups: expected a divisor of 4 channels, found 3",
         ),
         "norm no groups": (
-            lambda: ops.group_norm_silu(x, weight, bias, 0),
+            lambda: ops.group_norm_silu(x, 0, weight, bias),
             ValueError,
             "num_groups: expected a divisor of 4 channels, found 0",
         ),
-        "norm rank": (lambda: ops.group_norm_silu(x[0, :, 0, 0], weight, bias, 2), ValueError, r"x: expected \[B, C, ...\], found \[4\]"),
-        "norm weight": (lambda: ops.group_norm_silu(x, weight[:2], bias, 2), ValueError, r"weight: expected \[4\], found \[2\]"),
-        "norm dtypes": (lambda: ops.group_norm_silu(x, weight.double(), bias, 2), TypeError, "bias: expected torch.float64 as weight has"),
+        "norm rank": (lambda: ops.group_norm_silu(x[0, :, 0, 0], 2, weight, bias), ValueError, r"x: expected \[B, C, ...\], found \[4\]"),
+        "norm order": (
+            lambda: ops.group_norm_silu(x, weight, bias, 2),
+            TypeError,
+            r"num_groups: expected an int, found a tensor; the order",
+        ),
+        "norm weight": (lambda: ops.group_norm_silu(x, 2, weight[:2], bias), ValueError, r"weight: expected \[4\], found \[2\]"),
+        "norm dtypes": (lambda: ops.group_norm_silu(x, 2, weight.double(), bias), TypeError, "bias: expected torch.float64 as weight has"),
         "norm device": (
-            lambda: ops.group_norm_silu(x, weight.to(elsewhere), bias.to(elsewhere), 2),
+            lambda: ops.group_norm_silu(x, 2, weight.to(elsewhere), bias.to(elsewhere)),
             ValueError,
             "weight: expected on cpu as x is",
         ),
-        "dual norm shape": (lambda: ops.group_norm_silu_dual(x, x[:1], weight, bias, 2), ValueError, r"tx: expected \[2, 4, 3, 2\]"),
+        "dual norm shape": (lambda: ops.group_norm_silu_dual(x, x[:1], 2, weight, bias), ValueError, r"tx: expected \[2, 4, 3, 2\]"),
         "gaussian shape": (lambda: ops.gaussian_log_prob(z, mu[:1], var), ValueError, r"mu: expected \[3, 5\], found \[1, 5\]"),
         "gaussian dtype": (lambda: ops.gaussian_log_prob(z, mu, var.half()), TypeError, "var: expected torch.float32 as z has"),
         "noise shape": (

@@ -6,10 +6,13 @@ import pytest
 import torch
 from helpers import gradients, normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.counting import Meter
 from benchmarks.measure import peak_bytes
 from sami_fast import ops, score
+from sami_fast.accelerate import accelerate
+from sami_fast.errors import UserError
 from sami_fast.models import Encoder
 from sami_fast.models.layers import STYLES, AttentionBlock, ResBlock
 from sami_fast.schedule import UniformLogsnr
@@ -379,3 +382,33 @@ def test_memory_of_sweeps_is_linear_in_the_tokens():
         assert many < 1.2 * 16 * few
     with ops.use_backend("reference"):
         assert peak_of_score("reverse", 64) > 4 * many
+
+
+class FusedAttention(nn.Module):
+    """Torch's, which on a CPU has one derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self.qkv(x.flatten(2).mT).unsqueeze(1).chunk(3, -1)
+        mu, raw = self.heads(nn.functional.scaled_dot_product_attention(q, k, v).mean((1, 2))).chunk(2, 1)
+        return mu, raw.exp()
+
+
+def test_an_encoder_without_a_second_derivative_is_told_the_cure():
+    """By whoever asks for that derivative, and not before; after the cure all is as torch's mathematical attention has it."""
+    encoder, x, z = FusedAttention().double(), normal(2, 8, 3, 3), normal(2, 2, seed=1)
+    for _ in range(2):
+        g = score.grad_log_q(encoder, x, z)
+        with pytest.raises(UserError, match=r"^FusedAttention: .* no second derivative; sami_fast\.accelerate\(encoder\) puts one in"):
+            g.square().sum().backward()
+    draw = Draw(0, 0, torch.arange(2), 2)
+    loss, _ = training_step(encoder, lambda x, t: 0 * x, SCHEDULE, x, draw, Objective(), 1.0)
+    with pytest.raises(UserError, match="accelerate"):
+        loss.backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = score_and_gradients("reverse", encoder, x, z)
+    accelerate(encoder)
+    assert_equal(score_and_gradients("reverse", encoder, x, z), expected, 1e-10)

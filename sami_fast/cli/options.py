@@ -54,7 +54,9 @@ def path(text: str) -> str:
 
 def trust_option() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--trust", action="store_true", help="import the classes that the saved model names, which runs their code")
+    options.add_argument(
+        "--trust", action="store_true", help="import the classes that the run names, networks or data, which runs their code"
+    )
     return options
 
 

@@ -187,6 +187,8 @@ class Engine:
             wrapped = {"both": step, "encoder": _EncoderStep(networks["encoder"], step.forward)}.get(name) or networks[name]
             learning = [p for p in wrapped.parameters() if p.requires_grad] or list(wrapped.parameters())
             settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning)
+            for p in wrapped.parameters():  # DeepSpeed views weights as bytes, which `accelerate` may have laid out channels-last
+                p.data = p.data.contiguous()
             self.engines[name], *_ = deepspeed.initialize(model=wrapped, optimizer=optimizers[name], config=settings)
         self._remote = _Remote(self.engines["denoiser"]) if "denoiser" in self.engines else None
         self.denoiser = recomputing(self._remote, config) if self._remote else None  # takes the place of the step's own, if there is one

@@ -28,10 +28,10 @@ class GroupNormSiLU(Layer[Tensor]):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        settings = {"norm_eps": self.norm_eps, "silu": self.silu}
+        settings = self.num_groups, self.weight, self.bias, self.norm_eps
         if tx is None:
-            return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, **settings)
-        return ops.group_norm_silu_dual(x, tx, self.weight, self.bias, self.num_groups, **settings)
+            return ops.group_norm_silu(x, *settings, silu=self.silu)
+        return ops.group_norm_silu_dual(x, tx, *settings, silu=self.silu)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
         launchers = ops.GroupNormSiLULaunchers.in_force(x)

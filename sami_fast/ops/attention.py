@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.attention import attention_bwd, attention_bwd_bwd, attention_fwd, attention_tan, check_attention
 from .arguments import check_together
-from .define import define, no_third_derivative, saved_arguments
+from .define import define, linear_in_cotangents, no_third_derivative, saved_arguments
 from .launchers import Launcher, Launchers
 
 HEADS = {"triton": (8, 128), "cuda": (1, 128)}  # smallest and largest head size of the kernels
@@ -200,6 +200,6 @@ def _dual_bwd(
 
 _attention = define("attention", AttentionLaunchers.fwd, _save_fwd, _fwd_formula)
 _attention_bwd = define("attention_bwd", AttentionLaunchers.bwd, None, _bwd_formula)
-_attention_bwd_bwd = define("attention_bwd_bwd", _bwd_bwd, None, no_third_derivative("attention"))
+_attention_bwd_bwd = define("attention_bwd_bwd", _bwd_bwd, None, linear_in_cotangents("attention"))
 _attention_dual = define("attention_dual", _dual, _save_dual, _dual_formula)
 _attention_dual_bwd = define("attention_dual_bwd", _dual_bwd, None, no_third_derivative("attention_dual"))

@@ -79,26 +79,28 @@ def _kernels_recorded(backend: str) -> Any:
 def _save_all(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
-    ctx.args = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.args = [Tensor if isinstance(a, Tensor) else a for a in inputs]
 
 
 def saved_arguments(ctx) -> list[Any]:
     """The inputs that the default `save` kept, in order."""
     tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if a is None else a for a in ctx.args]
+    return [next(tensors) if a is Tensor else a for a in ctx.args]
 
 
 def asked_for(ctx) -> tuple[bool, ...]:
     """For each input of an operator, whether this backward pass has a use for its gradient.
 
     `ctx.needs_input_grad` is True for a weight whenever the weight requires a gradient. But in torch.autograd.grad(log_q, x) nobody takes
-    it: autograd would drop what the formula computed. Here such a weight gets False. Holds for operators whose tensors come first among
-    their arguments.
+    it: autograd would drop what the formula computed. Here such a weight gets False. Holds for operators whose inputs the default `save`
+    kept, and for those whose tensors come first among their arguments.
     """
-    # Nodes of the graph that the gradients go to: one per leading tensor, None where no gradient is required.
+    # Nodes of the graph that the gradients go to: one per tensor, None where no gradient is required.
     nodes = [node for node, _ in ctx.next_functions]
-    nodes += [None] * (len(ctx.needs_input_grad) - len(nodes))
-    return tuple(needed and _is_executed(node) for needed, node in zip(ctx.needs_input_grad, nodes, strict=True))
+    args = getattr(ctx, "args", [Tensor] * len(nodes) + [None] * (len(ctx.needs_input_grad) - len(nodes)))
+    tensors = iter(nodes)
+    of_inputs = [next(tensors) if a is Tensor else None for a in args]
+    return tuple(needed and _is_executed(node) for needed, node in zip(ctx.needs_input_grad, of_inputs, strict=True))
 
 
 def _is_executed(node: Any) -> bool:
@@ -140,6 +142,35 @@ def no_third_derivative(op: str) -> Callable[..., Any]:
     """Formula of an operator that is itself a second derivative."""
 
     def formula(ctx, *cotangents):
-        raise RuntimeError(f"{op}: this derivative has no kernel; backend='reference' can be differentiated further")
+        raise _no_kernel(op)
 
     return formula
+
+
+def linear_in_cotangents(op: str) -> Callable[..., Any]:
+    """Formula of `op`_bwd_bwd in its first three arguments, the cotangents that it is linear in; the rest would be a third derivative.
+
+    With f the op, J its Jacobian in three arguments p and H the Hessian of <grad_y, f(p)> in them, (gg_y, p_bar) = (J gg, H gg). H is
+    symmetric, so the gradients in gg are J^T c_y + H c: kernels that are there. Products of Hessians with vectors by two backward passes,
+    as torch.autograd.functional.hvp makes them, need these.
+    """
+
+    def formula(ctx, c_y, *c):
+        if any(asked_for(ctx)[3:]):
+            raise _no_kernel(op)
+        saved = saved_arguments(ctx)
+        gg, grad_y, p = saved[:3], saved[3], saved[4:7]
+        found: list[Tensor | None] = [None] * 3
+        if c_y is not None:
+            found = list(getattr(torch.ops.sami_fast, f"{op}_bwd")(c_y, *saved[4:]))
+        if any(value is not None for value in c):
+            c = (torch.zeros_like(primal) if value is None else value for value, primal in zip(c, p, strict=True))
+            _, *more = getattr(torch.ops.sami_fast, f"{op}_bwd_bwd")(*c, grad_y, *saved[4:])
+            found = [b if a is None else a + b for a, b in zip(found, more, strict=True)]
+        return *(None if value is None else g for value, g in zip(gg, found, strict=True)), *(None,) * (len(saved) - 3)
+
+    return formula
+
+
+def _no_kernel(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: this derivative has no kernel; backend='reference' can be differentiated further")

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.gaussian_log_prob import check_gaussian, gaussian_log_prob_bwd, gaussian_log_prob_bwd_bwd, gaussian_log_prob_fwd
 from .arguments import check_together
-from .define import define, no_third_derivative, saved_arguments
+from .define import define, linear_in_cotangents, saved_arguments
 from .launchers import Launcher, Launchers
 
 
@@ -82,4 +82,4 @@ def _bwd_formula(ctx, *cotangents):
 
 _gaussian_log_prob = define("gaussian_log_prob", GaussianLaunchers.fwd, None, _fwd_formula)
 _gaussian_log_prob_bwd = define("gaussian_log_prob_bwd", GaussianLaunchers.bwd, None, _bwd_formula)
-_gaussian_log_prob_bwd_bwd = define("gaussian_log_prob_bwd_bwd", GaussianLaunchers.bwd_bwd, None, no_third_derivative("gaussian_log_prob"))
+_gaussian_log_prob_bwd_bwd = define("gaussian_log_prob_bwd_bwd", GaussianLaunchers.bwd_bwd, None, linear_in_cotangents("gaussian_log_prob"))

@@ -14,9 +14,10 @@ from ..reference.group_norm_silu import (
     group_norm_silu_bwd_bwd,
     group_norm_silu_fwd,
     group_norm_silu_tan,
+    with_defaults,
 )
 from .arguments import check_device, check_together
-from .define import define, no_third_derivative, saved_arguments
+from .define import define, linear_in_cotangents, no_third_derivative, saved_arguments
 from .launchers import Launcher, Launchers
 
 
@@ -30,49 +31,51 @@ class GroupNormSiLULaunchers(Launchers):
 
 def group_norm_silu(
     x: Tensor,  # [B, C, ...]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
     num_groups: int,
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    eps: float = 1e-5,
     *,
-    norm_eps: float = 1e-5,
     silu: bool = True,
     backend: str | None = None,
 ) -> Tensor:  # [B, C, ...]
-    """h = weight x_hat + bias with x_hat normalised over each group; returns h sigmoid(h), or h without SiLU.
+    """`torch.nn.functional.group_norm` and the SiLU that usually follows, in one pass; the arguments are in torch's order.
+
+        h = weight x_hat + bias,  x_hat = (x - mean) / sqrt(var + eps) over each group;  y = h sigmoid(h), or h without SiLU
 
     Contiguous and channels-last features are read and written in place; other layouts are copied first.
 
     Args:
         x: Features. [B, C, ...], any floating dtype; float16 and bfloat16 are computed in float32.
-        weight, bias: Scale and shift per channel. [C], one floating dtype, that of x or a wider one.
         num_groups: G, divides C.
-        norm_eps: Added to the variance.
+        weight, bias: Scale and shift per channel; 1 and 0 when None. [C], one floating dtype, that of x or a wider one.
+        eps: Added to the variance.
         silu: Apply SiLU after the norm.
         backend: See `sami_fast.use_backend`.
     Returns:
         Same shape and dtype as x.
     Raises:
         ValueError: C is not divisible by G, weight or bias is not [C], or devices differ.
-        TypeError: a dtype that is not floating, or weight and bias differ in dtype.
+        TypeError: a dtype that is not floating, weight and bias differ in dtype, or num_groups is a tensor.
         BackendError: the backend cannot run this call.
     Differentiable: twice, in x, weight and bias (the reference further).
     Runs on: C++, Triton, CUDA, reference.
     Source: Wu & He, arXiv:1803.08494.
     """
-    backend = _prepare(x, weight, bias, num_groups, backend)
+    weight, bias, backend = _prepare(x, num_groups, weight, bias, backend)
     if backend == "reference":
-        return reference.group_norm_silu(x, weight, bias, num_groups, norm_eps=norm_eps, silu=silu)
-    return _group_norm_silu(x, weight, bias, num_groups, float(norm_eps), silu, backend)[0]
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, silu=silu)
+    return _group_norm_silu(x, weight, bias, num_groups, float(eps), silu, backend)[0]
 
 
 def group_norm_silu_dual(
     x: Tensor,  # [B, C, ...]
     tx: Tensor,  # [B, C, ...]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
     num_groups: int,
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    eps: float = 1e-5,
     *,
-    norm_eps: float = 1e-5,
     silu: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, C, ...] twice
@@ -88,21 +91,23 @@ def group_norm_silu_dual(
     Differentiable: once, in x, tx, weight and bias (the reference further).
     Runs on: C++, Triton, CUDA, reference.
     """
-    backend = _prepare(x, weight, bias, num_groups, backend)
+    weight, bias, backend = _prepare(x, num_groups, weight, bias, backend)
     check_together("group_norm_silu_dual", x=x, tx=tx)
     if tx.shape != x.shape:
         raise ValueError(f"tx: expected {list(x.shape)}, found {list(tx.shape)}")
     if backend == "reference":
-        return reference.group_norm_silu_dual(x, tx, weight, bias, num_groups, norm_eps=norm_eps, silu=silu)
-    return _group_norm_silu_dual(x, tx, weight, bias, num_groups, float(norm_eps), silu, backend)[:2]
+        return reference.group_norm_silu_dual(x, tx, num_groups, weight, bias, eps, silu=silu)
+    return _group_norm_silu_dual(x, tx, weight, bias, num_groups, float(eps), silu, backend)[:2]
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, backend: str | None) -> str:
-    check_group_norm_silu(x, weight, bias, num_groups)
+def _prepare(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor, str]:
+    """The parameters that the kernels take, and the backend."""
+    check_group_norm_silu(x, num_groups, weight, bias)
     check_together("group_norm_silu", x=x)
+    weight, bias = with_defaults(x, weight, bias)
     check_together("group_norm_silu", weight=weight, bias=bias)
     check_device("group_norm_silu", x=x, weight=weight, bias=bias)
-    return GroupNormSiLULaunchers.choose(backend, x)
+    return weight, bias, GroupNormSiLULaunchers.choose(backend, x)
 
 
 def _save_fwd(ctx, inputs, output):
@@ -200,6 +205,6 @@ def _dual_bwd(
 
 _group_norm_silu = define("group_norm_silu", GroupNormSiLULaunchers.fwd, _save_fwd, _fwd_formula)
 _group_norm_silu_bwd = define("group_norm_silu_bwd", GroupNormSiLULaunchers.bwd, None, _bwd_formula)
-_group_norm_silu_bwd_bwd = define("group_norm_silu_bwd_bwd", _bwd_bwd, None, no_third_derivative("group_norm_silu"))
+_group_norm_silu_bwd_bwd = define("group_norm_silu_bwd_bwd", _bwd_bwd, None, linear_in_cotangents("group_norm_silu"))
 _group_norm_silu_dual = define("group_norm_silu_dual", _dual, _save_dual, _dual_formula)
 _group_norm_silu_dual_bwd = define("group_norm_silu_dual_bwd", _dual_bwd, None, no_third_derivative("group_norm_silu_dual"))

@@ -15,37 +15,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int) -> None:
-    """ValueError unless num_groups divides the channels of x and the parameters have one value per channel."""
+def check_group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """ValueError unless num_groups divides the channels of x and the parameters have one value per channel.
+
+    TypeError: num_groups is a tensor, for whoever has the arguments in another order.
+    """
+    if isinstance(num_groups, Tensor):
+        raise TypeError("num_groups: expected an int, found a tensor; the order is (x, num_groups, weight, bias, eps), torch's own")
     if x.dim() < 2:
         raise ValueError(f"x: expected [B, C, ...], found {list(x.shape)}")
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups: expected a divisor of {channels} channels, found {num_groups}")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value.shape != (channels,):
+        if value is not None and value.shape != (channels,):
             raise ValueError(f"{name}: expected [{channels}], found {list(value.shape)}")
+
+
+def with_defaults(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The parameters; 1 and 0 for those that are None, in the dtype of the other one, else in that of x."""
+    like = next((value for value in (weight, bias) if value is not None), x)
+    weight = like.new_ones(x.shape[1]) if weight is None else weight
+    return weight, like.new_zeros(x.shape[1]) if bias is None else bias
 
 
 def group_norm_silu(
     x: Tensor,  # [B, C, ...]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
     num_groups: int,
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    eps: float = 1e-5,
     *,
-    norm_eps: float = 1e-5,
     silu: bool = True,
 ) -> Tensor:  # [B, C, ...]
     """h = weight x_hat + bias with x_hat normalised over each group; returns h sigmoid(h), or h without SiLU.
 
     Arguments and errors as `sami_fast.ops.group_norm_silu` describes them. Differentiable: twice and further, in x, weight and bias.
     """
-    check_group_norm_silu(x, weight, bias, num_groups)
+    check_group_norm_silu(x, num_groups, weight, bias)
+    weight, bias = with_defaults(x, weight, bias)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     gamma, beta = weight.to(wide.dtype), bias.to(wide.dtype)
     if x.numel():
         # Not F.group_norm: it refuses a single image with a single pixel.
-        h = torch.group_norm(wide, num_groups, gamma, beta, norm_eps)
+        h = torch.group_norm(wide, num_groups, gamma, beta, eps)
     else:  # where images have no positions, torch's gradient for the weight is NaN
         channelwise = -1, *(1,) * (x.dim() - 2)
         h = wide * gamma.view(channelwise) + beta.view(channelwise)
@@ -55,15 +68,16 @@ def group_norm_silu(
 def group_norm_silu_dual(
     x: Tensor,  # [B, C, ...]
     tx: Tensor,  # [B, C, ...]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
     num_groups: int,
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    eps: float = 1e-5,
     *,
-    norm_eps: float = 1e-5,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor]:  # [B, C, ...] twice
     """`group_norm_silu` and its tangent along tx, written out so that autograd can differentiate both."""
-    check_group_norm_silu(x, weight, bias, num_groups)
+    check_group_norm_silu(x, num_groups, weight, bias)
+    weight, bias = with_defaults(x, weight, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
     grouped = num_groups, x.shape[1] // num_groups
     channelwise = *x.shape[:2], x.shape[2:].numel()
@@ -76,7 +90,7 @@ def group_norm_silu_dual(
         return value.sum((1, 3), keepdim=True) / count
 
     centred = groups - mean(groups)
-    rstd = torch.rsqrt(mean(centred.square()) + norm_eps)
+    rstd = torch.rsqrt(mean(centred.square()) + eps)
     x_hat = centred * rstd
     h, th = gamma * x_hat + beta, gamma * rstd * (t - mean(t) - x_hat * mean(t * x_hat))
     if silu:
