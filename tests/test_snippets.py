@@ -69,6 +69,9 @@ def shorter_training(command: re.Match[str]) -> str:
     if "denoiser.pretrained" in printed | settings.keys():
         for key in ("data.image_size", "denoiser.channels", "train.mode"):
             settings.pop(key)
+    if config == "examples/own_networks.yaml" or "data.class" in printed:  # sizes are the classes' own
+        for key in ("data.image_size", *(("encoder.channels", "denoiser.channels") if config.endswith(".yaml") else ())):
+            settings.pop(key)
     if "method=diffae" in words:  # which has no KL
         settings.pop("kl_weight.kind")
     if config == "celebahq256":
@@ -190,7 +193,7 @@ class Page:
     def __init__(self, page: str, folder: Path, belongings: Path) -> None:
         self.folder, self.blocks, self.done = folder, [block for block in BLOCKS if block.page == page], 0
         self.namespace: dict[str, Any] = {"__name__": page}
-        for name in ("sami_fast", "kernels", "configs", "csrc", "tests", "benchmarks", "Makefile", "pyproject.toml", "setup.py"):
+        for name in ("sami_fast", "kernels", "configs", "csrc", "tests", "benchmarks", "examples", "Makefile", "pyproject.toml", "setup.py"):
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(belongings, folder, dirs_exist_ok=True)
         programs = folder / ".venv/bin"  # as if `make install` had just been here
