@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint docs cuda recovery methods pretrained claims clean
+.PHONY: install train test bench lint docs cuda cuda-emulated recovery methods pretrained claims clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ docs: install
 # Every CUDA kernel for every chip, without spills on sm_90; needs nvcc, no GPU.
 cuda: install
 	$(BIN)/python csrc/check_cuda.py $(ARGS)
+
+# Every CUDA kernel in an emulator on the CPU, and planted faults that it has to find; a part of `make test`, too.
+cuda-emulated: install
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/test_emulator.py tests/test_core_*.py tests/test_ops.py -k "emulator or cuda" $(ARGS)
 
 # Ten seeds of the disks run, one per core at a time: writes docs/results.md. About half an hour on two cores.
 recovery: install

@@ -5,7 +5,7 @@ install goes on and says what is missing. A build needs torch's headers: those o
 asks for a torch of its own.
 
     SAMI_FAST_CUDA=1                   build the CUDA part for another machine, whatever torch is installed here; 0: leave it out
-    TORCH_CUDA_ARCH_LIST="9.0 10.0"    architectures, instead of 8.0, 9.0 and 10.0
+    TORCH_CUDA_ARCH_LIST="9.0 10.0"    architectures, instead of 8.0, 9.0, 10.0, and 12.0 where nvcc knows it, with PTX of the newest
     SAMI_FAST_CFLAGS="-fsanitize=…"    more flags for compiler and linker of the CPU part
 """
 
@@ -79,6 +79,12 @@ def architecture_names(text: str) -> list[str]:
     return names
 
 
+def architectures() -> str:
+    """Of a build that names none; GPUs newer than these compile the PTX of the newest."""
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    return ARCHITECTURES + (" 12.0+PTX" if "sm_120" in known else "+PTX")
+
+
 def nvcc_command(torch: Path, architectures: str) -> list[str]:
     """The compiler of a `.cu` file, without the file; architectures as in TORCH_CUDA_ARCH_LIST, "8.0;9.0a 10.0+PTX"."""
     targets = []
@@ -138,8 +144,8 @@ class BuildCore(build_ext):
 
         def compile_cuda(source: Path) -> str:
             to = build / f"{source.stem}.cu.o"
-            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-            subprocess.run([*nvcc_command(torch, architectures), "-c", str(source), "-o", str(to)], check=True)
+            wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures()
+            subprocess.run([*nvcc_command(torch, wanted), "-c", str(source), "-o", str(to)], check=True)
             return str(to)
 
         self.compiler.compile = compile_all

@@ -19,4 +19,4 @@ SAMI_FAST_CUDA=0 SAMI_FAST_CFLAGS="-fsanitize=address,undefined -fno-sanitize-re
 # The interpreter itself is not instrumented, so the runtimes come first, and leaks of the interpreter are not looked for.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy"
-"$python" -m pytest -q -p no:cacheprovider tests/test_core_*.py "${@:2}"
+"$python" -m pytest -q -p no:cacheprovider -k "not cuda and not triton" tests/test_core_*.py "${@:2}"

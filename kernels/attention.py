@@ -216,10 +216,10 @@ def _attention_fwd_kernel(
         v = _load(v_rows, k_start, BLOCK_K, BLOCK_D, HEAD_SIZE)
         seen = (k_start + tl.arange(0, BLOCK_K))[None, :] <= last_seen[:, None]
         logits = _logits(_product(q, q_rows, q_start, k, k_rows, k_start, HEAD_SIZE, BLOCK_C), scale, seen)
-        # Every row sees the first key, so the maximum is finite from the first block on.
         new_top = tl.maximum(top, tl.max(logits, 1))
-        p = tl.exp2((logits - new_top[:, None]) * LOG2_E)
-        shrink = tl.exp2((top - new_top) * LOG2_E)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # while all logits of a row are, -inf - -inf would be NaN for good
+        p = tl.exp2((logits - shift[:, None]) * LOG2_E)
+        shrink = tl.exp2((top - shift) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
         acc = _weighted(p, v, v_rows, k_start, HEAD_SIZE, BLOCK_C, acc * shrink[:, None])
         top = new_top

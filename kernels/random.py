@@ -24,9 +24,6 @@ NUM_STREAMS = 16  # the number and the two streams below repeat `sami_fast.refer
 STREAM_LOGSNR = 2
 STREAM_RANK = 3
 
-_STREAM_LOGSNR = tl.constexpr(STREAM_LOGSNR)
-_STREAM_RANK = tl.constexpr(STREAM_RANK)
-
 COUNTER = ("seed_low", "seed_high", "offset_low", "offset_high")  # arguments of every kernel that draws
 
 
@@ -151,56 +148,36 @@ def _random_kernel(
     tl.store(out_ptr + sample[:, None] * size + element, values, mask=exists[:, None] & (element < size))
 
 
-@triton.jit
-def _sort_key(j, seed_low, seed_high, offset_low, offset_high):
-    """The 63-bit key by which `random_permutation` sorts its element j."""
-    w0, w1, _, _ = random_words(j.to(tl.int64), seed_low, seed_high, offset_low, offset_high)
-    return (w0.to(tl.int64) << 31) | (w1 >> 1).to(tl.int64)
+@triton.jit(do_not_specialize=["size", *COUNTER])
+def _sort_keys_kernel(out_ptr, size, seed_low, seed_high, offset_low, offset_high, BLOCK_Q: tl.constexpr):
+    """The 63-bit keys by which `random_permutation` sorts its elements; writes 8 bytes each."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    w0, w1, _, _ = random_words(j, seed_low, seed_high, offset_low, offset_high)
+    tl.store(out_ptr + j, (w0.to(tl.int64) << 31) | (w1 >> 1).to(tl.int64), mask=j < size)
 
 
-@triton.jit(do_not_specialize=["num_images", "levels", "global_batch", *COUNTER])
+@triton.jit(do_not_specialize=["num_quads", "levels", "global_batch", *COUNTER])
 def _stratified_uniform_kernel(
-    index_ptr, out_ptr, num_images, levels, global_batch,
-    seed_low, seed_high, offset_low, offset_high,  # the offset is that of stream 0
-    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
+    index_ptr, order_ptr, out_ptr,
+    num_quads,  # of levels, of all images
+    levels, global_batch, seed_low, seed_high, offset_low, offset_high, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """The images that elements j of the permutation fall to: `argsort(keys)[index] == j` exactly where j has `index` keys before it.
-
-    Counting takes global_batch^2 comparisons of keys made on the spot, and no memory; every image is written by one program, the one
-    that holds its j. Reads 8 bytes per image in each of the global_batch / BLOCK_J programs, writes 4 per level.
-    """
-    rank_low, logsnr_low = offset_low | _STREAM_RANK, offset_low | _STREAM_LOGSNR  # stream 0 leaves the low four bits of an offset free
-    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    key_j = _sort_key(j, seed_low, seed_high, rank_low, offset_high)
-    count = tl.zeros((BLOCK_J, BLOCK_I), tl.int32)
-    for start in range(0, global_batch, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)
-        key_i = _sort_key(i, seed_low, seed_high, rank_low, offset_high)
-        # Equal keys keep their order, as in a stable sort.
-        before = (key_i[None, :] < key_j[:, None]) | ((key_i[None, :] == key_j[:, None]) & (i[None, :] < j[:, None]))
-        count += (before & (i < global_batch)[None, :]).to(tl.int32)
-    place = tl.sum(count, axis=1)
-
+    """Reads 16 bytes per image and quad of its levels, writes 4 per level; NaN where the image lies outside the batch."""
     quads = (levels + 3) // 4
-    whole = global_batch.to(tl.float32)
-    strata = levels.to(tl.float32)
-    for start in range(0, num_images, BLOCK_J):
-        image = start + tl.arange(0, BLOCK_J)
-        index = tl.load(index_ptr + image, mask=image < num_images, other=-1)
-        match = ((place[:, None] == index[None, :]) & (j < global_batch)[:, None]).to(tl.int32)
-        found = tl.sum(match, axis=0) > 0
-        # With a small local batch most programs hold none of its images; they skip the drawing.
-        if tl.max(found.to(tl.int32), axis=0) > 0:
-            rank = tl.sum(match * j[:, None], axis=0).to(tl.float32)
-            for q in range(quads):
-                v = random_uniforms(index * quads + q, seed_low, seed_high, logsnr_low, offset_high)
-                k = q * 4 + tl.arange(0, 4)[None, :]
-                u = tl.div_rn(k.to(tl.float32) + tl.div_rn(rank[:, None] + v, whole), strata)
-                tl.store(out_ptr + image.to(tl.int64)[:, None] * levels + k, u, mask=found[:, None] & (k < levels))
+    i = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    image, quad = i // quads, i % quads
+    index = tl.load(index_ptr + image, mask=i < num_quads, other=-1)
+    inside = (index >= 0) & (index < global_batch)
+    rank = tl.load(order_ptr + index, mask=inside, other=0).to(tl.float32)
+    v = random_uniforms(index * quads + quad, seed_low, seed_high, offset_low, offset_high)
+    k = quad[:, None] * 4 + tl.arange(0, 4)[None, :]
+    u = tl.div_rn(k.to(tl.float32) + tl.div_rn(rank[:, None] + v, global_batch.to(tl.float32)), levels.to(tl.float32))
+    tl.store(
+        out_ptr + image[:, None] * levels + k, tl.where(inside[:, None], u, float("nan")), mask=(i < num_quads)[:, None] & (k < levels)
+    )
 
 
-BLOCK_Q = 256  # quads of elements per program
-BLOCK_J, BLOCK_I = 32, 128  # elements of the permutation per program, and those it is compared with at a time
+BLOCK_Q = 256  # quads of elements, or keys, per program
 
 
 def counter(seed: int, step: int, stream: int) -> tuple[int, ...]:
@@ -231,13 +208,16 @@ def random_uniform(seed: int, step: int, stream: int, index: Tensor, size: int) 
 def stratified_uniform(index: Tensor, levels: int, global_batch: int, *, seed: int, step: int) -> Tensor:
     """Nested stratified uniforms of the images at `index` [B] int64, 0 <= index < global_batch. [B, levels] float32.
 
-    An index outside the batch gets NaN: no program finds it.
+    An index outside the batch gets NaN.
     """
-    out = index.new_full((index.shape[0], levels), float("nan"), dtype=torch.float32)
-    # Without images there is nothing to do, and no program is started.
-    grid = (triton.cdiv(global_batch, BLOCK_J) if out.numel() else 0,)
-    arguments = index.contiguous(), out, index.shape[0], levels, global_batch, *counter(seed, step, 0)
-    launch(_stratified_uniform_kernel, grid, *arguments, fp_fusion=False, BLOCK_J=BLOCK_J, BLOCK_I=BLOCK_I)
+    out = index.new_empty((index.shape[0], levels), dtype=torch.float32)
+    if not out.numel():
+        return out
+    keys, num_quads = index.new_empty(global_batch), index.shape[0] * triton.cdiv(levels, 4)
+    rank, logsnr = counter(seed, step, STREAM_RANK), counter(seed, step, STREAM_LOGSNR)
+    launch(_sort_keys_kernel, (triton.cdiv(global_batch, BLOCK_Q),), keys, global_batch, *rank, fp_fusion=False, BLOCK_Q=BLOCK_Q)
+    arguments = index.contiguous(), keys.argsort(stable=True), out, num_quads, levels, global_batch, *logsnr
+    launch(_stratified_uniform_kernel, (triton.cdiv(num_quads, BLOCK_Q),), *arguments, fp_fusion=False, BLOCK_Q=BLOCK_Q)
     return out
 
 

@@ -50,6 +50,22 @@ def _normal_priority():
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
+@pytest.fixture(autouse=True)
+def _emulated_cuda(request, monkeypatch):
+    """Without a GPU, backend "cuda" of a test's parameters is the emulator."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("backend") != "cuda" or torch.cuda.is_available():
+        return
+    from helpers import emulator
+
+    from sami_fast.ops import backend, launchers
+
+    missing, home, cuda = backend._missing, launchers._home, emulator()
+    monkeypatch.setitem(backend.HOME_DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(backend, "_missing", lambda name: None if name == "cuda" else missing(name))
+    monkeypatch.setattr(launchers, "_home", lambda file, name: cuda if name == "cuda" else home(file, name))
+
+
 @pytest.fixture
 def no_thread_is_left():
     """Threads that a test starts end with it."""

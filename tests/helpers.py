@@ -3,30 +3,81 @@
 import json
 import math
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulator import Emulator
+from emulator import missing as emulator_missing
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sami_fast.config import Config, load_config
 from sami_fast.methods import METHODS
 from sami_fast.models import Denoiser, Encoder
-from sami_fast.ops.backend import refusal
+from sami_fast.ops.backend import BACKENDS, DTYPES, refusal
 
 TINY = str(Path(__file__).resolve().with_name("tiny.yaml"))
 
 
+GPU = torch.cuda.is_available()
+
+
+def _marked(names: Iterable[str], reasons: dict[str, str | None]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if (reason := reasons[name]) else []) for name in names]
+
+
 def _kernels() -> list[Any]:
-    """Every backend with kernels; those of another device or that are not built are skipped. Triton's run interpreted on a CPU."""
-    device, found = ("cuda", ("triton", "cuda")) if torch.cuda.is_available() else ("cpu", ("triton", "cpp"))
-    reasons = {name: refusal(name, device, torch.float32) for name in found}
-    return [pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []) for name, reason in reasons.items()]
+    """Every backend with kernels for tensors of one device. On a CPU Triton's run interpreted and CUDA's in the emulator, which stands in
+    for it wherever a test has a parameter `backend` (conftest.py)."""
+    if GPU:
+        return _marked(("triton", "cuda"), {name: refusal(name, "cuda", torch.float32) for name in ("triton", "cuda")})
+    reasons = {name: refusal(name, "cpu", torch.float32) for name in ("triton", "cpp")}
+    return _marked(("triton", "cpp", "cuda"), reasons | {"cuda": emulator_missing()})
 
 
 KERNELS = _kernels()
+
+
+def on(*dtypes: torch.dtype, backends: Iterable[str] = BACKENDS) -> list[Any]:
+    """(backend, dtype) for `dtypes` and every backend that takes them, wherever it runs."""
+    return [
+        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+        for backend in backends
+        for dtype in dtypes
+        if dtype in DTYPES.get(backend, (dtype,))
+    ]
+
+
+class LaunchersOn:
+    """The launchers of a file on a backend, under the names of their twins, for tensors of the CPU: where the backend is on a GPU they go
+    there and back. Tests are skipped where it cannot run."""
+
+    def __init__(self, file: str, backend: str) -> None:
+        self.backend, self._moves = backend, GPU and backend in ("triton", "cuda")
+        if backend == "cuda" and not GPU:
+            self._home: Any = emulator()
+        elif (reason := refusal(backend, "cuda" if self._moves else "cpu", None)) is not None:
+            pytest.skip(reason)
+        elif backend in ("cpp", "cuda"):
+            self._home = torch.ops.sami_fast_C
+        else:
+            self._home = import_module(f"sami_fast.{'reference' if backend == 'reference' else 'kernels'}.{file}")
+
+    def __getattr__(self, name: str) -> Any:
+        launcher = getattr(self._home, name)
+        if not self._moves:
+            return launcher
+        return lambda *args, **options: _moved(launcher(*_moved(args, "cuda"), **options), "cpu")
+
+
+def _moved(values: Any, device: str) -> Any:
+    if isinstance(values, (tuple, list)):
+        return type(values)(_moved(value, device) for value in values)
+    return values.to(device) if isinstance(values, Tensor) else values
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
@@ -89,6 +140,14 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
 
 def largest(tensors: Iterable[Tensor]) -> float:
     return max(t.abs().max().item() for t in tensors)
+
+
+@cache
+def emulator() -> Emulator:
+    """csrc/cuda on a CPU, every load and store checked; tests that change its settings put them back."""
+    if (reason := emulator_missing()) is not None:
+        pytest.skip(reason)
+    return Emulator()
 
 
 def core_launchers() -> Any:

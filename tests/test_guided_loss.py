@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers import normal, positive, relative_error
-from sami_fast.kernels import guided_loss as kernels
+from helpers import LaunchersOn, normal, on, positive, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
 from sami_fast.ops import guided_loss
@@ -128,8 +127,8 @@ def test_half_precision_sums_in_float32(dtype):
         assert relative_error(a, b) < 1e-6
 
 
-# Triton. Errors are relative to the largest value, against the float64 twin on the same numbers. In the interpreter sums were seen to be
-# 1.2e-7 off, cotangents 1.6e-7 in float32 and half a unit in the last place in float16, but a whole one in bfloat16, which it cuts off
+# Kernels. Errors are relative to the largest value, against the float64 twin on the same numbers. In Triton's interpreter sums were seen to
+# be 1.2e-7 off, cotangents 1.6e-7 in float32 and half a unit in the last place in float16, but a whole one in bfloat16, which it cuts off
 # where a GPU rounds it; so it does with noise that it draws, and then everything shows that (1.5e-2).
 
 SUMS = 4e-7
@@ -138,13 +137,18 @@ CUT_NOISE = 2e-2
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 
 
-def compare(eps, others, index=None, levels=1, *place, eps_stored=True):
+@pytest.fixture(params=["cpp", "triton", "cuda"])
+def kernels(request):
+    return LaunchersOn("guided_loss", request.param)
+
+
+def compare(kernels, eps, others, index=None, levels=1, *place, eps_stored=True):
     """Launcher against the float64 twin; returns what the launcher gave. `eps` is the noise, handed over only when `eps_stored`."""
     expected = guided_loss_fwd(eps.double(), *(a.double() for a in others), None, 1, 0, 0, 0)
     key = (None, 1, 0, 0, 0) if eps_stored else (index.to(DEVICE), levels, *place)
     found = kernels.guided_loss_fwd(eps.to(DEVICE) if eps_stored else None, *(a.to(DEVICE) for a in others), *key)
     dtype = others[0].dtype
-    cut = CUT_NOISE if DEVICE == "cpu" and dtype == torch.bfloat16 and not eps_stored else 0.0
+    cut = CUT_NOISE if kernels.backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16 and not eps_stored else 0.0
     for name, a, b in zip(("loss", "unguided", "grad_eps_pred", "grad_grad_log_q"), found, expected, strict=True):
         assert a.dtype == (torch.float32 if a.dim() == 1 else dtype), name
         assert relative_error(a.cpu(), b) <= max(cut, SUMS if a.dim() == 1 else COTANGENTS[dtype]), name
@@ -158,52 +162,56 @@ def device_inputs(samples, *shape, dtype=torch.float32, layouts=(CONTIGUOUS, CON
     return images + [x.float() for x in scalars]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), on(torch.float32, torch.float16, torch.bfloat16, backends=["cpp", "triton", "cuda"]), indirect=["kernels"]
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 8, 8), (4, 3, 5, 7), (2, 1, 1, 1000), (2, 3, 32, 16)])
 @pytest.mark.parametrize("eps_stored", [True, False])
-def test_triton(shape, dtype, eps_stored):
+def test_kernels(kernels, shape, dtype, eps_stored):
     index = torch.tensor([5]) if shape[0] % 2 else torch.tensor([5, 2**32 + 1])
     levels = shape[0] // len(index)
     samples = (index[:, None] * levels + torch.arange(levels)).flatten()
     eps = random_normal(7, 8, 1, samples, shape[1] * shape[2] * shape[3]).to(dtype).view(shape)
-    compare(eps, device_inputs(*shape, dtype=dtype), index, levels, 7, 8, 1, eps_stored=eps_stored)
+    compare(kernels, eps, device_inputs(*shape, dtype=dtype), index, levels, 7, 8, 1, eps_stored=eps_stored)
 
 
 @pytest.mark.parametrize("layouts", [(CONTIGUOUS, LAST), (LAST, CONTIGUOUS), (LAST, LAST)])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 3, 5, 7), (2, 1, 8, 8), (2, 5, 2, 2), (1, 3, 32, 40)])
 @pytest.mark.parametrize("eps_stored", [True, False])
-def test_triton_layouts(shape, layouts, eps_stored):
+def test_kernels_layouts(kernels, shape, layouts, eps_stored):
     index = torch.arange(3, 3 + shape[0])
     others = device_inputs(*shape, layouts=layouts)
     eps = random_normal(7, 8, 1, index, shape[1] * shape[2] * shape[3]).view(shape)
-    found = compare(eps, others, index, 1, 7, 8, 1, eps_stored=eps_stored)
+    found = compare(kernels, eps, others, index, 1, 7, 8, 1, eps_stored=eps_stored)
     if shape[2] * shape[3] % 4 == 0:  # quads of noise then lie in one channel each, and nothing is copied
         assert [x.stride() for x in found[2:]] == [x.stride() for x in others[:2]]
 
 
-def test_triton_other_layouts():
+def test_kernels_other_layouts(kernels):
     """Slices, transposed and expanded tensors."""
     eps, eps_pred, grad_log_q, *scalars = (a.float() for a in inputs(4, 3, 8, 8))
     scalars = [a.repeat_interleave(2)[::2] for a in scalars]
-    compare(eps.transpose(2, 3), [eps_pred[:, :, ::2].repeat(1, 1, 2, 1).transpose(2, 3), grad_log_q[:1].expand(4, 3, 8, 8), *scalars])
-    compare(eps[:, :, 1:, 2:5], [eps_pred[:, :, 1:, 2:5], grad_log_q[:, :, :7, :3], *scalars])
-    compare(eps[::2, :2], [eps_pred[::2, :2], grad_log_q[1::2, 1:], *(a[::2] for a in scalars)])
+    compare(
+        kernels, eps.transpose(2, 3), [eps_pred[:, :, ::2].repeat(1, 1, 2, 1).transpose(2, 3), grad_log_q[:1].expand(4, 3, 8, 8), *scalars]
+    )
+    compare(kernels, eps[:, :, 1:, 2:5], [eps_pred[:, :, 1:, 2:5], grad_log_q[:, :, :7, :3], *scalars])
+    compare(kernels, eps[::2, :2], [eps_pred[::2, :2], grad_log_q[1::2, 1:], *(a[::2] for a in scalars)])
 
 
-def test_triton_weights_from_nothing_to_huge():
+def test_kernels_weights_from_nothing_to_huge(kernels):
     for weight, unconditional_weight in ((0.0, 0.0), (0.0, 1e9), (1e9, 0.0), (1e-9, 1e9), (1e9, 1e-9)):
         eps, eps_pred, grad_log_q, sigma_t, _, _ = (a.float() for a in inputs(3, 1, 5, 5))
-        compare(eps, [eps_pred, grad_log_q, sigma_t, torch.full((3,), weight), torch.full((3,), unconditional_weight)])
+        compare(kernels, eps, [eps_pred, grad_log_q, sigma_t, torch.full((3,), weight), torch.full((3,), unconditional_weight)])
 
 
-def test_triton_estimates_from_tiny_to_huge():
+def test_kernels_estimates_from_tiny_to_huge(kernels):
     for scale in (0.0, 1e-18, 1e15):
         eps, eps_pred, grad_log_q, *scalars = (a.float() for a in inputs(3, 1, 5, 5))
-        compare(eps, [scale * eps_pred, grad_log_q, *scalars])
-        compare(eps, [eps_pred, scale * grad_log_q, *scalars])
+        compare(kernels, eps, [scale * eps_pred, grad_log_q, *scalars])
+        compare(kernels, eps, [eps_pred, scale * grad_log_q, *scalars])
 
 
-def test_triton_a_nan_stays_in_its_sample():
+def test_kernels_a_nan_stays_in_its_sample(kernels):
     eps, *others = (a.float() for a in inputs(3, 1, 5, 5))
     clean = kernels.guided_loss_fwd(*(a.to(DEVICE) for a in (eps, *others)), None, 1, 0, 0, 0)
     others[0][1, 0, 4, 4] = float("nan")
@@ -214,29 +222,31 @@ def test_triton_a_nan_stays_in_its_sample():
 
 
 @pytest.mark.parametrize("eps_stored", [True, False])
-def test_triton_empty_batch(eps_stored):
+def test_kernels_empty_batch(kernels, eps_stored):
     eps, *others = (a.float().to(DEVICE) for a in inputs(0, 3, 4, 4))
     index = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     found = kernels.guided_loss_fwd(eps if eps_stored else None, *others, index, 2, 0, 0, 0)
     assert [x.shape for x in found] == [(0,), (0,), (0, 3, 4, 4), (0, 3, 4, 4)]
 
 
-def test_triton_results_share_no_memory():
+def test_kernels_results_share_no_memory(kernels):
     found = kernels.guided_loss_fwd(*(a.float().to(DEVICE) for a in inputs(3, 3, 32, 32)), None, 1, 0, 0, 0)
     assert len({x.untyped_storage().data_ptr() for x in found}) == 4
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), on(torch.float32, torch.float16, torch.bfloat16, backends=["triton", "cuda"]), indirect=["kernels"]
+)
 @pytest.mark.parametrize("layouts", [(CONTIGUOUS, CONTIGUOUS), (LAST, LAST), (LAST, CONTIGUOUS)])
 @pytest.mark.parametrize("shape", [(64, 3, 64, 64), (32, 3, 63, 61)])
 @pytest.mark.parametrize("eps_stored", [True, False])
-def test_triton_at_real_sizes(shape, layouts, dtype, eps_stored):
+def test_kernels_at_real_sizes(kernels, shape, layouts, dtype, eps_stored):
     index = torch.arange(shape[0] // 4) + 2**30
     samples = (index[:, None] * 4 + torch.arange(4)).flatten()
     eps = random_normal(7, 2**33, 0, samples, shape[1] * shape[2] * shape[3]).to(dtype).view(shape)
     others = device_inputs(*shape, dtype=dtype, layouts=layouts)
-    first = compare(eps, others, index, 4, 7, 2**33, 0, eps_stored=eps_stored)
+    first = compare(kernels, eps, others, index, 4, 7, 2**33, 0, eps_stored=eps_stored)
     arguments = [eps.to(DEVICE) if eps_stored else None, *(a.to(DEVICE) for a in others), index.to(DEVICE), 4, 7, 2**33, 0]
     second = kernels.guided_loss_fwd(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

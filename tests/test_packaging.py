@@ -166,6 +166,18 @@ def test_without_a_compiler_the_install_goes_on_and_a_run_says_so_once(tmp_path:
     assert done.stderr.count("ops on the CPU run on plain torch, which is slower; the compiled core: not built") == 1
 
 
+@pytest.mark.parametrize(("known", "newest"), [("sm_90\\nsm_100\\nsm_120", "120"), ("sm_90\\nsm_100", "100")])
+def test_a_build_holds_ptx_for_gpus_that_come_later(tmp_path: Path, known: str, newest: str) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '{known}'\n")
+    nvcc.chmod(0o755)
+    code = "import setup; print(*setup.nvcc_command(setup.Path(), setup.architectures()))"
+    said = run(sys.executable, "-c", code, cwd=ROOT, PATH=str(tmp_path)).stdout
+    targets = re.findall(r"arch=compute_(\d+),code=(\w+)", said)
+    assert {chip for chip, _ in targets} == {"80", "90", "100", newest}
+    assert [pair for pair in targets if pair[1].startswith("compute")] == [(newest, f"compute_{newest}")]
+
+
 def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

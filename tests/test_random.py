@@ -298,7 +298,7 @@ print(sorted((name, len(kinds)) for name, kinds in found.items()))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    names = ("_guided_loss_fwd_kernel", "_noise_sample_fwd_kernel", "_random_kernel", "_stratified_uniform_kernel")
+    names = ("_guided_loss_fwd_kernel", "_noise_sample_fwd_kernel", "_random_kernel", "_sort_keys_kernel", "_stratified_uniform_kernel")
     assert process.stdout.strip() == str([(name, 1) for name in names]), process.stderr
 
 

@@ -193,7 +193,18 @@ class Page:
     def __init__(self, page: str, folder: Path, belongings: Path) -> None:
         self.folder, self.blocks, self.done = folder, [block for block in BLOCKS if block.page == page], 0
         self.namespace: dict[str, Any] = {"__name__": page}
-        for name in ("sami_fast", "kernels", "configs", "csrc", "tests", "benchmarks", "examples", "Makefile", "pyproject.toml", "setup.py"):
+        for name in (
+            "sami_fast",
+            "kernels",
+            "configs",
+            "csrc",
+            "tests",
+            "benchmarks",
+            "examples",
+            "Makefile",
+            "pyproject.toml",
+            "setup.py",
+        ):
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(belongings, folder, dirs_exist_ok=True)
         programs = folder / ".venv/bin"  # as if `make install` had just been here

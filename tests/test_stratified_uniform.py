@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sami_fast.kernels import random as kernels
+from helpers import LaunchersOn
 from scipy import stats
 
 from sami_fast.reference.random import Stream, random_bits, random_uniform
@@ -50,10 +50,15 @@ def test_an_image_does_not_depend_on_its_company():
         assert torch.equal(stratified_uniform(torch.tensor(places), 3, 20, seed=2, step=7), whole[places])
 
 
-# Triton, bit for bit
+# Kernels, bit for bit
 
 
-def assert_same(index: torch.Tensor, levels: int, batch: int, **place: int) -> None:
+@pytest.fixture(params=["cpp", "triton", "cuda"])
+def kernels(request):
+    return LaunchersOn("random", request.param)
+
+
+def assert_same(kernels, index: torch.Tensor, levels: int, batch: int, **place: int) -> None:
     found = kernels.stratified_uniform(index.to(DEVICE), levels, batch, **place)
     expected = stratified_uniform(index, levels, batch, **place)
     assert found.dtype == torch.float32
@@ -61,23 +66,24 @@ def assert_same(index: torch.Tensor, levels: int, batch: int, **place: int) -> N
 
 
 @pytest.mark.parametrize(("levels", "batch"), [(1, 1), (9, 1), (4, 31), (3, 33), (1, 63), (5, 128), (16, 150)])
-def test_triton_whole_batch(levels, batch):
-    assert_same(torch.arange(batch), levels, batch, seed=3, step=4)
+def test_kernels_whole_batch(kernels, levels, batch):
+    assert_same(kernels, torch.arange(batch), levels, batch, seed=3, step=4)
 
 
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 1), (2**32 - 1, 2**28 - 1), (2**31, 2**28), (2**64 - 1, 2**59 - 1)])
-def test_triton_seed_and_step(seed, step):
-    assert_same(torch.tensor([40, 0, 7, 69]), 4, 70, seed=seed, step=step)
+def test_kernels_seed_and_step(kernels, seed, step):
+    seed = seed if kernels.backend == "triton" else seed % 2**63  # operators take 64 bits with a sign
+    assert_same(kernels, torch.tensor([40, 0, 7, 69]), 4, 70, seed=seed, step=step)
 
 
-def test_triton_odd_indices():
-    assert_same(torch.arange(80)[::3], 2, 80, seed=0, step=1)  # non-contiguous
-    assert_same(torch.tensor([5, 5, 60, 5]), 2, 61, seed=0, step=1)  # the same image more than once
-    assert_same(torch.arange(99, 20, -1), 6, 100, seed=0, step=1)
+def test_kernels_odd_indices(kernels):
+    assert_same(kernels, torch.arange(80)[::3], 2, 80, seed=0, step=1)  # non-contiguous
+    assert_same(kernels, torch.tensor([5, 5, 60, 5]), 2, 61, seed=0, step=1)  # the same image more than once
+    assert_same(kernels, torch.arange(99, 20, -1), 6, 100, seed=0, step=1)
 
 
 @pytest.mark.parametrize(("images", "levels", "batch"), [(0, 3, 10), (0, 1, 0), (4, 0, 10)])
-def test_nothing_to_draw(images, levels, batch):
+def test_nothing_to_draw(kernels, images, levels, batch):
     index = torch.zeros(images, dtype=torch.int64)
     assert stratified_uniform(index, levels, batch, seed=0, step=0).shape == (images, levels)
     assert kernels.stratified_uniform(index.to(DEVICE), levels, batch, seed=0, step=0).shape == (images, levels)
@@ -85,9 +91,9 @@ def test_nothing_to_draw(images, levels, batch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("levels", "batch"), [(1, 1000), (4, 4096), (8, 20_000)])
-def test_triton_at_real_sizes(levels, batch):
-    assert_same(torch.arange(batch), levels, batch, seed=2**60 + 1, step=2**40)
-    assert_same(torch.arange(0, batch, 8) + 3, levels, batch, seed=2**60 + 1, step=2**40)
+def test_kernels_at_real_sizes(kernels, levels, batch):
+    assert_same(kernels, torch.arange(batch), levels, batch, seed=2**60 + 1, step=2**40)
+    assert_same(kernels, torch.arange(0, batch, 8) + 3, levels, batch, seed=2**60 + 1, step=2**40)
     # the reference on the GPU has the same bits
     index = torch.arange(batch)
     on_gpu = stratified_uniform(index.to(DEVICE), levels, batch, seed=1, step=2)

@@ -213,8 +213,8 @@ SAMI_FAST_HD void forward(const Call<T>& call, const Piece& piece, const Rows<T>
   for (int64_t g = 0; g < piece.groups; ++g) {
     const double d = group_mean(plan, g, [&](int64_t c) INLINE { return totals[1][c]; });
     const double variance = group_mean(plan, g, [&](int64_t c) INLINE { return totals[2][c]; }) - d * d;
-    // Where squares overflow T, results are NaN: 1 / infinity would be 0, and pass for a number.
-    fill_group(plan, g, rstd, variance < INFINITY ? 1.0 / std::sqrt(std::max(variance, 0.0) + call.norm_eps) : NAN);
+    // 0 where squares overflow T, as in torch.
+    fill_group(plan, g, rstd, 1.0 / std::sqrt(std::max(variance, 0.0) + call.norm_eps));
     call.new_mean[piece.row + g] = mean[g * plan.group_size];
     call.new_rstd[piece.row + g] = rstd[g * plan.group_size];
   }

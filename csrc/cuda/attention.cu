@@ -18,8 +18,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <mutex>
 #include <optional>
+#include <set>
 #include <tuple>
+#include <utility>
 
 #include "tiles.cuh"
 
@@ -29,6 +32,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr size_t SMALLEST_LIMIT = 99 << 10;  // of a block's shared memory, among the devices that these kernels compile for
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 struct Shape {
@@ -48,6 +52,7 @@ template <class T, int D>
 constexpr int COLUMNS = D == 128 && sizeof(T) == 4 ? 16 : 32;
 template <int D>
 constexpr int SECOND_COLUMNS = D == 128 ? 16 : 32;
+constexpr int FEWER_COLUMNS = 8;  // where the device has not the shared memory for more
 
 template <class T, int D, int N>
 constexpr size_t shared_bytes(int own, int passing) {
@@ -138,16 +143,16 @@ __global__ void __launch_bounds__(THREADS<T>, 1)
           most = fmaxf(most, value);
         }
       }
-      // Every row sees the first key, so the maximum is finite from the first tile on.
       most = row_max(most);
-      const float shrink = exp2f((top[half] - most) * LOG2_E);
+      const float shift = most == -INFINITY ? 0.0f : most;  // while all logits of the row are, -inf - -inf would be NaN for good
+      const float shrink = exp2f((top[half] - shift) * LOG2_E);
       top[half] = most;
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& p = s[j][2 * half + c];
-          p = exp2f((p - most) * LOG2_E);
+          p = exp2f((p - shift) * LOG2_E);
           sum += p;
         }
       }
@@ -409,9 +414,8 @@ struct SecondInputs {
 };
 
 // Q_bar of a block of queries.
-template <class T, int D>
+template <class T, int D, int N>
 __global__ void __launch_bounds__(THREADS<T>, 1) attention_bwd_bwd_q_kernel(SecondInputs<T> in, View<T> q_bar, Shape shape) {
-  constexpr int N = SECOND_COLUMNS<D>;
   constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
   extern __shared__ __align__(16) char shared[];
   T* const k_tile = reinterpret_cast<T*>(shared);
@@ -471,10 +475,9 @@ __global__ void __launch_bounds__(THREADS<T>, 1) attention_bwd_bwd_q_kernel(Seco
 }
 
 // K_bar and V_bar of a block of keys, on matrices [keys, queries].
-template <class T, int D>
+template <class T, int D, int N>
 __global__ void __launch_bounds__(THREADS<T>, 1)
     attention_bwd_bwd_kv_kernel(SecondInputs<T> in, View<T> k_bar, View<T> v_bar, Shape shape) {
-  constexpr int N = SECOND_COLUMNS<D>;
   constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
   extern __shared__ __align__(16) char shared[];
   __shared__ float top[N], log_total[N], tau[N], delta[N], y_mean[N];
@@ -512,8 +515,8 @@ __global__ void __launch_bounds__(THREADS<T>, 1)
     clear(e);
     clear(y);
     dot<D, N>(s, k_tile + own, q_tile);
+    dot<D, N>(t, k_tile + own, ggq_tile);  // in the order of the tangent's kernel: T - tau is to cancel
     dot<D, N>(t, ggk_tile + own, q_tile);
-    dot<D, N>(t, k_tile + own, ggq_tile);
     dot<D, N>(e, v_tile + own, grad_out_tile);
     dot<D, N>(y, ggv_tile + own, grad_out_tile);
     if (joint) dot<D, N>(y, v_tile + own, out_bar_tile);
@@ -553,6 +556,31 @@ float* result_numbers(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr
 
 void check_cuda(cudaError_t code) { STD_TORCH_CHECK(code == cudaSuccess, "attention: ", cudaGetErrorString(code)); }
 
+int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device));
+  return device;
+}
+
+// Bytes of shared memory that a block can have on the current device, static ones included.
+size_t shared_limit() {
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()));
+  return bytes;
+}
+
+// Lets blocks of a kernel have so much dynamic shared memory, which the runtime wants to be told once per device.
+template <class... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Parameters...), int>> allowed;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  allowed.insert({kernel, device});
+}
+
 // Everything a launcher needs to start its kernels.
 struct Run {
   Shape shape;
@@ -575,7 +603,7 @@ struct Run {
     const int64_t blocks = (length + ROWS<T> - 1) / ROWS<T> * batch * shape.num_heads;
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "attention: too many heads and tokens");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    allow_shared(kernel, bytes);
     kernel<<<static_cast<unsigned>(blocks), THREADS<T>, bytes, stream>>>(arguments..., shape);
     check_cuda(cudaGetLastError());
   }
@@ -726,13 +754,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd_bwd(
   dispatch(q, [&](auto kind, auto width) {
     using T = decltype(kind);
     constexpr int D = decltype(width)::value;
-    constexpr size_t bytes = shared_bytes<T, D, SECOND_COLUMNS<D>>(4, 4);
     run.row_sums<T>(grad_out, out, &tout, out_bar ? &*out_bar : nullptr, delta, &y_mean);
     const SecondInputs<T> in{
         view<T>(ggq), view<T>(ggk), view<T>(ggv), view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v),
         out_bar ? view<T>(*out_bar) : View<const T>{}, numbers(rows), numbers(tangents), numbers(delta), numbers(y_mean)};
-    run.start<T>(attention_bwd_bwd_q_kernel<T, D>, q.size(1), bytes, in, result_view<T>(q_bar));
-    run.start<T>(attention_bwd_bwd_kv_kernel<T, D>, k.size(1), bytes, in, result_view<T>(k_bar), result_view<T>(v_bar));
+    const auto start = [&](auto columns) {
+      constexpr int N = decltype(columns)::value;
+      constexpr size_t bytes = shared_bytes<T, D, N>(4, 4);
+      run.start<T>(attention_bwd_bwd_q_kernel<T, D, N>, q.size(1), bytes, in, result_view<T>(q_bar));
+      run.start<T>(attention_bwd_bwd_kv_kernel<T, D, N>, k.size(1), bytes, in, result_view<T>(k_bar), result_view<T>(v_bar));
+    };
+    constexpr int N = SECOND_COLUMNS<D>;
+    constexpr size_t most = shared_bytes<T, D, N>(4, 4) + 5 * N * sizeof(float);  // with the lines of the pass over queries
+    if constexpr (most > SMALLEST_LIMIT) {
+      if (most > shared_limit()) return start(std::integral_constant<int, FEWER_COLUMNS>());
+    }
+    start(std::integral_constant<int, N>());
   });
   return {q_bar, k_bar, v_bar};
 }

@@ -87,11 +87,13 @@ void check(const Tensor& z, const Tensor& mu, const Tensor& var) {
         x->dim() == 2 && x->size(0) == z.size(0) && x->size(1) == z.size(1) && x->scalar_type() == z.scalar_type(),
         "gaussian_log_prob: expected mu and var like z");
   }
+  check_device("gaussian_log_prob", z, {&mu, &var});
 }
 
 void check_grad(const Tensor& grad, const Tensor& z) {
   STD_TORCH_CHECK(
       grad.dim() == 1 && grad.size(0) == z.size(0) && grad.scalar_type() == z.scalar_type(), "gaussian_log_prob: expected grad [B] like z");
+  check_device("gaussian_log_prob", z, {&grad});
 }
 
 Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_fwd_kernel(
   // Sums of numbers far from zero lose digits, so the first element is subtracted from all of them.
   const int64_t first = static_cast<int64_t>(walk.image) * layout.channels * layout.positions +
                         static_cast<int64_t>(walk.first_channel) * (CHANNELS_LAST ? 1 : layout.positions);
-  const float shift = layout.positions > 0 ? wide(x[first]) : 0.0f, count = fmaxf(walk.count(), 1.0f);
+  const float shift = layout.positions > 0 && layout.size > 0 ? wide(x[first]) : 0.0f, count = fmaxf(walk.count(), 1.0f);
   float sum[1] = {0.0f};
   const auto add_values = [&](int64_t offset) {
     float value[VEC];
@@ -200,7 +200,9 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) group_norm_silu_fwd_kernel(
   };
   walk.sweep(nothing, add_squares, nothing);
   add_up(squares);
-  const float d = squares[0] / count, rstd = 1.0f / sqrtf(fmaxf(squares[1] / count - d * d, 0.0f) + norm_eps);
+  const float d = squares[0] / count, square = squares[1] / count;
+  // Where squares overflow, rstd is 0: infinity less d^2 may be NaN.
+  const float rstd = square < INFINITY ? 1.0f / sqrtf(fmaxf(square - d * d, 0.0f) + norm_eps) : 1.0f / square;
   if (threadIdx.x == 0) {
     mean_out[blockIdx.x] = mean;
     rstd_out[blockIdx.x] = rstd;

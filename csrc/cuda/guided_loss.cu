@@ -145,6 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> guided_loss_fwd(
             (levels == 0 ? samples == 0 : samples % levels == 0 && index->size(0) == samples / levels),
         "guided_loss: expected eps, or index [B] int64 with B * levels samples");
   }
+  check_device("guided_loss", eps_pred, {&grad_log_q, &sigma_t, &weight, &unconditional_weight});
+  if (eps) check_device("guided_loss", eps_pred, {&*eps});
+  if (index && !eps) check_device("guided_loss", eps_pred, {&*index});
   return dispatch("guided_loss", eps_pred, [&](auto zero) {
     using T = decltype(zero);
     const OnDevice device(eps_pred);

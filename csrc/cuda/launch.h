@@ -2,6 +2,7 @@
 // What the CUDA launchers share: the tensor's device and stream, dispatch over dtypes, four elements at a time, sums of a warp.
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -45,6 +46,13 @@ struct OnDevice {
     stream = static_cast<cudaStream_t>(current);
   }
 };
+
+// A kernel would read memory of another device, or of the CPU, at best wrongly.
+inline void check_device(const char* op, const Tensor& like, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* x : tensors) {
+    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == like.get_device_index(), op, ": tensors on more than one device");
+  }
+}
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();

@@ -60,6 +60,7 @@ std::tuple<Tensor, Tensor> noise_sample_fwd(
       alpha_t.size(0) == batch && sigma_t.dim() == 2 && sigma_t.size(0) == batch && sigma_t.size(1) == levels && index.dim() == 1 &&
           index.size(0) == batch && index.scalar_type() == ScalarType::Long,
       "noise_sample: expected alpha_t and sigma_t [B, K], index [B] int64");
+  check_device("noise_sample", x_0, {&alpha_t, &sigma_t, &index});
   return dispatch("noise_sample", x_0, [&](auto zero) {
     using T = decltype(zero);
     const OnDevice device(x_0);

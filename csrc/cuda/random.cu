@@ -2,13 +2,14 @@
 
 #include <sami_fast/random.h>
 
+#include <array>
+
 #include "launch.h"
 
 namespace sami_fast {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int TILE = 128;  // keys that a block compares with at a time
 
 // A quad per thread. Samples may be shorter than a block, so blocks run across them.
 template <bool NORMAL>
@@ -38,49 +39,31 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-__device__ __forceinline__ int64_t draw_key(const RandomStream& stream, int64_t j) {
+// The keys by which a random order of a batch sorts its elements.
+__global__ void __launch_bounds__(THREADS) sort_keys_kernel(int64_t* __restrict__ keys, int64_t size, RandomStream stream) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (j >= size) return;
   uint32_t w0, w1, w2, w3;
   philox(stream, static_cast<uint64_t>(j), w0, w1, w2, w3);
-  return sort_key(w0, w1);
+  keys[j] = sort_key(w0, w1);
 }
 
-// A thread counts how many of the random order's keys lie before that of its element j, which is the place that j comes to, and writes the
-// levels of the images at this place. That takes global_batch^2 comparisons, and no memory; equal keys keep their order.
-__global__ void __launch_bounds__(TILE) stratified_uniform_kernel(
-    const int64_t* __restrict__ index, float* __restrict__ out, int64_t images, int64_t levels, int64_t global_batch, RandomStream rank,
-    RandomStream logsnr) {
-  __shared__ int64_t tile[TILE];
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * TILE + threadIdx.x;
-  const int64_t key = draw_key(rank, j);
-  int64_t place = 0;
-  for (int64_t start = 0; start < global_batch; start += TILE) {
-    __syncthreads();
-    tile[threadIdx.x] = draw_key(rank, start + threadIdx.x);
-    __syncthreads();
-    for (int t = 0; t < TILE; ++t) {
-      const int64_t i = start + t;
-      place += i < global_batch && (tile[t] < key || (tile[t] == key && i < j));
-    }
-  }
-  const int64_t quads = (levels + 3) / 4;
-  const float whole = static_cast<float>(global_batch), strata = static_cast<float>(levels);
-  for (int64_t start = 0; start < images; start += TILE) {
-    __syncthreads();
-    tile[threadIdx.x] = start + threadIdx.x < images ? index[start + threadIdx.x] : -1;
-    __syncthreads();
-    if (j >= global_batch) continue;
-    for (int t = 0; t < TILE; ++t) {
-      if (tile[t] != place) continue;
-      for (int64_t q = 0; q < quads; ++q) {
-        float v[4];
-        uniform_quad(logsnr, static_cast<uint64_t>(place) * quads + q, v[0], v[1], v[2], v[3]);
+// A quad of an image's levels per thread; NaN where the image lies outside the batch.
+__global__ void __launch_bounds__(THREADS) stratified_uniform_kernel(
+    const int64_t* __restrict__ index, const int64_t* __restrict__ order, float* __restrict__ out, int64_t images, int64_t levels,
+    int64_t global_batch, RandomStream stream) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x, quads = (levels + 3) / 4, image = i / quads;
+  if (image >= images) return;
+  const int64_t quad = i - image * quads, place = index[image];
+  const bool inside = place >= 0 && place < global_batch;
+  float v[4];
+  uniform_quad(stream, static_cast<uint64_t>(place) * quads + quad, v[0], v[1], v[2], v[3]);
 #pragma unroll
-        for (int lane = 0; lane < 4; ++lane) {
-          const int64_t k = 4 * q + lane;
-          if (k < levels) out[(start + t) * levels + k] = stratum(k, j, v[lane], whole, strata);
-        }
-      }
-    }
+  for (int lane = 0; lane < 4; ++lane) {
+    const int64_t k = 4 * quad + lane;
+    if (k >= levels) break;
+    out[image * levels + k] =
+        inside ? stratum(k, order[place], v[lane], static_cast<float>(global_batch), static_cast<float>(levels)) : NAN;
   }
 }
 
@@ -111,17 +94,34 @@ Tensor random_uniform(int64_t seed, int64_t step, int64_t stream, const Tensor& 
   return random<false>(seed, step, stream, index, size);
 }
 
+// The indices of torch's stable sort.
+Tensor order_of(const Tensor& keys) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  const Tensor sorted = to<Tensor>(stack[0]);
+  return to<Tensor>(stack[1]);
+}
+
 Tensor stratified_uniform(const Tensor& index, int64_t levels, int64_t global_batch, int64_t seed, int64_t step) {
   check_index(index);
   STD_TORCH_CHECK(levels >= 0, "stratified_uniform: expected levels >= 0");
   const OnDevice device(index);
   const Tensor places = torch::stable::contiguous(index);
   Tensor result = torch::stable::new_empty(places, {places.size(0), levels}, ScalarType::Float);
-  torch::stable::fill_(result, NAN);  // what an index outside the batch keeps
-  if (result.numel() == 0 || global_batch <= 0) return result;
-  stratified_uniform_kernel<<<grid((global_batch + TILE - 1) / TILE), TILE, 0, device.stream>>>(
-      input<int64_t>(places), output<float>(result), places.size(0), levels, global_batch,
-      RandomStream::make(seed, step, RandomStream::rank), RandomStream::make(seed, step, RandomStream::logsnr));
+  if (result.numel() == 0) return result;
+  const int64_t size = global_batch > 0 ? global_batch : 0, num_quads = places.size(0) * ((levels + 3) / 4);
+  Tensor keys = torch::stable::new_empty(places, {size});
+  if (size > 0) {
+    sort_keys_kernel<<<grid((size + THREADS - 1) / THREADS), THREADS, 0, device.stream>>>(
+        output<int64_t>(keys), size, RandomStream::make(seed, step, RandomStream::rank));
+    check_launch("stratified_uniform");
+  }
+  const Tensor order = order_of(keys);
+  stratified_uniform_kernel<<<grid((num_quads + THREADS - 1) / THREADS), THREADS, 0, device.stream>>>(
+      input<int64_t>(places), input<int64_t>(order), output<float>(result), places.size(0), levels, size,
+      RandomStream::make(seed, step, RandomStream::logsnr));
   check_launch("stratified_uniform");
   return result;
 }
