@@ -99,16 +99,18 @@ def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
         mu, var = encoder(x_t)
         log_q = ops.gaussian_log_prob(z, mu, var)
         (gradient,) = torch.autograd.grad(log_q.sum(), x_t, create_graph=create_graph)
-    if create_graph and encoder not in _differentiable_twice:
-        _name_the_cure(encoder, gradient)
+    if create_graph:
+        _name_the_cure(getattr(encoder, "func", encoder), gradient)  # of an encoder bound to a level, itself
     return gradient
 
 
-_differentiable_twice: "WeakSet[Any]" = WeakSet()
+_differentiable_twice: WeakSet[nn.Module] = WeakSet()
 
 
 def _name_the_cure(encoder: Encoder, gradient: Tensor) -> None:
     """Where torch has no derivative of the gradient, whoever asks for it is told what to do. Looked at once for each module."""
+    if isinstance(encoder, nn.Module) and encoder in _differentiable_twice:
+        return
     waiting, seen = [gradient.grad_fn], set()
     while waiting:
         node = waiting.pop()
