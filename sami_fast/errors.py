@@ -49,6 +49,11 @@ class Interrupted(KeyboardInterrupt):
         self.status, self.kept = 128 + number, kept
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line, for a sentence of ours; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def printable(text: object) -> str:
     """Text for a terminal, in one line: names out of files may hold what moves the cursor or changes colours, which is escaped."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))

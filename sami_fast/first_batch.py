@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import ops, score
 from .adapters import DenoiserAdapter, EncoderAdapter, explained, named_classes
-from .errors import UserError
+from .errors import UserError, one_line
 from .methods.latent_model import LatentModel
 from .step import Draw, Objective, noised
 
@@ -67,7 +67,7 @@ def _check_encoder(encoder: EncoderAdapter, spec: str, x_0: Tensor, x_t: Tensor,
             g = score.grad_log_q(score.at_level(encoder, t), x_t, z, "reverse")
             reached = _reached((g.square().sum(), mu.sum(), var.sum()), encoder)
         except RuntimeError as error:  # torch has no class of its own for any of these
-            words = " ".join(str(error).split())[:300]
+            words = one_line(error)
             if "not implemented" in words and "derivative" in words:
                 raise UserError(f"encoder.accelerate: {spec} has no second derivative ({words}){FIX}") from None
             if "does not require grad" in words or "not have been used in the graph" in words:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import absent
 from .saved import SETTINGS, WEIGHTS, check_variant, weights_patterns
 
@@ -94,12 +94,8 @@ def _fetched(hub_id: str, **options: Unpack[HubOptions]) -> Path:
             allow_patterns=patterns,
         )
     except Exception as error:  # offline, unknown id, no permission: each has a kind of its own
-        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({_reason(error)})") from None
+        raise UserError(f"{hub_id}: neither a folder here nor a model the hub would give ({one_line(error)})") from None
     return Path(found)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def upload(
@@ -147,6 +143,6 @@ def upload(
             delete_patterns=weights_patterns(WEIGHTS, variant),  # of what is there before, not of what is uploaded
         )
     except Exception as error:  # offline, no permission, no such owner: each has a kind of its own
-        raise UserError(f"{repo_id}: the hub would not take the model ({_reason(error)})") from None
+        raise UserError(f"{repo_id}: the hub would not take the model ({one_line(error)})") from None
     _fetched.cache_clear()  # what was fetched before may be of a branch that has moved now
     return str(commit.commit_url)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 def load_named(spec: str, key: str) -> Any:
@@ -88,10 +88,9 @@ def _reachable(folder: Path) -> Iterator[None]:
 
 def _raised(place: str, key: str, error: BaseException) -> UserError:
     """A sentence with the line that raised: of the module, not of what it imported in turn."""
-    words = " ".join(str(error).split())[:300]
     if isinstance(error, SyntaxError):
         return UserError(f"{key}: {error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and not f.filename.startswith("<frozen")]
     frames = [frame for frame in frames if not frame.filename.endswith("importlib/__init__.py")]
     where = f" at {frames[0].filename}, line {frames[0].lineno}" if frames else ""
-    return UserError(f"{key}: importing {place} fails{where}: {type(error).__name__}: {words}")
+    return UserError(f"{key}: importing {place} fails{where}: {type(error).__name__}: {one_line(error)}")

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .. import ops
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import absent, locked, write_whole
 from . import cache
 from .cache import in_words
@@ -109,8 +109,7 @@ def readable(path: Path, form: str = "") -> Generator[None]:
     except UserError:
         raise
     except Exception as error:  # each library raises many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.path: {path} is not a readable {form} ({reason})") from None
+        raise UserError(f"data.path: {path} is not a readable {form} ({one_line(error)})") from None
 
 
 def expect(good: bool, array: np.ndarray, name: str, path: Path, form: str) -> None:

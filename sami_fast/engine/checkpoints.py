@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import PARTIAL, is_partial, open_regular, partial_of, read_json, remove_partial, write_text_whole
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
 def write_failure(error: Exception, folder: Path) -> str:
     """Why a write failed, in a user's words."""
     full = shutil.disk_usage(folder).free < 1 << 20
-    return "the disk is full" if full else " ".join(str(error).split())
+    return "the disk is full" if full else one_line(error)
 
 
 def sync(path: Path) -> None:

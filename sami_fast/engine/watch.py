@@ -19,7 +19,7 @@ import psutil
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
 from ..environment import speaks, whole_number
-from ..errors import RankLostError, UserError
+from ..errors import RankLostError, UserError, one_line
 
 BEAT = 1.0  # seconds between two signs of life
 SPEAK = 10.0  # seconds of waiting before it is said who is waited for
@@ -94,7 +94,7 @@ def _store(rank: int, seconds: float) -> Store | None:
 
 
 def _reason(error: Exception) -> str:
-    return "it is taken" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
+    return "it is taken" if "EADDRINUSE" in str(error) else one_line(error, 200)
 
 
 class Watch:

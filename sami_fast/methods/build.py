@@ -21,7 +21,7 @@ from ..pretrained import (
     scheduler_levels,
     timestep_levels,
 )
-from ..saved import WEIGHTS, read_weights
+from ..saved import read_weights, weight_files
 from ..schedule import MOST_LOGSNR, Discrete, Schedule, build_schedule
 from .latent_model import LatentModel, read_saved
 from .registry import METHODS
@@ -141,7 +141,7 @@ def _named_denoiser(source: str, permitted: str) -> tuple[nn.Module, dict[str, A
     except (KeyError, TypeError) as error:
         raise UserError(f"{source}: does not describe a model of this package ({error})") from None
     expected = {f"denoiser.{name}": value for name, value in denoiser.state_dict().items()}
-    weights = read_weights(folder / WEIGHTS, expected, _without_encoder)
+    weights = read_weights(weight_files(folder), expected, _without_encoder)
     denoiser.load_state_dict({name.removeprefix("denoiser."): value for name, value in weights.items()})
     return denoiser, saved["denoiser"], schedule
 
