@@ -115,7 +115,7 @@ def _frozen(key: str, network: nn.Module, reached: dict[str, bool]) -> list[str]
     """Freeze what is not reached, for which optimisers keep nothing; what to say of it."""
     if not any(reached.values()):
         raise UserError(f"{key}.class: expected parameters that learn, found none")
-    _refuse_tied(key, network)
+    refuse_tied(f"{key}.class", network)
     stays = [name for name, there in reached.items() if not there]
     for name in stays:
         network.get_parameter(name).requires_grad_(False)
@@ -123,8 +123,9 @@ def _frozen(key: str, network: nn.Module, reached: dict[str, bool]) -> list[str]
     return [f"{key}: no gradient reaches {names}, which stay as they are"] if stays else []
 
 
-def _refuse_tied(key: str, network: nn.Module) -> None:
+def refuse_tied(what: str, network: nn.Module) -> None:
+    """A `UserError` that begins with `what`, where a weight has two names: of the two, only one would be trained and saved."""
     first: dict[int, str] = {}
     for name, value in network.named_parameters(remove_duplicate=False):
         if (other := first.setdefault(id(value), name)) != name:
-            raise UserError(f"{key}.class: expected each weight under one name, found {other} again as {name}")
+            raise UserError(f"{what}: expected each weight under one name, found {other} again as {name}")

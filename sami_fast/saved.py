@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 from .files import open_regular, parse_json, read_json, write_text_whole, write_whole
@@ -80,6 +80,11 @@ def _instead(folder: Path, stem: str, variant: str | None) -> str:
         return f"; of its variants there is {', '.join(others)}"
     pickled = any(folder.glob(f"{stem}*.bin"))
     return "; pickled weights are not read, convert them first" if pickled else "; expected a run folder or a saved model"
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict, but for extra state that is no tensor, which safetensors cannot hold."""
+    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def write_model(
@@ -226,13 +231,16 @@ def read_weights(
     Args:
         files: As `save_pretrained` writes it, or its parts. Keys may be those of networks inside DistributedDataParallel or torch.compile:
             `module.` and `_orig_mod.` before all keys, or before all of encoder or denoiser, are taken off.
-        expected: A state of the network, of which names, shapes and dtypes count. It may be on the meta device.
+        expected: A state of the network, of which names, shapes and dtypes count. It may be on the meta device. Extra state that is no
+            tensor is returned as it is.
         rename: Gives the keys of a dict the names of today, where earlier versions had others.
     Raises:
         UserError: damaged or no such file; parts that do not belong together; keys missing or too many; another shape; dtypes that are no
-            floating-point numbers where such are expected; NaN or infinity.
+            floating-point numbers where such are expected; NaN, or infinity where the network itself has none, as in a mask.
     """
-    weights, files = {}, [files] if isinstance(files, Path) else files
+    files = [files] if isinstance(files, Path) else files
+    weights: dict[str, Any] = {name: value for name, value in expected.items() if not isinstance(value, Tensor)}
+    expected = {name: value for name, value in expected.items() if name not in weights}
     file = files[0]
     try:
         with ExitStack() as stack:
@@ -285,6 +293,12 @@ def _fitting(file: Path, name: str, value: Tensor, expected: Tensor) -> Tensor:
     if value.dtype != expected.dtype and not (value.dtype in FLOATS and expected.dtype in FLOATS):
         raise UserError(f"{file}: expected {name} in {expected.dtype}, found {value.dtype}")
     value = value.to(expected.dtype)
-    if value.dtype in FLOATS and not value.isfinite().all():
+    if value.dtype in FLOATS and not _possible(value, expected).all():
         raise UserError(f"{file}: {name} holds NaN or infinity, or numbers too large for {expected.dtype}")
     return value
+
+
+def _possible(value: Tensor, expected: Tensor) -> Tensor:
+    """Which numbers are finite, or the infinity that a fresh network has in the same place, as in a mask."""
+    finite = value.isfinite()
+    return finite if expected.is_meta else finite | (value == expected.to(value.device))

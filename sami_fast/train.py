@@ -46,12 +46,12 @@ from sami_fast.engine.processes import end_run, init_distributed, leave_distribu
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe, speaks, whole_number
 from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
-from sami_fast.first_batch import check_first_batch
+from sami_fast.first_batch import check_first_batch, refuse_tied
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.metrics.latents import gaussian_information, live_dims
-from sami_fast.saved import weight_files, write_model
+from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
 
@@ -472,7 +472,8 @@ def train(
         config: A YAML file or the name of a config that comes with the package, settings that differ from the defaults, such as
             {"name": "faces", "train.steps": 500}, or a `Config`.
         model: A `Sami`, of any networks, or another method's model, in place of the config's networks; train.mode joint, denoiser or
-            staged. A copy of it is trained. In the end it has the weights that are saved, and is in eval mode.
+            staged. A copy of it is trained, in eval mode: dropout is off, and batch norms use their running statistics and leave them as
+            they are. In the end it has the weights that are saved, and is in eval mode.
         dataset: In place of the config's data: a torch Dataset, a Hugging Face dataset or column, an iterable of images, a WebDataset, or a
             `sami_fast.data.Dataset`; see docs/data.md for what images may be. An iterable is read into memory once.
         settings: Settings that differ from the config that is named.
@@ -489,7 +490,7 @@ def train(
     with nullcontext() if dataset is None else given(dataset):
         folder = _train(config, model, resume=resume, overwrite=overwrite)
     if model is not None:
-        model.load_state_dict(load_file(weight_files(folder / "model")[0]))
+        model.load_state_dict({**model.state_dict(), **load_file(weight_files(folder / "model")[0])})  # extra state stays
         model.eval()
     return folder
 
@@ -528,12 +529,13 @@ def _networks(config: Config, dataset: Dataset, model: LatentModel | None) -> La
     """The networks of a run: the config's, or a copy of a model that was given, which knows its sizes.
 
     Raises:
-        UserError: they do not fit the images.
+        UserError: they do not fit the images, or a weight has two names.
     """
     if model is None:
         return build_model(config, dataset.image_shape)
+    refuse_tied("model", model)
     model.know_sizes(dataset.images(torch.zeros(1, dtype=torch.int64)))
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).eval()  # q(z|x) depends neither on chance nor on other images, as in `adapters`
     if model.image_shape != dataset.image_shape:
         raise UserError(
             f"dataset: expected images of shape {list(model.image_shape)} (C, H, W), the model's, found {list(dataset.image_shape)}"
@@ -541,11 +543,12 @@ def _networks(config: Config, dataset: Dataset, model: LatentModel | None) -> La
     if config.denoiser.pretrained:
         denoiser, file = model.networks["denoiser"], weight_files(Path(config.denoiser.pretrained) / "model")[0]
         trained = {name.removeprefix("denoiser."): value for name, value in load_file(file).items() if name.startswith("denoiser.")}
-        if lacking := [name for name, p in denoiser.state_dict().items() if name not in trained or trained[name].shape != p.shape]:
+        expected = tensors_of(denoiser)
+        if lacking := [name for name, value in expected.items() if name not in trained or trained[name].shape != value.shape]:
             raise UserError(
                 f"{file}: holds no {lacking[0]} of this model's denoiser: it is of another model; overwrite=True trains it anew"
             )
-        denoiser.load_state_dict({name: trained[name] for name in denoiser.state_dict()})
+        denoiser.load_state_dict({**denoiser.state_dict(), **{name: trained[name] for name in expected}})
         denoiser.requires_grad_(config.first_denoiser_step < config.train.steps)
     return model
 

@@ -242,6 +242,14 @@ def test_what_is_saved_is_what_is_loaded(run):
     assert (config.denoiser.class_, config.denoiser.time) == (f"{THEIRS}:SteppedDenoiser", "timestep")
 
 
+def test_what_a_network_holds_beside_weights_is_saved_and_loaded(tmp_path):
+    run = train(tiny(tmp_path, f"encoder.class={THEIRS}:HoldingEncoder", "encoder.returns=mu_logvar"))
+    model = load_model(run, trust_remote_code=True)
+    assert torch.equal(model.encoder.network.mask, torch.full((3, 4), -torch.inf).triu(1).T)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_model(tmp_path / "saved", trust_remote_code=True).encoder.network.mask, model.encoder.network.mask)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from sami_fast.data import open_dataset
 from sami_fast.data.own import EVALUATION, Source, as_dataset
 from sami_fast.errors import UserError
 from sami_fast.evaluation import open_run
+from sami_fast.latents.sampling import sample
 from sami_fast.methods.sami import Sami
 from sami_fast.report import write_report
 from sami_fast.schedule import Cosine
@@ -254,6 +256,12 @@ def test_every_command_works_on_it(run, tmp_path, capsys):
     assert cli.main(sample) == 0  # needs no images
 
 
+def test_a_dataset_beside_a_run_that_names_its_own(run):
+    for read in (open_run, write_report):
+        with pytest.raises(UserError, match=f"^dataset: expected none, {run} was trained on data of its config, data.kind class$"):
+            read(run, dataset=Ours(), trust_remote_code=True)
+
+
 def test_the_command_names_a_file_from_where_it_stands(tmp_path):
     (tmp_path / "mine.py").write_text((HERE / "own_datasets.py").read_text())
     script = Path(sys.modules[train.__module__].__file__)
@@ -423,6 +431,47 @@ class Deeper(nn.Module):
         return self.inner(x_t, t)
 
 
+class Tied(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = self.layers[1]
+
+
+class Holding(nn.Module):
+    """With what networks hold beside weights: a mask that does not lie in a row, and a number that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 4), -torch.inf).triu(1).T)
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.number = 3
+
+    def get_extra_state(self):
+        return {"number": self.number}
+
+    def set_extra_state(self, state):
+        self.number = state["number"]
+
+
+class RichEncoder(Encoder, Holding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers.insert(2, nn.BatchNorm1d(16))
+        self.layers.insert(3, nn.Dropout(0.5))
+
+
+class RichDenoiser(Denoiser, Holding):
+    pass
+
+
+def rich() -> Sami:
+    torch.manual_seed(0)
+    model = Sami(RichEncoder(), RichDenoiser(), Cosine(-6.0, 4.0))
+    model.encoder.number = 5
+    model.encoder.layers[2].running_mean.normal_()
+    return model
+
+
 def foreign(seed: int = 0) -> Sami:
     torch.manual_seed(seed)
     return Sami(Encoder(), Denoiser(), Cosine(-6.0, 4.0))
@@ -477,10 +526,51 @@ def test_they_resume_bit_for_bit(tmp_path, monkeypatch, mode):
         assert {folder.name for folder in (tmp_path / DENOISERS).iterdir()} == {"whole", "stopped"}
 
 
+@pytest.mark.parametrize("mode", ["joint", "staged", "zero2"])
+def test_what_networks_hold_beside_weights(tmp_path, monkeypatch, mode):
+    """It is saved, it stays as it is, and a resumed run with norms over the batch and dropout is the same bit for bit."""
+    settings = {"runs_dir": tmp_path, **MODES[mode]}
+    model, before = rich(), dict(rich().named_buffers())
+    whole = train(TINY, model, Pixels(), settings=settings | {"name": "whole"})
+    assert before.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert (model.encoder.number, model.denoiser.number) == (5, 3)
+    stored = load_file(whole / "model/model.safetensors")
+    assert stored.keys() == {name for name in model.state_dict() if not name.endswith("_extra_state")}
+    assert all(torch.equal(stored[name], value) for name, value in before.items() if "scratch" not in name)
+    train(TINY, rich(), Pixels(), settings=settings | {"name": "again"})
+    assert_same_weights(whole, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/model")
+    shutil.rmtree(tmp_path / "again/checkpoints/step_12")
+    assert_same_weights(whole, train(TINY, rich(), Pixels(), settings=settings | {"name": "again"}, resume=True))
+
+
+def test_sizes_are_found_without_changing_a_network():
+    model = rich()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "_extra" not in name}
+    for what in ("image_shape", "latent_size"):
+        with pytest.raises(
+            AttributeError, match=rf"{what}: the encoder does not say it; give it to the model, Sami\(\.\.\., {what}=\.\.\.\)"
+        ):
+            getattr(model, what)
+    with pytest.raises(AttributeError, match="the encoder does not say it"):
+        sample(model, 2, seed=0)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = model.nothing
+    model.know_sizes(UNIT[:1])
+    assert (model.image_shape, model.latent_size) == ((1, 8, 8), 3)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert sample(model.eval(), 2, seed=0, num_steps=2).shape == (2, 1, 8, 8)
+
+
 def test_a_report_on_objects(tmp_path):
     model = foreign()
     folder = train(TINY, model, Ours(), settings={"runs_dir": tmp_path, "report.images": 16, "data.holdout": 0.5})
+    model = foreign(seed=1)  # made again; what it lacks is seen in the data
+    model.load_state_dict(load_file(folder / "model/model.safetensors"))
     page = write_report(folder, model=model, dataset=Ours())
+    assert (model.image_shape, model.latent_size, model.training) == ((1, 8, 8), 3, False)
     assert "number" in json.loads((page.parent / "metrics.json").read_text())["linear_r2"]
 
 
@@ -511,6 +601,10 @@ def test_networks_of_this_package_can_be_given_and_loaded_again(tmp_path):
         (
             {"model": Sami(Encoder(), Denoiser(), Cosine(-6.0, 4.0), image_shape=(1, 9, 9))},
             r"dataset: expected images of shape \[1, 9, 9\]",
+        ),
+        (
+            {"model": Sami(Tied(), Denoiser(), Cosine(-6.0, 4.0)), "settings": {"engine.zero_stage": 1}},
+            "model: expected each weight under one name, found encoder.layers.1.weight again as encoder.twice.weight",
         ),
         ({"model": foreign(), "settings": {"engine.score": "dual"}}, "engine.score: dual needs an encoder made of sami_fast.models"),
         ({"config": Config(), "settings": {"train.steps": 3}}, "settings: expected none beside a Config"),

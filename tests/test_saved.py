@@ -170,6 +170,21 @@ def test_keys_and_shapes_are_those_of_a_network_on_no_device(tmp_path):
     assert torch.equal(found["weight"], normal(2, 3).float())
 
 
+@pytest.mark.parametrize("harm", [None, torch.inf, torch.nan, -torch.inf])
+def test_infinity_is_read_where_the_network_has_it(harm, tmp_path):
+    network = nn.Linear(3, 3)
+    network.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    stored = {name: value.clone() for name, value in network.state_dict().items()}
+    if harm is not None:
+        stored["mask"][(0, 0) if harm == -torch.inf else (0, 1)] = harm
+    save_file(stored, tmp_path / "net.safetensors")
+    if harm is None:
+        assert torch.equal(read_weights(tmp_path / "net.safetensors", network.state_dict())["mask"], network.mask)
+        network.to("meta")  # which says nothing of its numbers
+    with pytest.raises(UserError, match="mask holds NaN or infinity"):
+        read_weights(tmp_path / "net.safetensors", network.state_dict())
+
+
 # Weights in several files, and variants
 
 

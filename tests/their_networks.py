@@ -73,6 +73,20 @@ class AttentiveEncoder(Encoder):
         return F.scaled_dot_product_attention(h, h, h).flatten(1)
 
 
+class HoldingEncoder(Encoder):
+    """With a mask that does not lie in a row, and a number beside its state that is no tensor."""
+
+    def __init__(self, image_shape):
+        super().__init__(image_shape)
+        self.register_buffer("mask", torch.full((3, 4), -torch.inf).triu(1).T)
+
+    def get_extra_state(self):
+        return {"number": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"number": 3}
+
+
 class IdleEncoder(Encoder):
     """With a weight that nothing depends on, one that is tied, and a norm over the batch."""
 

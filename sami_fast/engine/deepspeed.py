@@ -18,7 +18,7 @@ from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
 from ..files import partial_of
 from ..methods.ranks import mean_over_ranks
-from ..saved import read_weights
+from ..saved import read_weights, tensors_of
 from . import interruption, shards
 from .checkpoints import WEIGHTS, sync, write_failure, write_manifest
 from .compiled import recomputing
@@ -167,16 +167,10 @@ class Engine:
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
-        self.config = config
+        self.config, self.networks = config, networks
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.parameters = {
             f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
-        }
-        self._buffers = {
-            f"{name}.{key}": value
-            for name, network in networks.items()
-            for key, value in network.state_dict().items()
-            if f"{name}.{key}" not in self.parameters
         }
         self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.engines: dict[str, Any] = {}
@@ -292,11 +286,13 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """Every weight whole, and every buffer, on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
         weights = ((name, shards.whole_weight(p)) for name, p in self.parameters.items())
-        return self._on_chief(chain(weights, self._buffers.items()))
+        held = {f"{name}.{key}": value for name, network in self.networks.items() for key, value in tensors_of(network).items()}
+        return self._on_chief(chain(weights, ((name, value) for name, value in held.items() if name not in self.parameters)))
 
     def _on_chief(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         # One at a time: no rank but the first holds more than one whole tensor.
-        return {name: value.detach().cpu().clone() for name, value in named if self.rank == 0}
+        whole = torch.contiguous_format  # safetensors takes no other
+        return {name: value.detach().cpu().clone(memory_format=whole) for name, value in named if self.rank == 0}
 
     def _training_state(self) -> Iterator[tuple[str, Tensor]]:
         """What a resumed run needs of each trained parameter, whole: its weight, Adam's moments and its average."""

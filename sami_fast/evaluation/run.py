@@ -157,27 +157,34 @@ def open_run(
         folder: As training leaves it.
         images: Evaluation images to compute scores from, at most as many as there are; as the config says when None.
         trust_remote_code: Whether classes that its model and its config name may be imported, which runs their code.
-        model, dataset: Of a run of `sami_fast.train` that was given them: the same again, the model with its weights.
+        model, dataset: Of a run of `sami_fast.train` that was given them: the same again, the model with its weights, which is left in eval
+            mode. An iterable begins anew; of a generator that training has used up nothing is left, so make it again.
     Raises:
-        UserError: not a run folder, a run without a model yet, no log, or files that do not fit together.
+        UserError: not a run folder, a run without a model yet, no log, files that do not fit together, or a dataset beside a run whose
+            config names its data.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder; expected config.yaml, metrics.jsonl and model/ there")
     config = load_config(str(folder / "config.yaml"))
+    if dataset is not None and config.data.kind != "given":
+        raise UserError(f"dataset: expected none, {folder} was trained on data of its config, data.kind {config.data.kind}")
     try:
         environment = parse_json(_read(folder / "environment.json", "expected the description of the machine that training writes"))
         if not isinstance(environment, dict):
             raise ValueError
     except ValueError:
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
+    objects = model is not None
     if model is None:
         model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", trust_remote_code=trust_remote_code)
-    log = _read_log(folder / "metrics.jsonl", model, config.train.steps)
     try:
         with nullcontext() if dataset is None else given(dataset):
             train, evaluation = (open_dataset(config.data, config.seed, split, trust_remote_code=trust_remote_code) for split in (0, 1))
     except UserError as error:  # speaks of settings, which stand in the run's config
         raise UserError(f"{folder}/config.yaml: {error}") from None
+    if objects:
+        model.eval().know_sizes(evaluation.images(torch.zeros(1, dtype=torch.int64)))
+    log = _read_log(folder / "metrics.jsonl", model, config.train.steps)
     if evaluation.image_shape != model.image_shape:
         raise UserError(
             f"{folder}: its model was trained on images of shape {list(model.image_shape)} (C, H, W), its data are now "

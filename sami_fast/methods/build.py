@@ -21,7 +21,11 @@ from ..pretrained import (
     scheduler_levels,
     timestep_levels,
 )
+<<<<<<< HEAD
 from ..saved import read_weights, weight_files
+=======
+from ..saved import WEIGHTS, read_weights, tensors_of
+>>>>>>> 279a976 (Networks given as objects: trained in eval mode, no weight under two names, buffers of any kind saved and read, sizes found without a trace)
 from ..schedule import MOST_LOGSNR, Discrete, Schedule, build_schedule
 from .latent_model import LatentModel, read_saved
 from .registry import METHODS
@@ -154,8 +158,8 @@ def _without_encoder(names: dict[str, Any]) -> None:
 def fingerprint_of(network: nn.Module) -> str:
     """sha256 of a network's weights."""
     digest = hashlib.sha256()
-    for value in network.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for value in tensors_of(network).values():
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

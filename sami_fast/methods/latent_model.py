@@ -3,6 +3,7 @@
 Sami (sami.py) has a denoiser and no decoder; the baselines it is compared with (baselines.py) are built and saved in the same way.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from ..adapters import named_classes
 from ..errors import UserError
 from ..hub import HubOptions, located, upload
 from ..models import Encoder
-from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
+from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, tensors_of, weight_files, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
 from .card import write_card
@@ -193,8 +194,15 @@ class LatentModel(OwnLoop):
         """Z."""
         return self._latent_size or self.encoder.latent_size  # pyrefly: ignore[missing-attribute]
 
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name in ("image_shape", "latent_size"):  # torch's own words would say that there is no such property
+            raise AttributeError(f"{name}: the encoder does not say it; give it to the model, {type(self).__name__}(..., {name}=...)")
+        return super().__getattr__(name)
+
     def know_sizes(self, images: Tensor) -> None:
-        """Find out the sizes that nobody has said, from images of the data and what the encoder makes of them. [B, C, H, W]."""
+        """Find out the sizes that nobody has said, from images of the data and what the encoder makes of them. [B, C, H, W].
+
+        The encoder stays as it is, whatever mode it is in: a copy in eval mode is asked, whose norms count no images."""
         try:
             _ = self.image_shape
         except AttributeError:
@@ -203,8 +211,9 @@ class LatentModel(OwnLoop):
         try:
             _ = self.latent_size
         except AttributeError:
+            encoder = copy.deepcopy(self.encoder).eval() if isinstance(self.encoder, nn.Module) else self.encoder
             with torch.no_grad():
-                self._latent_size = self.encoder(images.to(self.device))[0].shape[1]
+                self._latent_size = encoder(images.to(self.device))[0].shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -291,7 +300,7 @@ class LatentModel(OwnLoop):
             "schedule": self.schedule.settings,
             "settings": self.settings,
         }
-        weights = self.state_dict() if weights is None else weights
+        weights = tensors_of(self) if weights is None else weights
         whole = {name: value.detach().cpu().contiguous() for name, value in weights.items() if name != LOSS_STEP}
         write_model(Path(folder), config, whole, variant=variant, max_shard_size=max_shard_size)
         if run is not None:
