@@ -202,7 +202,8 @@ class LatentModel(OwnLoop):
     def know_sizes(self, images: Tensor) -> None:
         """Find out the sizes that nobody has said, from images of the data and what the encoder makes of them. [B, C, H, W].
 
-        The encoder stays as it is, whatever mode it is in: a copy in eval mode is asked, whose norms count no images."""
+        The encoder stays as it is, whatever mode it is in: a copy in eval mode is asked, whose norms count no images.
+        """
         try:
             _ = self.image_shape
         except AttributeError:
