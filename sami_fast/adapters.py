@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from .accelerate import accelerate
-from .errors import UserError
+from .errors import UserError, one_line
 from .named import load_named
 from .schedule import Schedule, alpha_sigma
 
@@ -110,6 +110,8 @@ class DenoiserAdapter(Adapter):
         time: What the network is told: "unit" t in [0, 1], "sigma" sigma_t, "logsnr" ln(alpha_t^2 / sigma_t^2). "edm": sigma_t / alpha_t,
             and the image is x_t / alpha_t. Whole timesteps: `pretrained.DiscreteTimeDenoiser`.
         predicts: What the prediction is.
+    Shapes:
+        x_t [B, C, H, W], t [B] -> [B, C, H, W], of the dtype of x_t, as is what the network is told (timesteps keep theirs).
     Raises:
         ValueError: unknown convention, or an output of another shape.
     Differentiable: as the network.
@@ -136,7 +138,8 @@ class DenoiserAdapter(Adapter):
         return alpha_t.view(-1, 1, 1, 1), sigma_t.view(-1, 1, 1, 1)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        found = self.network(x_t / self._amplitudes(t)[0] if self.time == "edm" else x_t, self.told(t))
+        image, told = (x_t / self._amplitudes(t)[0]).to(x_t.dtype) if self.time == "edm" else x_t, self.told(t)
+        found = self.network(image, told if self.time == "timestep" else told.to(x_t.dtype))
         channels, kinds = x_t.shape[1], (Tensor, tuple, list)
         if not isinstance(found, kinds):  # a Tensor has no `sample`, but a Distribution has one that is a method
             found = next((part for name in ("sample", "pred") if isinstance(part := getattr(found, name, None), Tensor)), found)
@@ -148,7 +151,8 @@ class DenoiserAdapter(Adapter):
         if self.predicts == "eps":
             return predicted
         alpha_t, sigma_t = self._amplitudes(t)
-        return sigma_t * x_t + alpha_t * predicted if self.predicts == "v" else (x_t - alpha_t * predicted) / sigma_t
+        eps_pred = sigma_t * x_t + alpha_t * predicted if self.predicts == "v" else (x_t - alpha_t * predicted) / sigma_t
+        return eps_pred.to(x_t.dtype)
 
 
 def alphas_cumprod(betas: str, timesteps: int) -> Tensor:
@@ -245,8 +249,8 @@ def explained(key: str, spec: str, adapter: Adapter) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    words = " ".join(str(error).split())[:300]
-    return words if type(error) is ValueError and words else f"{type(error).__name__}: {words}"
+    words = one_line(error)
+    return words if type(error) is ValueError else f"{type(error).__name__}: {words}"
 
 
 # What an error in a network says about a setting: which, of what adapters, errors like this, and what to do.

@@ -66,10 +66,10 @@ def _check_encoder(encoder: EncoderAdapter, spec: str, x_0: Tensor, x_t: Tensor,
             mu, var = encoder(x_t, t)
             g = score.grad_log_q(score.at_level(encoder, t), x_t, z, "reverse")
             reached = _reached((g.square().sum(), mu.sum(), var.sum()), encoder)
+        except score.NoSecondDerivativeError:
+            raise UserError(f"encoder.accelerate: {spec} has no second derivative{FIX}") from None
         except RuntimeError as error:  # torch has no class of its own for any of these
             words = one_line(error)
-            if "not implemented" in words and "derivative" in words:
-                raise UserError(f"encoder.accelerate: {spec} has no second derivative ({words}){FIX}") from None
             if "does not require grad" in words or "not have been used in the graph" in words:
                 raise UserError(f"encoder.class: the latents of {spec} have no gradient in the image, which SAMI is trained by") from None
             raise

@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib
+import inspect
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +31,7 @@ def load_named(spec: str, key: str) -> Any:
     place, _, name = spec.rpartition(":")
     if not place or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{key}: expected package.module:Name or path/to/file.py:Name, found {spec!r}")
-    found: Any = _file(Path(place).expanduser(), key) if place.endswith(".py") else _module(place, key)
+    found: Any = _placed(place, key)
     for part in name.split("."):
         if not hasattr(found, part):
             raise UserError(f"{key}: {place} has no {name}")
@@ -41,6 +43,30 @@ def absolute(spec: str) -> str:
     """The same with the path of its file in full, where it names a file, so that it means the same in any working folder."""
     place, _, name = spec.rpartition(":")
     return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
+
+
+def source_digest(spec: str, key: str) -> str:
+    """sha256 of the file that a name stands for and of the one that defines it, as they were when this process first asked; what these
+    import in turn does not count. Arguments and errors as in `load_named`."""
+    return " ".join(_digest(path) for path in sorted({*_sources(_placed(spec.rpartition(":")[0], key)), *_sources(load_named(spec, key))}))
+
+
+def _sources(found: Any) -> list[str]:
+    """The file of source in which a module, class or function stands; none of others."""
+    try:
+        path = inspect.getsourcefile(found)
+    except TypeError:
+        return []
+    return [path] if path and Path(path).is_file() else []
+
+
+@cache  # what is imported does not change with its file
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _placed(place: str, key: str) -> ModuleType:
+    return _file(Path(place).expanduser(), key) if place.endswith(".py") else _module(place, key)
 
 
 def _module(name: str, key: str) -> ModuleType:

@@ -78,7 +78,7 @@ def grad_log_q(
         [S, C, H, W], nats per unit of x.
     Raises:
         As `pick`; RuntimeError: "auto" in a compiled graph that may ask for a gradient.
-        UserError: in the backward pass, if torch has no second derivative for the encoder's attention.
+        NoSecondDerivativeError: in the backward pass, if torch has no second derivative for the encoder's attention.
     Differentiable: once more, in z and in the encoder's parameters, unless called under torch.no_grad (sampling); with "dual" not, there
     `directional` carries the gradient.
     Source: SAMI, arXiv:2512.17127, guidance by Bayes' rule.
@@ -125,8 +125,12 @@ def _name_the_cure(encoder: Encoder, gradient: Tensor) -> None:
         _differentiable_twice.add(encoder)
 
 
+class NoSecondDerivativeError(UserError):
+    """An encoder holds an operation that torch can differentiate only once."""
+
+
 def _refuse(name: str, _: Tensor) -> None:
-    raise UserError(
+    raise NoSecondDerivativeError(
         f"{name}: the encoder is differentiated twice, and torch's fused attention in it has no second derivative; "
         "sami_fast.accelerate(encoder) puts one in its place that has"
     )

@@ -20,6 +20,7 @@ from .data.spectrum import noisiest_level
 from .engine.processes import on_chief, on_each
 from .errors import UserError
 from .methods.build import noisiest_level_of_denoiser, with_images_of_denoiser
+from .named import source_digest
 
 DENOISERS = "denoisers"  # folder of the first stages, beside the runs
 
@@ -111,11 +112,18 @@ def denoiser_stage(config: Config, dataset: Dataset, name: str = "") -> Config:
         train=train,
     )
     # By what differs from the defaults, so that settings which later versions add change no name.
-    settings = json.dumps(_departures(lasting_settings(alone, dataset, ""), settings_of(Config())), sort_keys=True)
+    departures = _departures(lasting_settings(alone, dataset, ""), settings_of(Config()))
+    settings = json.dumps(departures | _code(alone, dataset), sort_keys=True)
     name = name or hashlib.sha256(settings.encode()).hexdigest()[:12]
     alone = replace(alone, name=name, runs_dir=str(Path(config.runs_dir) / DENOISERS))
     before = begun(alone) if asked.minutes else None
     return replace(alone, train=replace(train, steps=before.train.steps if before else asked.denoiser_steps))
+
+
+def _code(config: Config, dataset: Dataset) -> dict[str, str]:
+    """The source behind the classes that a first stage depends on and that settings only name; of data, where nothing else tells."""
+    named = {"denoiser.class": config.denoiser.class_, "data.class": "" if dataset.fingerprint else config.data.class_}
+    return {key: source_digest(spec, key) for key, spec in named.items() if spec}
 
 
 def _departures(settings: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -281,6 +281,7 @@ class Trainer:
             on_chief(lambda: _save(self.model, self.folder / "model", weights))
         finally:
             self.feed.close()
+            self.engine.close()
             self.run_folder.release()
         self.say(f"trained in {self.seconds:.0f} s")
         return self.folder

@@ -33,7 +33,10 @@ def split(page: str) -> tuple[str, list[Block]]:
     at = 0
     while at < len(lines):
         start, line = at, lines[at]
-        fence, indented = re.match(r"```(\w*)$", line), line.startswith("    ") and (not at or not lines[at - 1].strip())
+        fence, indented = (
+            re.match(r"```(\w*)$", line),
+            line.startswith("    ") and (not at or not lines[at - 1].strip() or lines[at - 1].endswith("-->")),
+        )
         if not fence and not indented:
             prose.append(line)
             at += 1

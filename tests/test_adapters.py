@@ -186,6 +186,27 @@ def test_predictions_of_no_convention(overrides, words):
         build(*denoiser("Denoiser", *overrides))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("predicts", PREDICTS)
+@pytest.mark.parametrize("time", sorted({*TIMES} - {"timestep"}))  # which keep their own dtype
+def test_networks_of_every_dtype_are_told_the_level_in_theirs(time, predicts, dtype):
+    torch.manual_seed(0)
+    encoder = EncoderAdapter(TimedEncoder(SHAPE), "mu_logvar", "x_t")
+    model = Sami(encoder, DenoiserAdapter(Denoiser(SHAPE), SCHEDULE, time=time, predicts=predicts), SCHEDULE)
+    x_t, t, z = images().float(), torch.tensor([0.3, 0.5, 0.9]), torch.zeros(3, 4)
+    expected, loss = model.predict_eps(x_t, t, z), model.loss(x_t, step=1)
+    model.to(dtype)
+    found = model.predict_eps(x_t, t, z)
+    assert found.dtype == torch.float32
+    rounding = {torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.float64: 1e-5}[dtype] * expected.abs().max()
+    assert (found - expected).abs().max() < rounding
+    assert model.denoiser(x_t.to(dtype), t).dtype == dtype
+    again = model.loss(x_t, step=1)
+    assert again.item() == pytest.approx(loss.item(), rel=0.05)
+    again.backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder.parameters())
+
+
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "cosine"])
 def test_betas_are_those_of_diffusers(betas):
     schedulers = pytest.importorskip("diffusers.schedulers")
@@ -303,7 +324,7 @@ def test_nothing_is_said_of_right_ones(overrides):
         (named("Encoder", "encoder.kwargs.kind=detached"), "encoder.class: the latents of .* have no gradient in the image"),
         (
             named("AttentiveEncoder", "encoder.returns=mu_logvar"),
-            "encoder.accelerate: .* has no second derivative .*encoder.accelerate=true",
+            "encoder.accelerate: .* has no second derivative; set encoder.accelerate=true",
         ),
         (
             named("IdleEncoder", "encoder.returns=mu_logvar", "encoder.kwargs.tied=true"),

@@ -11,11 +11,14 @@ from test_saved import build, load_unet, unet  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from sami_fast import UserError, hub, load_model
+from sami_fast.config import load_config
 from sami_fast.methods.baselines import BetaVAE
+from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
 from sami_fast.pretrained import load_diffusers
 from sami_fast.schedule import UniformLogsnr
 
+THEIRS = Path(__file__).resolve().with_name("their_networks.py")
 constants = pytest.importorskip("huggingface_hub.constants")
 
 
@@ -54,7 +57,7 @@ def test_what_is_pushed_is_loaded(server):
     files = server.repos["me/disks"]["main"]
     assert address == f"{server.url}/me/disks/commit/{commit_of(files)}"
     assert files.keys() == {"config.json", "model.safetensors", "README.md"}
-    assert 'load_model("me/disks")' in files["README.md"].decode()
+    assert 'model = load_model("me/disks")\n' in files["README.md"].decode()
     for load in (load_model, Sami.from_pretrained):
         assert_same(load("me/disks"), model)
     with pytest.raises(UserError, match="me/disks: expected a model of method beta_vae, found sami"):
@@ -164,6 +167,23 @@ def test_without_the_library(monkeypatch, tmp_path):
 
 
 # The card
+
+
+def test_a_card_says_how_this_model_is_loaded(server, tmp_path):
+    """Of a variant alone, and of classes by name, the plain call would fail."""
+    build().half().push_to_hub("me/half", token=TOKEN, variant="fp16")
+    config = load_config(None, ["data.channels=1", f"encoder.class={THEIRS}:Encoder", "encoder.returns=mu_logvar"])
+    build_model(config, (1, 8, 8)).push_to_hub("me/named", token=TOKEN)
+    for repo, options in (("me/half", ', variant="fp16"'), ("me/named", ", trust_remote_code=True")):
+        (line,) = (line for line in server.repos[repo]["main"]["README.md"].decode().splitlines() if "model = " in line)
+        assert line == f'model = load_model("{repo}"{options})'
+        there: dict[str, Sami] = {}
+        exec(line, {"load_model": load_model}, there)
+        assert there["model"].image_shape == (1, 8, 8)
+        with pytest.raises(UserError):
+            load_model(repo)
+    build().half().save_pretrained(tmp_path / "model", variant="fp16", run=run_of(tmp_path, {}, {}))
+    assert 'load_model("this/folder", variant="fp16")' in (tmp_path / "model/README.md").read_text()
 
 
 def run_of(tmp_path: Path, scores: dict, config: dict) -> Path:

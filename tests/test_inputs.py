@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import KERNELS, normal, relative_error, tiny_denoiser, tiny_encoder
-from PIL import Image
+from PIL import Image, ImageCms, features
 from torch import nn
 
 from sami_fast import edit, interpolate, reconstruct, sample, traverse, use_backend
+from sami_fast.config import DataConfig
+from sami_fast.data import open_dataset
 from sami_fast.latents.sampling import encode, invert, starting_noise
 from sami_fast.methods import METHODS
 from sami_fast.methods.inputs import as_images
@@ -101,6 +103,25 @@ def test_pillow_images_take_the_colours_of_the_model():
     assert torch.equal(as_images(Image.open(turned), (3, 4, 6)), colours[None] / 127.5 - 1)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_has_the_pixels_that_training_sees(tmp_path, channels):
+    """Of colours with a profile in which red is blue, transparent or not, of 16 bits, and of grey."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    colours = pixels(3, 1, 16, 16)[0]
+    clear = torch.cat((colours, pixels(1, 1, 16, 16)[0]))
+    sixteen = Image.fromarray(257 * colours[0].numpy().astype(np.uint16))
+    made = {"a": pillow(colours), "b": pillow(clear), "c": sixteen, "d": pillow(colours[:1]), "e": pillow(colours).convert("P")}
+    for name, image in made.items():
+        image.save(tmp_path / f"{name}.png", **({"icc_profile": swapped} if name in "ab" else {}))
+    data = DataConfig(kind="image_folder", path=str(tmp_path), channels=channels, image_size=16, holdout=0.0)
+    training = open_dataset(data, 0).images(torch.arange(5))
+    for file, expected in zip(sorted(tmp_path.glob("*.png")), training, strict=True):
+        assert torch.equal(as_images(Image.open(file), (channels, 16, 16))[0], expected), file
+    if channels == 3 and features.check("littlecms2"):
+        assert (training[0] - (colours.flip(0) / 127.5 - 1)).abs().max() < 0.02
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -115,8 +136,8 @@ def test_pillow_images_take_the_colours_of_the_model():
         (torch.zeros(1, 3, 4, 6, dtype=torch.bool), TypeError, "found torch.bool"),
         (np.zeros((3, 4, 6), np.int32), TypeError, "found int32"),
         (np.array(["a"]), TypeError, "found <U1"),
-        (Image.new("RGB", (5, 4)), ValueError, r"found \[4, 5, 3\]"),
-        (Image.new("I;16", (6, 4)), ValueError, "x: expected 8 bits per channel, found a Pillow image of mode I;16"),
+        (Image.new("RGB", (5, 4)), ValueError, r"found \[3, 4, 5\]"),
+        (Image.new("F", (6, 4)), ValueError, "x: a Pillow image of mode F cannot be used .floating-point pixels without a known range"),
         ([], ValueError, "x: expected images, found an empty list"),
         ([torch.zeros(3, 4, 6), torch.zeros(3, 4, 5)], ValueError, r"x\[1\]: expected \[N, 3, 4, 6\], found \[3, 4, 5\]"),
         ("photo.png", TypeError, "x: expected images as a tensor, a NumPy array, Pillow images or a list of these, found str"),

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sami_fast import cli, train
+from sami_fast import cli
 from sami_fast.config import Config, builtin_configs, load_config, setting_keys
 from sami_fast.errors import UserError
+from sami_fast.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,12 +61,12 @@ def mistyped(dice: random.Random) -> Case:
     key, item = dice.choice([(key, item) for key, item in setting_keys().items() if item.type is not str])
     kind = item.type if item.type in NOT else list if hasattr(item.type, "__origin__") else float
     wrong = dice.choice(NOT[kind])
-    return train.main, ["--config", dice.choice(["disks", "sprites"]), f"{key}={wrong}"]
+    return train, ["--config", dice.choice(["disks", "sprites"]), f"{key}={wrong}"]
 
 
 def out_of_choices(dice: random.Random) -> Case:
     key = dice.choice([key for key, item in setting_keys().items() if item.type is str and item.metadata["check"][0].startswith("one of")])
-    return train.main, [f"{key}={dice.choice(['', 'nothing', '[', 'Disks', 'null', '1', '~', 'a' * 3000])}"]
+    return train, [f"{key}={dice.choice(['', 'nothing', '[', 'Disks', 'null', '1', '~', 'a' * 3000])}"]
 
 
 def unknown(dice: random.Random) -> Case:
@@ -74,11 +75,11 @@ def unknown(dice: random.Random) -> Case:
         place = dice.randrange(len(key) + 1)
         key = key[:place] + dice.choice([*"abz._-[{:\n\té=", ""]) + key[place + dice.randrange(2) :]
         key = key.partition("=")[0]
-    return train.main, [f"{key}={dice.choice(['1', 'a', '[1]', '{', ''])}"]
+    return train, [f"{key}={dice.choice(['1', 'a', '[1]', '{', ''])}"]
 
 
 def no_setting(dice: random.Random) -> Case:
-    return train.main, [
+    return train, [
         dice.choice(["train.steps", "=", "=5", "train", "train=5", "train=[1]", "data=null", "data.disks=x", ".=1", "~", "a b", "{}"])
     ]
 
@@ -86,22 +87,22 @@ def no_setting(dice: random.Random) -> Case:
 def broken_file(dice: random.Random) -> Case:
     text = (builtin_configs() / f"{dice.choice(['disks', 'near_sprites'])}.yaml").read_text() + dice.choice(BROKEN)
     Path("run.yaml").write_bytes(text.encode() + dice.choice([b"", b"\n"]))
-    return train.main, ["--config", "run.yaml"]
+    return train, ["--config", "run.yaml"]
 
 
 def no_text(dice: random.Random) -> Case:
     Path("run.yaml").write_bytes(bytes(dice.choice([0xFF, 0xFE, 0x00, 0x80, 0xC3]) for _ in range(dice.randrange(1, 9))))
-    return train.main, ["--config", "run.yaml"]
+    return train, ["--config", "run.yaml"]
 
 
 def no_file(dice: random.Random) -> Case:
     Path("folder.yaml").mkdir()
     wrong = dice.choice(["diskz", "folder.yaml", "~no_such_user/a.yaml", "", "a/b/disks.yaml", "disks.yml", "\n", "é" * 30])
-    return (train.main, ["--config", wrong]) if dice.random() < 0.5 else (cli.main, ["plan", wrong])
+    return (train, ["--config", wrong]) if dice.random() < 0.5 else (cli.main, ["plan", wrong])
 
 
 def together(dice: random.Random) -> Case:
-    return train.main, dice.choice(
+    return train, dice.choice(
         [
             ["--resume", "--overwrite"],
             ["data.kind=array", "data.path=none.npy", "data.channels=99"],
@@ -123,7 +124,7 @@ def together(dice: random.Random) -> Case:
 
 
 def options(dice: random.Random) -> Case:
-    return train.main, dice.choice(
+    return train, dice.choice(
         [["--nope"], ["--config"], ["--dry-run=5"], ["--local_rank", "x"], ["-x"], ["--config", "disks", "--over=1"], ["--resume=yes"]]
     )
 

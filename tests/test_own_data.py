@@ -162,6 +162,57 @@ def test_ours_are_split_by_their_images():
     assert endless[1].factors(torch.tensor([0])).item() == EVALUATION
 
 
+class Moving(Ours):
+    """With clips, an order of its own, and files that cannot be read; it counts from the end."""
+
+    clip_length, num_clips = 3, 5
+
+    def clips(self, index):
+        return self.images(3 * index[:, None].add(torch.arange(3)).flatten()).unflatten(0, (-1, 3))
+
+    def order(self, epoch, seed, batch_size):
+        return torch.arange(self.size).roll(epoch)
+
+    def in_order(self):
+        return torch.arange(self.size).flip(0)
+
+    def unreadable(self):
+        return {"lost.png": "zero bytes"}
+
+
+class Stills(Ours):
+    """An epoch shows the first ten images alone."""
+
+    epoch_size = 10
+
+    def order(self, epoch, seed, batch_size):
+        return torch.arange(10)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_all_that_ours_give_reaches_a_split(split, holdout):
+    whole, part = Moving(), given(Moving(), split, holdout=holdout)
+    assert (part.clip_length, part.num_clips) == (3, 5)
+    index = torch.tensor([1, 4])
+    assert torch.equal(part.clips(index), whole.clips(index))
+    assert part.unreadable() == {"lost.png": "zero bytes"}
+    assert part.epoch_size == part.size
+    numbers = part.factors(torch.arange(part.size))[:, 0]
+    for own, theirs in ((part.order(3, 0, 8), whole.order(3, 0, 8)), (part.in_order(), whole.in_order())):
+        shown = part.factors(own)[:, 0].long().tolist()
+        assert shown == [number for number in theirs.tolist() if number in numbers]
+        assert len(shown) == part.size
+    assert given(Ours(endless=True), split).epoch_size is None
+
+
+def test_an_epoch_that_shows_a_part_is_not_divided():
+    part = given(Stills())
+    assert part.epoch_size == len(part.order(0, 0, 8)) == 10
+    with pytest.raises(UserError, match=r"dataset: an epoch of Stills shows 10 of its 40 images, of which data.holdout cannot be taken"):
+        given(Stills(), holdout=0.25)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (9, 9), (16, 8)])
 def test_images_of_several_sizes_become_one(shape):
     images = [BYTES[0], torch.full((1, *shape), 90, dtype=torch.uint8)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same_gradients, gradients, tiny_denoiser, tiny_encoder
 from own_loop_worker import OPTIONS, images, make, train
+from safetensors.torch import load_file
 
 from sami_fast import ops
 from sami_fast.methods import METHODS, LatentModel, load_model
@@ -99,6 +100,34 @@ def test_every_method_has_it(method):
     assert all(p.grad is not None for p in model.parameters())
 
 
+# In which dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("method", "phase"), [*((each, "both") for each in sorted(METHODS)), ("sami", "encoder"), ("sami", "denoiser")])
+def test_weights_of_every_dtype_learn_from_the_same_noise(method, dtype, phase):
+    """Only the networks round; noise, latents and sums are float32, or float64 where the weights are."""
+    x, options = images(0).float(), {"step": 3, "kl_weight": 0.1, "noise_levels": 2, "phase": phase}
+    expected, single = of_method(method).training_step(x, **options)
+    model = of_method(method).to(dtype)
+    loss, terms = model.training_step(x, **options)
+    rounding = {torch.float16: 3e-3, torch.bfloat16: 3e-2, torch.float64: 1e-5}[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=rounding)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(value.dtype == loss.dtype for value in terms.values())
+    assert torch.allclose(terms["mu"].float(), single["mu"], atol=rounding)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_every_dtype_are_taken(dtype):
+    model, x = of_method("sami"), images(0).to(dtype)
+    found = model.loss(x, step=1)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.item() == pytest.approx(model.loss(x.float(), step=1).item(), rel=1e-5)
+
+
 # Which step
 
 
@@ -130,23 +159,24 @@ def test_without_gradients_an_evaluated_model_sees_the_same_noise_each_time():
     assert model.loss_step == 2
 
 
-def test_the_count_is_a_part_of_the_state_only_where_there_is_one(tmp_path):
+def test_the_count_is_a_part_of_the_state(tmp_path):
     fresh, used = of_method("sami"), of_method("sami")
     before = copy.deepcopy(used.state_dict())
-    assert LOSS_STEP not in before
     used.loss(images(0).float())
     used.loss(images(0).float())
-    assert used.state_dict().keys() == {*before, LOSS_STEP}
+    assert list(used.state_dict()) == list(before)  # averages of weights go through two of them side by side
+    assert (before[LOSS_STEP], used.state_dict()[LOSS_STEP]) == (0, 2)
     assert copy.deepcopy(used).loss_step == 2
     fresh.load_state_dict(used.state_dict())
     assert fresh.loss_step == 2
-    fresh.load_state_dict(before)  # says nothing of it
-    assert fresh.loss_step == 2
+    fresh.load_state_dict({name: value for name, value in before.items() if name != LOSS_STEP})  # of weights alone
+    assert fresh.loss_step == 0
     wrapped = torch.nn.Sequential(of_method("sami"))
     wrapped.load_state_dict(torch.nn.Sequential(used).state_dict())
     assert wrapped[0].loss_step == 2
     used.save_pretrained(tmp_path)  # for use, which takes no steps
-    assert load_model(tmp_path).state_dict().keys() == before.keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == before.keys() - {LOSS_STEP}
+    assert load_model(tmp_path).loss_step == 0
     with pytest.raises(RuntimeError, match="Unexpected key"):
         fresh.load_state_dict(used.state_dict() | {"lost_step": torch.tensor(2)})
 
@@ -213,6 +243,8 @@ def test_ranks_of_distributed_data_parallel_are_one_process_with_the_whole_batch
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), TypeError, r"x: expected floats in \[-1, 1\], found torch.uint8; bytes become"),
         (torch.zeros(2, 1, 9, 9), ValueError, r"x: expected images of shape \[1, 8, 8\] \(C, H, W\), found \[1, 9, 9\]"),
         (torch.zeros(2, 3, 8, 8), ValueError, r"x: expected images of shape \[1, 8, 8\] \(C, H, W\), found \[3, 8, 8\]"),
+        (torch.full((2, 1, 8, 8), 255.0), ValueError, r"x: expected values in \[-1, 1\], found 255; of pixels in 0 to 255 give x /"),
+        (torch.full((2, 1, 8, 8), float("nan")), ValueError, r"x: expected values in \[-1, 1\], found nan"),
     ],
 )
 def test_images_that_are_none(x, kind, words):

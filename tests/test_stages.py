@@ -1,5 +1,6 @@
 """Staged runs: the denoiser alone, then the encoder beside it; what is shared, what a kill costs, how minutes become steps."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_weights, rows, tiny, weights
+from helpers import TINY, assert_same_weights, rows, tiny, weights
 
 from sami_fast import budget, stages
 from sami_fast.budget import Pace
@@ -19,6 +20,7 @@ from sami_fast.data import Dataset
 from sami_fast.data.spectrum import largest_eigenvalue, noisiest_level
 from sami_fast.engine.bank import Bank
 from sami_fast.errors import UserError
+from sami_fast.named import _digest
 from sami_fast.train import main, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +82,39 @@ def test_runs_that_differ_in_the_encoder_share_the_denoiser(finished, capfd):
     ):
         train(tiny(folder, "name=another", *STAGED, *settings), overwrite=True)
     assert len(denoisers(folder)) == 6
+
+
+@pytest.mark.parametrize("key", ["denoiser.class", "data.class"])
+def test_other_code_of_a_class_is_another_denoiser(tmp_path, monkeypatch, key):
+    """Which shapes and settings do not tell; a package that gives on what a file beside it defines is such code, too."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/__init__.py").write_text("from .parts import Ours, Denoiser\n")
+    source = (ROOT / "tests/their_networks.py").read_text() + (ROOT / "tests/own_datasets.py").read_text()
+    source = source.replace('        return "ours"', '        return ""')
+    monkeypatch.chdir(tmp_path)
+    name = "Ours" if key == "data.class" else "Denoiser"
+
+    def stage(text: str, spec: str) -> str:
+        """The name of the first stage, as a new process gives it."""
+        for file in ("theirs/parts.py", "alone.py"):
+            (tmp_path / file).write_text(text)
+        for module in [module for module in sys.modules if module.startswith(("theirs", "sami_fast_alone"))]:
+            del sys.modules[module]
+        _digest.cache_clear()
+        importlib.invalidate_caches()
+        config = load_config(TINY, [*STAGED, f"{key}={spec}:{name}"])
+        return stages.denoiser_stage(config, stages.open_dataset(config.data, 0)).name
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for spec in ("theirs", f"{tmp_path}/alone.py"):
+        first = stage(source, spec)
+        assert stage(source + "\n# edited\n", spec) != first
+        assert stage(source, spec) == first
+
+
+def test_names_of_stages_without_classes_are_what_they_were(tmp_path):
+    config = tiny(tmp_path, *STAGED)
+    assert stages.denoiser_stage(config, stages.open_dataset(config.data, 0)).name == "3da5e766d1e1"
 
 
 def test_what_would_stop_the_second_stage_stops_before_the_first(tmp_path):

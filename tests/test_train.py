@@ -786,7 +786,7 @@ def test_bad_numbers_after_the_last_update_stop_too(tmp_path):
         measured = update(step, losses)
         if step == 11:
             with torch.no_grad():
-                trainer.engine.averaged["denoiser.stem.weight"].fill_(1e30)  # finite, but what follows is not
+                trainer.engine.averaged["denoiser.out.weight"].fill_(1e30)  # finite, but what follows is not
         return measured
 
     trainer.engine.update = overshooting_update

@@ -7,7 +7,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 
 from ..errors import UserError
+from ..pictures import as_seen, profile_of
 from .cache import in_words
 
 HEIC_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 HEIC_HINT = "; HEIC needs pillow-heif, `pip install 'sami-fast[heic]'`"
-NEAR_SRGB = 2  # levels of 255 within which colours are sRGB's
 LARGEST_FILE = 1 << 30  # bytes of an encoded image: more than any of as many pixels as Pillow decodes
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".gif", ".jp2", ".avif"}
@@ -96,39 +96,6 @@ def read_image(path: Path) -> np.ndarray:
     return np.fromfile(path, np.uint8)
 
 
-@lru_cache(64)
-def _to_srgb(profile: bytes, mode: str) -> Any | None:
-    """What turns the colours that an ICC profile tells into sRGB: a transform, or None where they are that, to a level or two of 255.
-
-    As in a viewer, a profile that is broken or of another kind than the image is no profile.
-
-    Args:
-        profile: The profile as it stands in the file.
-        mode: "RGB", "L" or "CMYK".
-    """
-    from PIL import Image, ImageCms
-
-    try:
-        opened = ImageCms.getOpenProfile(io.BytesIO(profile))
-        if opened.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return None
-        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
-        if mode == "CMYK":
-            return transform
-        levels = np.arange(0, 256, 15, dtype=np.uint8)
-        grid = np.arange(256, dtype=np.uint8)[None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
-        shown = np.asarray(transform.apply(Image.fromarray(grid))).astype(int)
-        return transform if np.abs(shown - (grid[..., None] if mode == "L" else grid)).max() > NEAR_SRGB else None
-    except (ImageCms.PyCMSError, ImportError, OSError, ValueError):  # ImportError: a Pillow that was built without it
-        return None
-
-
-def _profile_of(image: Any) -> Any | None:
-    """`_to_srgb` of an image's own profile, if it has one."""
-    profile, mode = image.info.get("icc_profile"), {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
-    return _to_srgb(profile, mode) if profile and mode in ("RGB", "L", "CMYK") else None
-
-
 def image_facts(data: bytes) -> tuple[int, int, str, bool]:
     """Width and height after EXIF rotation, format and mode ("JPEG RGB"), and whether DALI decodes it as we do.
 
@@ -149,7 +116,7 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
             orientation = image.getexif().get(0x0112, 1) if tagged else 1
             if orientation in (5, 6, 7, 8):  # rotated by a quarter turn
                 width, height = height, width
-            transparent, profiled = "transparency" in image.info, _profile_of(image) is not None
+            transparent, profiled = "transparency" in image.info, profile_of(image) is not None
     except Exception as error:  # Pillow's plugins raise whatever a broken header leads them to
         raise BadFile("not an image that can be read" if "cannot identify" in str(error) else _reason(error)) from None
     whole = {
@@ -186,32 +153,8 @@ def decode_image(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
             return as_seen(opened)
-    except BadFile:
-        raise
     except Exception as error:
         raise BadFile(_reason(error)) from None
-
-
-def as_seen(opened: Any) -> np.ndarray:
-    """A Pillow image as `decode_image` gives those of files. [H, W, 3] uint8; errors as there, and Pillow's own."""
-    from PIL import Image, ImageOps
-
-    to_srgb, image = _profile_of(opened), ImageOps.exif_transpose(opened)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise BadFile("floating-point pixels without a known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    if to_srgb is not None:
-        alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        image = to_srgb.apply(image.convert(to_srgb.input_mode))
-        if alpha is not None:
-            image.putalpha(alpha)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.array(image.convert("RGB"))
 
 
 def without_profile(data: np.ndarray) -> np.ndarray:

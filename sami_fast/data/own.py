@@ -23,9 +23,10 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import UserError
 from ..named import load_named
+from ..pictures import as_seen
 from .cache import in_words, tell_once
 from .dataset import Dataset
-from .decode import BadFile, as_seen, decode_image
+from .decode import BadFile, decode_image
 from .identity import fingerprint
 from .pixels import check_channels, resize, to_unit, with_channels
 from .storage import held_out_places
@@ -267,7 +268,10 @@ def image_of(item: Any) -> Tensor:
         item = decode_image(item)
     elif hasattr(item, "getbands"):  # of Pillow
         grey = item.mode in ("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N")
-        item = as_seen(item)[..., : 1 if grey else 3]
+        try:
+            item = as_seen(item)[..., : 1 if grey else 3]
+        except ValueError as error:
+            raise BadImage(str(error)) from None
     try:
         image = torch.as_tensor(item if isinstance(item, Tensor) else np.asarray(item)).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -292,7 +296,7 @@ def image_of(item: Any) -> Tensor:
 
 class Part(Dataset):
     """The images of a `Dataset` that one split sees, where its class does not tell splits apart: `data.holdout` of them, chosen at random,
-    are evaluation's; of an endless one, those from 2^40 on.
+    are evaluation's; of an endless one, those from 2^40 on. Clips are not divided: what they show is the class' own affair.
 
     Raises:
         UserError: the dataset lacks what it must give, or gives something else.
@@ -305,13 +309,18 @@ class Part(Dataset):
             raise UserError(f"{key}: {name} must give image_shape, size and images, and has no {lacking[0]}")
         if whole.size is not None and whole.size < 1:
             raise UserError(f"{key}: expected images, found none")
-        for attribute in ("image_shape", "factor_names", "attribute_names", "periods", "complete", "workers", "ahead"):
+        for attribute in ("image_shape", "factor_names", "attribute_names", "periods", "complete", "workers", "ahead", "clip_length"):
             setattr(self, attribute, getattr(whole, attribute))
         self.size, self.places = whole.size, None
         self.first = split * EVALUATION
         if whole.size is not None:
             self.places = torch.from_numpy(held_out_places(whole.size, holdout, split))
             self.held_out, self.size = holdout > 0 and whole.size > 1, len(self.places)
+            if self.held_out and whole.epoch_size != whole.size:
+                raise UserError(
+                    f"{key}: an epoch of {name} shows {whole.epoch_size} of its {whole.size} images, of which data.holdout cannot be "
+                    "taken; tell the splits apart in its from_config, or set data.holdout=0"
+                )
         try:
             image = whole.images(self._at(torch.zeros(1, dtype=torch.int64)))
         except UserError:
@@ -340,6 +349,34 @@ class Part(Dataset):
     def factors(self, index: Tensor) -> Tensor:
         """[n] int64 -> [n, F] float32, columns in the order of `factor_names`."""
         return self.whole.factors(self._at(index))
+
+    def clips(self, index: Tensor) -> Tensor:
+        return self.whole.clips(index)
+
+    @property
+    def num_clips(self) -> int | None:
+        return self.whole.num_clips
+
+    @property
+    def epoch_size(self) -> int | None:
+        return self.size if self.held_out else self.whole.epoch_size
+
+    def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
+        return self._of_this_split(self.whole.order(epoch, seed, batch_size))
+
+    def in_order(self) -> Tensor:
+        return self._of_this_split(self.whole.in_order())
+
+    def _of_this_split(self, index: Tensor) -> Tensor:
+        """Those of the whole's indices that this split sees, as its own, in the same order."""
+        if self.places is None:
+            return index - self.first
+        places = self.places.to(index.device)
+        own = torch.searchsorted(places, index).clamp_max(len(places) - 1)
+        return own[places[own] == index]
+
+    def unreadable(self) -> dict[str, str]:
+        return self.whole.unreadable()
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         return self.whole.sources(self._at(index))

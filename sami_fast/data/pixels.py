@@ -10,8 +10,8 @@ from torch.nn.functional import interpolate
 
 from ..errors import UserError
 from ..ops.backend import refusal
+from ..pictures import luma
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 Box = tuple[int, int, int]  # top, left and side of the square that is cut out of an image, in pixels
 
 
@@ -105,9 +105,7 @@ def with_channels(pixels: Tensor, channels: int) -> Tensor:
     if found == 1:
         return pixels.expand(-1, channels, -1, -1)
     if found == 3 and channels == 1:
-        weights = torch.tensor(LUMA, device=pixels.device).view(1, 3, 1, 1)
-        grey = (pixels.float() * weights).sum(1, keepdim=True)
-        return grey.round().to(torch.uint8) if pixels.dtype == torch.uint8 else grey
+        return luma(pixels)
     raise ValueError(f"channels: cannot make {channels} from {found}")
 
 

@@ -173,6 +173,7 @@ class Engine:
             f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
         }
         self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self._linear = nn.functional.linear  # for which ZeRO 3 puts one of its own, that has no forward derivatives, and leaves it there
         self.engines: dict[str, Any] = {}
         for name, settings in deepspeed_dicts(config, self.world_size).items():
             if self.rank:
@@ -282,6 +283,10 @@ class Engine:
         """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
         bad = next((name for name, p in self.parameters.items() if not shards.local_values(p).isfinite().all()), None)
         return next(filter(None, self._gathered(bad)), None)
+
+    def close(self) -> None:
+        """Leave torch as it was for whatever comes after training in this process."""
+        nn.functional.linear = self._linear
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight whole, and every buffer, on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""

@@ -21,11 +21,7 @@ from ..pretrained import (
     scheduler_levels,
     timestep_levels,
 )
-<<<<<<< HEAD
-from ..saved import read_weights, weight_files
-=======
-from ..saved import WEIGHTS, read_weights, tensors_of
->>>>>>> 279a976 (Networks given as objects: trained in eval mode, no weight under two names, buffers of any kind saved and read, sizes found without a trace)
+from ..saved import read_weights, tensors_of, weight_files
 from ..schedule import MOST_LOGSNR, Discrete, Schedule, build_schedule
 from .latent_model import LatentModel, read_saved
 from .registry import METHODS

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .. import __version__
+from ..adapters import named_classes
 from ..errors import UserError, printable
 from ..files import absent, open_regular, write_text_whole
 from ..saved import read_settings
@@ -23,7 +24,7 @@ PLACES = ("runs_dir", "path", "labels", "cache_dir")  # settings that only say w
 SKIPPED = ("untrained", "axes")  # scores of something else
 
 
-def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: str | None = None) -> None:
+def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: str | None = None, variant: str | None = None) -> None:
     """Write a model card into the folder of a saved model.
 
     Args:
@@ -31,6 +32,7 @@ def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: st
         folder: Where.
         run: The run folder that it comes from, whose config and report are in the card; None where there is none.
         repo_id: Where on the hub it will lie.
+        variant: Of its files of weights.
     Raises:
         UserError: no such run, or its files cannot be read.
         OSError: from the system.
@@ -43,16 +45,20 @@ def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: st
         config = _config(run / "config.yaml")
         if (run / "report" / "metrics.json").is_file():
             scores = read_settings(run / "report" / "metrics.json")
-    write_text_whole(folder / NAME, "\n".join(_lines(model, config, scores, repo_id, None if run is None else run.resolve().name)))
+    options = ", trust_remote_code=True" if named_classes(model.architecture or {}) else ""
+    options += f", variant={json.dumps(variant)}" if variant else ""
+    load = f"load_model({json.dumps(repo_id or 'this/folder')}{options})"
+    name = repo_id or (model.label if run is None else run.resolve().name)
+    write_text_whole(folder / NAME, "\n".join(_lines(model, config, scores, name, load)))
 
 
-def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], repo_id: str | None, run: str | None) -> Iterator[str]:
+def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: str, load: str) -> Iterator[str]:
     channels, height, width = model.image_shape
     tags = ["sami-fast", model.method, "representation-learning", "disentanglement", *(["diffusion"] if model.noisy else [])]
     yield "---"
     yield yaml.safe_dump({"library_name": "sami-fast", "tags": tags}, sort_keys=False).rstrip()
     yield "---"
-    yield f"# {escaped(repo_id or run or model.label)}"
+    yield f"# {escaped(name)}"
     yield ""
     yield (
         f"A model of the method {escaped(model.label)}: {model.latent_size} latents of images of {channels} x {height} x {width} "
@@ -62,7 +68,7 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], repo_id
     yield "```python"
     yield "from sami_fast import load_model, reconstruct"
     yield ""
-    yield f"model = load_model({json.dumps(repo_id or 'this/folder')})"
+    yield f"model = {load}"
     yield "posterior = model.encode(images)  # mu and var, [B, Z]; images in [-1, 1], or uint8"
     yield "again = reconstruct(model, images, seed=0)"
     yield "```"

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..pictures import as_seen, luma
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -16,7 +18,6 @@ ImageLike: TypeAlias = "Tensor | np.ndarray | Image | Sequence[Any]"
 
 SLACK = 0.01  # above 1, for what a filter may add to an image
 MOST_NOISY = 16.0  # beyond any noisy image: noise has standard deviation 1 at most, and pixels of 255 lie far above
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 
 
 def as_images(
@@ -31,8 +32,8 @@ def as_images(
 
     Args:
         images: A tensor or a NumPy array, [N, C, H, W] or [N, H, W, C]; without N one image, and without C grey ones. Or a Pillow image,
-            which becomes grey or colour as the model needs it, what is transparent black. Or a list of these. Whole numbers are uint8, 0
-            to 255; floating-point numbers lie in [-1, 1].
+            which becomes grey or colour as the model needs it, its colour profile applied, 16 bits scaled to 8, what is
+            transparent black. Or a list of these. Whole numbers are uint8, 0 to 255; floating-point numbers lie in [-1, 1].
         image_shape: (C, H, W). None where it is not known, and then only [N, C, H, W] will do.
         name: What messages call them.
         least: The result has this dtype, or the images' own if that is wider.
@@ -52,7 +53,7 @@ def as_images(
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected floating-point numbers in [-1, 1] or uint8, found {x.dtype}")
     x = x.to(torch.promote_types(x.dtype, least))
-    if x.numel() and _may_be_read(x):
+    if x.numel() and may_be_read(x):
         largest = x.detach().abs().amax().item()
         if not largest <= (MOST_NOISY if noisy else 1 + SLACK):
             kind = "values of at most 1 (a few more where they are noisy)" if noisy else "values in [-1, 1]"
@@ -73,24 +74,20 @@ def _as_tensor(images: Any, image_shape: Sequence[int] | None, name: str) -> Ten
         images = np.ascontiguousarray(images, dtype=kept).reshape(images.shape)
         return torch.from_numpy(images if images.flags.writeable else images.copy())
     if type(images).__module__.partition(".")[0] == "PIL":
-        return torch.from_numpy(_pixels(images, image_shape, name))
+        return _pixels(images, image_shape, name)
     raise TypeError(f"{name}: expected images as a tensor, a NumPy array, Pillow images or a list of these, found {type(images).__name__}")
 
 
-def _pixels(image: Any, image_shape: Sequence[int] | None, name: str) -> np.ndarray:
-    """A Pillow image in the colours of the model, turned as it is to be shown. [H, W] or [H, W, C] uint8."""
-    from PIL import Image, ImageOps
-
-    if image.mode[0] in "IF":
-        raise ValueError(f"{name}: expected 8 bits per channel, found a Pillow image of mode {image.mode}")
+def _pixels(image: Any, image_shape: Sequence[int] | None, name: str) -> Tensor:
+    """A Pillow image in the colours of the model, as training sees a file of it. [C, H, W] uint8."""
     channels = None if image_shape is None else image_shape[0]
-    if channels not in MODES:
+    if channels not in (1, 3, 4):
         raise ValueError(f"{name}: expected an array or a tensor for a model of {channels or 'unknown'} channels, found a Pillow image")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data and channels != 4:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.array(image.convert(MODES[channels]))
+    try:
+        pixels = torch.from_numpy(as_seen(image, transparent=channels == 4)).movedim(-1, 0)
+    except ValueError as error:
+        raise ValueError(f"{name}: a Pillow image of mode {image.mode} cannot be used ({error})") from None
+    return luma(pixels[None])[0] if channels == 1 else pixels
 
 
 def _as_batch(x: Tensor, image_shape: Sequence[int] | None, name: str) -> Tensor:
@@ -111,7 +108,7 @@ def _as_batch(x: Tensor, image_shape: Sequence[int] | None, name: str) -> Tensor
     return batch
 
 
-def _may_be_read(x: Tensor) -> bool:
+def may_be_read(x: Tensor) -> bool:
     """Whether a number can be taken out of a tensor here: not where a graph is made of what runs, nor without any numbers."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not (transformed or x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
@@ -137,4 +134,9 @@ def fitted(network: Callable[..., Any], x: Tensor, weights_of: Any = None) -> Ca
     dtype = dtype_of(network if weights_of is None else weights_of)
     if dtype is None or dtype == x.dtype:
         return network
-    return lambda first, *others: tree_map_only(Tensor, lambda y: y.to(first.dtype), network(first.to(dtype), *others))
+
+    def call(first: Tensor, *others: Any, **named: Any) -> Any:
+        return tree_map_only(Tensor, lambda y: y.to(first.dtype), network(first.to(dtype), *others, **named))
+
+    call.told_level = getattr(network, "told_level", False)  # `score.at_level` asks  # pyrefly: ignore[missing-attribute]
+    return call

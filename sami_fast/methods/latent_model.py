@@ -270,6 +270,10 @@ class LatentModel(OwnLoop):
         """The mean image of latents, where the method decodes. [B, Z] -> [B, C, H, W]."""
         raise NotImplementedError
 
+    def _weights(self) -> dict[str, Tensor]:
+        """The state dict without the count of steps, which is a loop's."""
+        return {name: value for name, value in tensors_of(self).items() if name != LOSS_STEP}
+
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -301,11 +305,11 @@ class LatentModel(OwnLoop):
             "schedule": self.schedule.settings,
             "settings": self.settings,
         }
-        weights = tensors_of(self) if weights is None else weights
-        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items() if name != LOSS_STEP}
+        weights = self._weights() if weights is None else weights
+        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         write_model(Path(folder), config, whole, variant=variant, max_shard_size=max_shard_size)
         if run is not None:
-            write_card(self, Path(folder), Path(run))
+            write_card(self, Path(folder), Path(run), variant=variant)
 
     def push_to_hub(
         self,
@@ -337,7 +341,7 @@ class LatentModel(OwnLoop):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            write_card(self, Path(folder), None if run is None else Path(run), repo_id)
+            write_card(self, Path(folder), None if run is None else Path(run), repo_id, variant)
             to: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
             return upload(Path(folder), repo_id, variant=variant, commit_message=commit_message, **to)
 
@@ -382,7 +386,7 @@ class LatentModel(OwnLoop):
             raise UserError(
                 f"{folder / SETTINGS}: does not describe a model of this package ({' '.join(str(error).split())[:300]})"
             ) from None
-        model.load_state_dict(read_weights(files, model.state_dict()))
+        model.load_state_dict(read_weights(files, model._weights()))
         return model.to(device).eval()
 
 

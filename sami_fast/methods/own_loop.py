@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..step import Draw, Objective
+from .inputs import MOST_NOISY, fitted, may_be_read
 from .ranks import mean_over_ranks, ranks
 
-LOSS_STEP = "loss_step"  # in a state dict, where steps were counted
+LOSS_STEP = "loss_step"  # in a state dict
 PHASES = ("both", "encoder", "denoiser")
 
 
@@ -37,13 +39,14 @@ class OwnLoop(nn.Module):
     """What `LatentModel` gives to loops that are not this package's.
 
     Attributes:
-        loss_step: The step that `loss` takes next where nobody says which. It counts the calls, and is a part of the state dict once
-            there were any, so that a resumed loop goes on with noise that it has not seen.
+        loss_step: The step that `loss` takes next where nobody says which. It counts the calls, and is a part of the state dict, so
+            that a resumed loop goes on with noise that it has not seen; a state dict without it begins at 0.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.loss_step = 0
+        self._values_seen = False
 
     def loss(self, x: Tensor, **options: Unpack[StepOptions]) -> Tensor:
         """`training_step` without its terms.
@@ -82,7 +85,8 @@ class OwnLoop(nn.Module):
         is ignored.
 
         Args:
-            x: Images in [-1, 1]. [B, C, H, W], floats.
+            x: Images in [-1, 1]. [B, C, H, W], floats. Networks get them in the dtype of their weights; noise and sums are float32, or
+                float64 where weights or images are.
             step: Number of the step, from 0. None: `loss_step`, which then counts on; but in eval mode under torch.no_grad a fixed one
                 that training never takes, so that validation losses can be compared.
             seed: Key of the noise.
@@ -91,7 +95,8 @@ class OwnLoop(nn.Module):
             global_batch: Images in that whole batch, more than any index; None: B times the number of ranks.
             kl_weight: beta, the price of a nat; 1 is the bound. Most data need less for latents to come alive.
             phase: Who learns: "both"; "encoder", while the denoiser is a constant; or "denoiser", by itself and without guidance.
-            weighting, noise_levels, time_power, unconditional_weight, free_bits: As in `step.Objective`.
+            weighting, noise_levels, time_power, unconditional_weight, free_bits: As in `step.Objective`. Free bits are granted to the
+                mean over ranks; where gradients are off, when they change nothing, no rank waits for another.
             score_method, store_eps: As in `step.training_step`.
         Returns:
             loss: Scalar, nats per image, a mean over the batch.
@@ -99,7 +104,8 @@ class OwnLoop(nn.Module):
                 and "unguided_nats", and "kl_nats"; of each latent dimension, [B, Z]: "kl_per_dim", "mu" and "var". In phase "denoiser"
                 nothing is encoded, and what is said of latents is the prior's, [1] and [1, Z].
         Raises:
-            ValueError: images of another shape than the model's or none at all, or a setting out of range.
+            ValueError: images of another shape than the model's or none at all, values that no image has, such as 255 (of the first
+                batch on a GPU, of all on the CPU), or a setting out of range.
             TypeError: images that are no floats.
         Differentiable: once, in the parameters of both networks; the encoder's score has been differentiated on the way.
         """
@@ -115,8 +121,11 @@ class OwnLoop(nn.Module):
         draw = Draw(seed, step, index.to(x.device), len(x) * world_size if global_batch is None else global_batch)
         objective = Objective(weighting, noise_levels, time_power, unconditional_weight, free_bits)
         with _gradients_possible():
-            x = x.clone() if x.is_inference() else x
-            parts = model.parts(objective=objective, score_method=score_method, store_eps=store_eps, global_mean=mean_over_ranks)
+            x = (x.clone() if x.is_inference() else x).to(torch.promote_types(x.dtype, model.arithmetic))
+            parts = model.parts(objective=objective, score_method=score_method, store_eps=store_eps)
+            parts = replace(parts, encoder=fitted(parts.encoder, x), denoiser=fitted(parts.denoiser, x))
+            if torch.is_grad_enabled():
+                parts = replace(parts, global_mean=mean_over_ranks)
             loss, measured, codes = model.training_loss(x, draw, kl_weight, parts, phase)
         kl, mu, var = codes.unbind()
         named = dict(zip((term.name for term in model.terms), measured, strict=True))
@@ -133,16 +142,19 @@ class OwnLoop(nn.Module):
         shape: Any = getattr(self, "image_shape", None)  # there are encoders that do not say
         if shape is not None and x.shape[1:] != tuple(shape):
             raise ValueError(f"x: expected images of shape {list(shape)} (C, H, W), found {list(x.shape[1:])}")
+        if may_be_read(x) and (x.device.type == "cpu" or not self._values_seen):  # a GPU would be waited for at every step
+            largest, self._values_seen = x.detach().abs().amax().item(), True
+            if not largest <= MOST_NOISY:
+                raise ValueError(f"x: expected values in [-1, 1], found {largest:.4g}; of pixels in 0 to 255 give x / 127.5 - 1")
         if phase not in PHASES:
             raise ValueError(f"phase: expected one of {', '.join(PHASES)}, found {phase!r}")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.loss_step:
-            destination[prefix + LOSS_STEP] = torch.tensor(self.loss_step)
+        destination[prefix + LOSS_STEP] = torch.tensor(self.loss_step)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:  # pyrefly: ignore[bad-override] (torch's own)
-        self.loss_step = int(state_dict.pop(prefix + LOSS_STEP, self.loss_step))
+        self.loss_step = int(state_dict.pop(prefix + LOSS_STEP, 0))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 

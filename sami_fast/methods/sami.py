@@ -69,13 +69,13 @@ class Sami(LatentModel):
 
     def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
         """`step.training_step`; in phase "denoiser" `step.denoising_step`, in phase "encoder" the denoiser is a constant."""
-        denoiser, objective = parts.denoiser, parts.objective
+        encoder, denoiser, objective = fitted(self.encoder, x_0), parts.denoiser, parts.objective
         if phase == "denoiser":
             loss, unguided = denoising_step(denoiser, self.schedule, x_0, draw, objective, store_eps=parts.store_eps)
             nothing = x_0.new_zeros(1, self.latent_size)
-            return loss + _nothing(*self.encoder(x_0[:1])), (unguided, unguided), torch.stack((nothing, nothing, nothing + 1))
+            return loss + _nothing(*encoder(x_0[:1])), (unguided, unguided), torch.stack((nothing, nothing, nothing + 1))
         loss, terms = training_step(
-            self.encoder,
+            encoder,
             denoiser if phase == "both" else torch.no_grad()(denoiser),
             self.schedule,
             x_0,
