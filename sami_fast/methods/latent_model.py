@@ -386,7 +386,7 @@ class LatentModel(OwnLoop):
             raise UserError(
                 f"{folder / SETTINGS}: does not describe a model of this package ({' '.join(str(error).split())[:300]})"
             ) from None
-        model.load_state_dict(read_weights(files, model._weights()))
+        model.load_state_dict(read_weights(files, model._weights(), lambda names: names.pop(LOSS_STEP, None)))
         return model.to(device).eval()
 
 
