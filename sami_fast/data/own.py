@@ -362,6 +362,8 @@ class Part(Dataset):
         return self.size if self.held_out else self.whole.epoch_size
 
     def order(self, epoch: int, seed: int, batch_size: int) -> Tensor:
+        if type(self.whole).order is Dataset.order:
+            return super().order(epoch, seed, batch_size)
         return self._of_this_split(self.whole.order(epoch, seed, batch_size))
 
     def in_order(self) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .. import ops, score
 from ..adapters import named_classes
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..hub import HubOptions, located, upload
 from ..models import Encoder
-from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, tensors_of, weight_files, write_model
+from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
 from .card import write_card
@@ -272,7 +272,7 @@ class LatentModel(OwnLoop):
 
     def _weights(self) -> dict[str, Tensor]:
         """The state dict without the count of steps, which is a loop's."""
-        return {name: value for name, value in tensors_of(self).items() if name != LOSS_STEP}
+        return {name: value for name, value in self.state_dict().items() if name != LOSS_STEP}
 
     def save_pretrained(
         self,
@@ -306,7 +306,7 @@ class LatentModel(OwnLoop):
             "settings": self.settings,
         }
         weights = self._weights() if weights is None else weights
-        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items() if isinstance(value, Tensor)}
         write_model(Path(folder), config, whole, variant=variant, max_shard_size=max_shard_size)
         if run is not None:
             write_card(self, Path(folder), Path(run), variant=variant)
@@ -383,9 +383,7 @@ class LatentModel(OwnLoop):
         except ImportError as error:
             raise UserError(f"{folder_or_id}: needs {error.name}: `pip install 'sami-fast[pretrained]'`") from None
         except Exception as error:  # of networks by settings that anybody may have written: of many kinds
-            raise UserError(
-                f"{folder / SETTINGS}: does not describe a model of this package ({' '.join(str(error).split())[:300]})"
-            ) from None
+            raise UserError(f"{folder / SETTINGS}: does not describe a model of this package ({one_line(error)})") from None
         model.load_state_dict(read_weights(files, model._weights(), lambda names: names.pop(LOSS_STEP, None)))
         return model.to(device).eval()
 
