@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .accelerate import accelerate
 from .adapters import DenoiserAdapter, alphas_cumprod, construct, explained, named_encoder
-from .errors import UserError
+from .errors import UserError, one_line
 from .hub import UNET, HubOptions, located
 from .models import Denoiser, DenoiserTrunk, Encoder, HalfUNet
 from .saved import SETTINGS, read_model_settings, read_settings, read_weights, weight_files
@@ -341,7 +341,7 @@ def scheduler_levels(folder_or_id: str | os.PathLike[str]) -> list[float]:
 def _unusable(folder_or_id: str | os.PathLike[str], error: Exception) -> UserError:
     if isinstance(error, ImportError):
         return UserError(f"{folder_or_id}: a diffusers model needs `pip install 'sami-fast[pretrained]'`")
-    return UserError(f"{folder_or_id}: cannot be used as a denoiser ({' '.join(str(error).split())[:300]})")
+    return UserError(f"{folder_or_id}: cannot be used as a denoiser ({one_line(error)})")
 
 
 def load_diffusers(folder_or_id: str | os.PathLike[str], schedule: Schedule, **options: Unpack[HubOptions]) -> DiffusersDenoiser:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..pictures import as_seen, profile_of
 from .cache import in_words
 
@@ -172,7 +172,7 @@ def without_profile(data: np.ndarray) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return one_line(error, 120)
 
 
 class Turn(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import absent
 from .index import plain
 from .storage import held_out_places
@@ -186,6 +186,6 @@ def _read_parquet(path: Path) -> Table:
     try:
         found = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"data.labels: {path} is not a readable .parquet file ({' '.join(str(error).split())})") from None
+        raise UserError(f"data.labels: {path} is not a readable .parquet file ({one_line(error)})") from None
     names = [name for name in found.column_names if not name.startswith("__index_level_")]  # row numbers that pandas kept
     return {name: ["" if cell is None else str(cell).strip() for cell in found.column(name).to_pylist()] for name in names}

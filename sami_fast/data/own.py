@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..named import load_named
 from ..pictures import as_seen
 from .cache import in_words, tell_once
@@ -98,7 +98,7 @@ def in_one_line(error: Exception) -> str:
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename}, line {frames[-1].lineno}" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return f"{type(error).__name__}: {one_line(error)}{where}"
 
 
 _given: ContextVar[Source | None] = ContextVar("given", default=None)
