@@ -113,6 +113,9 @@ def generated(name: str) -> str:
     """A table by its name. ValueError: there is no such table."""
     if name == "repeats":
         return repeats()
+    if name == "foreign":
+        rows = committed("foreign.jsonl")
+        return f"{where(rows)}\n\n{networks(rows)}"
     if name not in BLOCKS:
-        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats'])}")
+        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats', 'foreign'])}")
     return BLOCKS[name](committed("cpu.jsonl"))
