@@ -267,11 +267,6 @@ def test_causal_kernels(tokens, dtype):
     check_kernels(launcher_inputs(1, tokens, tokens, 2, 8, dtype=dtype), 0.3, causal=True)
 
 
-def test_kernels_on_an_empty_batch():
-    given = launcher_inputs(0, 5, 6, 2, 8, dtype=torch.float32)
-    assert_results(run_launchers(kernels, **given, scale=1.0, causal=False), run_launchers(twins, **given, scale=1.0, causal=False), 0.0)
-
-
 def heads_outside(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -291,33 +286,6 @@ def of_a_projection(x: torch.Tensor) -> torch.Tensor:
 def off_by_one(x: torch.Tensor) -> torch.Tensor:
     """Contiguous, but not on a multiple of 16 bytes."""
     return torch.cat([x.new_full((1,), float("nan")), x.flatten()])[1:].view(x.shape)
-
-
-# queries, keys, head size: all of it fit for 16-byte accesses, or heads, or tokens, or neither
-@pytest.mark.parametrize("sizes", [(32, 40, 16), (32, 40, 10), (33, 49, 16), (17, 49, 9)])
-@pytest.mark.parametrize("layout", [heads_outside, tokens_inside, of_a_projection, off_by_one])
-@pytest.mark.parametrize("launchers", [twins, kernels], ids=["torch", "triton"])
-def test_layouts(launchers, layout, sizes):
-    queries, keys, size = sizes
-    given = launcher_inputs(2, queries, keys, 2, size, dtype=torch.float32)
-    expected = run_launchers(launchers, **on_device(given), scale=0.3, causal=False)
-    # Once the tensors that define the layout, once all of them, cotangents too.
-    for names in (("q", "k", "v"), given):
-        arranged = given | {name: layout(given[name]) for name in names}
-        found = run_launchers(launchers, **on_device(arranged), scale=0.3, causal=False)
-        assert_results(found, expected, 1e-6)
-        for name, result in zip(NAMES, found, strict=True):
-            if name in ("out", "lse", "tout", "tau"):
-                assert result.is_contiguous()
-            else:
-                assert result.stride() == torch.empty_like(arranged[name[-1] if name.startswith("grad") else name[0]]).stride()
-
-
-def test_layouts_that_differ_and_expanded_cotangents():
-    given = launcher_inputs(1, 20, 33, 2, 8, dtype=torch.float32)
-    given |= {"q": tokens_inside(given["q"]), "k": of_a_projection(given["k"]), "v": heads_outside(given["v"])}
-    given |= {"grad_out": torch.tensor(0.7).expand(1, 20, 2, 8), "tk": torch.tensor([[0.3], [-1.1]]).expand(1, 33, 2, 8)}
-    check_kernels(given, 0.3)
 
 
 def accesses(x: torch.Tensor) -> list[tuple[bool, bool]]:
@@ -341,15 +309,6 @@ def test_what_kernels_read_in_place(dtype):
         assert accesses(arranged) == [(False, False)] * 6
 
 
-def test_sharp_softmax():
-    given = launcher_inputs(1, 20, 40, 1, 16, dtype=torch.float32)
-    expected = run_launchers(twins, **double(given), scale=4.0, causal=False)
-    assert (4.0 * torch.einsum("bqnd,bknd->bnqk", given["q"], given["k"])).abs().max() > 40
-    # A logit of 50 in float32 is off by 50 * 6e-8, and so is every probability, in relation to itself.
-    for launchers in (twins, kernels):
-        assert_results(run_launchers(launchers, **on_device(given), scale=4.0, causal=False), expected, 1e-5)
-
-
 # What float32 loses to large logits, in the launchers and in autograd of the reference: D, offset of q, of k, factor of q
 LARGE_LOGITS = {
     "offsets": (64, 1.0, 10.0, 1.0),
@@ -358,16 +317,14 @@ LARGE_LOGITS = {
 }
 
 
-@pytest.mark.parametrize("case", LARGE_LOGITS)
-@pytest.mark.parametrize("launchers", [twins, kernels], ids=["torch", "triton"])
-def test_large_logits_lose_no_more_than_in_autograd(launchers, case):
+def assert_loses_no_more_than_autograd(launchers, case):
     """At most three times the error of autograd (found: 1.9), and a few roundings of what cancels where the true value is zero."""
     size, q_offset, k_offset, factor = LARGE_LOGITS[case]
     given = launcher_inputs(1, 64, 128, 1, size, dtype=torch.float32)
     given |= {"q": factor * (given["q"] + q_offset), "k": given["k"] + k_offset}
     options = {"scale": size**-0.5, "causal": False}
     exact = run_launchers(twins, **double(given), **options)
-    found, autograd = run_launchers(launchers, **on_device(given), **options), run_autograd(**given, **options)
+    found, autograd = run_launchers(launchers, **given, **options), run_autograd(**given, **options)
     # Saturated, P is one-hot and E, a difference, is zero: what is left of its terms is multiplied by k in dQ and by q in dK.
     e = torch.einsum("bqnd,bknd->bnqk", given["grad_out"], given["v"]).abs().max().item()
     q, k = (options["scale"] * e * given[name].abs().max().item() if case == "saturated" else 0.0 for name in "qk")
@@ -376,23 +333,6 @@ def test_large_logits_lose_no_more_than_in_autograd(launchers, case):
         limit = 3 * (b.double() - c).abs().max().item() + 5e-7 * max(c.abs().max().item(), floor.get(name, 0.0))
         error = (a.cpu().double() - c).abs().max().item()
         assert error <= limit, f"{name}: off by {error:.2g}, allowed {limit:.2g}"
-
-
-def test_huge_and_vanishing_logits():
-    given = launcher_inputs(1, 6, 9, 1, 8, dtype=torch.float32)
-    for scale in (1e6, -1e6, 0.0):
-        found = run_launchers(kernels, **on_device(given), scale=scale, causal=False)
-        assert all(x.isfinite().all() for x in found)
-    check_kernels(given, 0.0)
-    check_kernels(given, -0.5)
-
-
-def test_inputs_stay_as_they_came():
-    given = launcher_inputs(1, 17, 20, 2, 8, dtype=torch.float32)
-    before = {name: x.clone() for name, x in given.items()}
-    for launchers in (twins, kernels):
-        run_launchers(launchers, **given, scale=0.3, causal=False)
-        assert all(torch.equal(given[name], x) for name, x in before.items())
 
 
 # On a GPU, at real sizes

@@ -3,17 +3,18 @@
 import math
 
 import pytest
-import test_attention
 import torch
 from helpers import GPU, LaunchersOn, normal, on, relative_error
 from test_attention import (
     LARGE_LOGITS,
     NAMES,
+    assert_loses_no_more_than_autograd,
     assert_results,
     double,
     heads_outside,
     launcher_inputs,
     of_a_projection,
+    off_by_one,
     run_autograd,
     run_launchers,
     tokens_inside,
@@ -104,26 +105,24 @@ def test_number_of_threads(core, shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """At an odd offset of a larger storage, whose rest is NaN."""
-    storage = torch.full((x.numel() + 2,), float("nan"), dtype=x.dtype, device=x.device)
-    return storage[1:-1].view(x.shape).copy_(x)
-
-
 def spread(x: torch.Tensor) -> torch.Tensor:
     """No dimension of stride 1."""
     storage = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype, device=x.device)
     return storage[..., 1].copy_(x)
 
 
-LAYOUTS = [heads_outside, tokens_inside, of_a_projection, misaligned, spread]
+LAYOUTS = [heads_outside, tokens_inside, of_a_projection, off_by_one, spread]
 
 
+# queries, keys, head size: all of it fit for 16-byte accesses, or heads, or tokens, or neither
+@pytest.mark.parametrize("sizes", [(32, 40, 16), (33, 75, 24), (32, 40, 10), (17, 49, 9)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("backend", "dtype"), on(*DTYPES, backends=["cpp", "cuda"]) + on(torch.float32, backends=["reference"]))
-def test_layouts(core, layout, dtype):
-    """The same bits, but in torch. Triton's are tried in test_attention.py, with the layouts that it reads in place."""
-    given = launcher_inputs(2, 33, 75, 2, 24 if core.backend == "cuda" else 20, dtype=dtype)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), on(torch.float32, torch.float16, backends=["cpp", "cuda"]) + on(torch.float32, backends=["reference", "triton"])
+)
+def test_layouts(core, layout, sizes, dtype):
+    """The same bits from the compiled kernels; torch takes other products for other strides, and Triton other tiles."""
+    given = launcher_inputs(2, *sizes[:2], 2, sizes[2], dtype=dtype)
     expected = run_launchers(core, **given, scale=0.3, causal=False)
     # Once the tensors that define the layout, once all of them, cotangents too.
     for names in (("q", "k", "v"), given):
@@ -158,7 +157,7 @@ def test_sharp_softmax(core):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", LARGE_LOGITS)
 def test_large_logits(core, case):
-    test_attention.test_large_logits_lose_no_more_than_in_autograd(core, case)
+    assert_loses_no_more_than_autograd(core, case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

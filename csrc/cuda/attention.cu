@@ -42,29 +42,54 @@ struct Shape {
   bool causal;
 };
 
-// Rows of a block, and how many columns pass at a time: fewer at the second order of large heads, where registers are short. float32 takes
-// twice the shared memory of the others.
+// Rows of a block, blocks of 16 of them that a warp owns, and how many columns pass at a time: fewer at the second order, where registers
+// are short. float32 takes twice the shared memory of the others.
 template <class T>
 constexpr int ROWS = sizeof(T) == 2 ? 64 : 32;
-template <class T>
-constexpr int THREADS = 2 * ROWS<T>;
+template <class T, int D>
+constexpr int BLOCKS = sizeof(T) == 2 && D <= 64 ? 2 : 1;
+template <class T, int D>
+constexpr int THREADS = 2 * ROWS<T> / BLOCKS<T, D>;
 template <class T, int D>
 constexpr int COLUMNS = D == 128 && sizeof(T) == 4 ? 16 : 32;
-template <int D>
-constexpr int SECOND_COLUMNS = D == 128 ? 16 : 32;
-constexpr int FEWER_COLUMNS = 8;  // where the device has not the shared memory for more
+template <class T, int D>
+constexpr int SECOND_COLUMNS = D == 128 ? 16 : 32;  // of the pass over keys
+template <class T, int D>
+constexpr int SECOND_COLUMNS_KV = D == 128 || BLOCKS<T, D> == 2 ? 16 : 32;  // of the pass over queries, which has a sum more
+template <class T, int D>
+constexpr int STAGES = sizeof(T) == 2 && D <= 64 ? 2 : 1;  // of what passes: float32 and large heads have not the shared memory for two
+constexpr int FEWER_COLUMNS = 8;  // of float32, where the device has not the shared memory for more
 
+// Of tiles of the block's own rows and of tiles that pass.
 template <class T, int D, int N>
 constexpr size_t shared_bytes(int own, int passing) {
-  return (own * ROWS<T> + passing * N) * LD<T, D> * sizeof(T);
+  return (own * ROWS<T> + STAGES<T, D> * passing * N) * LD<T, D> * sizeof(T);
 }
 
+// A tile of the block's own rows, from `place` on in shared memory.
+template <int D, class T>
+__device__ __forceinline__ T* own_tile(T*& place) {
+  T* const tile = place;
+  place += ROWS<T> * LD<T, D>;
+  return tile;
+}
+
+// A tile of N rows that pass, of each stage one.
+template <class T, int D, int N>
+struct Passing {
+  T* first;
+
+  __device__ __forceinline__ explicit Passing(T*& place) : first(place) { place += STAGES<T, D> * N * LD<T, D>; }
+  __device__ __forceinline__ T* operator[](int stage) const { return first + stage * N * LD<T, D>; }
+};
+
 // Which rows this block and this thread work on.
-template <class T>
+template <class T, int D>
 struct Place {
-  int64_t start, head, batch, n, row;  // row: the first of the thread's two, the other being 8 further
-  int64_t statistics;                  // between the two parts of lse
-  int warp, lane;
+  static constexpr int M = BLOCKS<T, D>, H = 2 * M;  // the thread has H rows, each 8 after the one before
+  int64_t start, head, batch, n, row;                // start: of the block's rows; row: the first of the thread's
+  int64_t statistics;                                // between the two parts of lse
+  int own, lane, column;                             // own: of the warp's rows in a tile; column: the thread's first of eight
 
   __device__ Place(int64_t length, const Shape& shape) {
     const int64_t blocks = (length + ROWS<T> - 1) / ROWS<T>;
@@ -73,17 +98,22 @@ struct Place {
     batch = head / shape.num_heads;
     n = head % shape.num_heads;
     statistics = gridDim.x / blocks * shape.queries;
-    warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
-    row = start + 16 * warp + lane / 4;
+    const int before = threadIdx.x / 32 * 16 * M;
+    row = start + before + lane / 4;
+    own = before * LD<T, D>;
+    column = lane % 4 * 2;
   }
+
+  __device__ int64_t warp_start() const { return row - lane / 4; }
 };
 
-// factor times a number per query for the thread's two rows; `beyond` after the last.
-__device__ __forceinline__ void load_pair(
-    float (&pair)[2], const float* from, int64_t row, int64_t end, float beyond, float factor = 1.0f) {
-  pair[0] = row < end ? factor * from[row] : beyond;
-  pair[1] = row + 8 < end ? factor * from[row + 8] : beyond;
+// factor times a number per query for the thread's rows; `beyond` after the last.
+template <int H>
+__device__ __forceinline__ void load_numbers(
+    float (&numbers)[H], const float* from, int64_t row, int64_t end, float beyond, float factor = 1.0f) {
+#pragma unroll
+  for (int h = 0; h < H; ++h) numbers[h] = row + 8 * h < end ? factor * from[row + 8 * h] : beyond;
 }
 
 // factor times a number per query for all columns of a tile, into shared memory.
@@ -97,8 +127,26 @@ __device__ __forceinline__ float logit(float s, const Shape& shape) { return __f
 
 // exp(scale s - lse) of a pair that is seen, else 0, from the two parts of lse, the second in base 2. It is infinity for rows that do not
 // exist, which makes their P zero.
-__device__ __forceinline__ float probability(float s, const Shape& shape, float top, float log_total, int64_t query, int64_t key) {
-  return key < keys_seen(query, shape.keys, shape.causal) ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
+__device__ __forceinline__ float probability(float s, const Shape& shape, float top, float log_total, bool seen) {
+  return seen ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
+}
+
+// Of each of the thread's rows, counted from the tile's first column: the end of the keys that the query sees.
+template <int H, int N>
+__device__ __forceinline__ void seen_keys(int (&end)[H], const Shape& shape, int64_t row, int64_t start) {
+#pragma unroll
+  for (int h = 0; h < H; ++h) {
+    const int64_t seen = keys_seen(row + 8 * h, shape.keys, shape.causal) - start;
+    end[h] = seen < N ? static_cast<int>(seen) : N;
+  }
+}
+
+// The first query, counted from the tile's first column, that sees the thread's first key; each further key of the thread is seen 8 later.
+// Keys that do not exist may be seen: nobody stores what comes of them.
+template <int H>
+__device__ __forceinline__ int first_query(const Shape& shape, int64_t row, int64_t start) {
+  const int64_t first = row - start;
+  return shape.causal && first > -8 * H ? static_cast<int>(first) : -8 * H;
 }
 
 // The end of the keys that some of ROWS queries see.
@@ -107,78 +155,90 @@ __device__ __forceinline__ int64_t end_of_keys(const Shape& shape, int64_t start
   return keys_seen(start + ROWS<T> - 1, shape.keys, shape.causal);
 }
 
+// f(m, j, r, h, c) for every number of the thread's part of a [rows, N] matrix: x[m][j][r], of the thread's row h and of column c.
+template <int M, int N, class F>
+__device__ __forceinline__ void for_each(int column, const F& f) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) f(m, j, r, 2 * m + r / 2, 8 * j + column + r % 2);
+    }
+  }
+}
+
 // O and lse of a block of queries: softmax with a running maximum.
 template <class T, int D>
-__global__ void __launch_bounds__(THREADS<T>, 1)
+__global__ void __launch_bounds__(THREADS<T, D>, 1)
     attention_fwd_kernel(View<const T> q, View<const T> k, View<const T> v, View<T> out, float* lse, Shape shape) {
-  constexpr int N = COLUMNS<T, D>;
+  constexpr int N = COLUMNS<T, D>, M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  T* const q_tile = reinterpret_cast<T*>(shared);
-  T *const k_tile = q_tile + ROWS<T> * LD<T, D>, *const v_tile = k_tile + N * LD<T, D>;
-  const Place<T> at(shape.queries, shape);
+  T* place = reinterpret_cast<T*>(shared);
+  T* const q_tile = own_tile<D>(place);
+  const Passing<T, D, N> k_tile(place), v_tile(place);
+  const Place<T, D> at(shape.queries, shape);
   load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
-  const T* const own_q = q_tile + 16 * at.warp * LD<T, D>;
+  await_copies();
+  const Held<T, D, M> own_q(q_tile + at.own);
 
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, acc[D / 8][4];
+  float top[H], total[H], acc[M][D / 8][4];
+#pragma unroll
+  for (int h = 0; h < H; ++h) {
+    top[h] = -INFINITY;
+    total[h] = 0.0f;
+  }
   clear(acc);
   const int64_t end = end_of_keys<T>(shape, at.start);
-  for (int64_t start = 0; start < end; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
-    __syncthreads();
-    float s[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(k_tile[stage], k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile[stage], v.head(at.batch, at.n), start, shape.keys, shape.size);
+  };
+  pass<STAGES<T, D>, N>(0, end, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], most[H];
+    int seen[H];
     clear(s);
-    dot<D, N>(s, own_q, k_tile);
+    dot<D, N>(s, own_q, k_tile[stage]);
+    seen_keys<H, N>(seen, shape, at.row, start);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = top[half], sum = 0.0f;
+    for (int h = 0; h < H; ++h) most[h] = top[h];
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      s[m][j][r] = c < seen[h] ? logit(s[m][j][r], shape) : -INFINITY;
+      most[h] = fmaxf(most[h], s[m][j][r]);
+    });
+    float shift[H];
 #pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& value = s[j][2 * half + c];
-          const int64_t key = start + 8 * j + at.lane % 4 * 2 + c;
-          value = key < keys_seen(at.row + 8 * half, shape.keys, shape.causal) ? logit(value, shape) : -INFINITY;
-          most = fmaxf(most, value);
-        }
-      }
-      most = row_max(most);
-      const float shift = most == -INFINITY ? 0.0f : most;  // while all logits of the row are, -inf - -inf would be NaN for good
-      const float shrink = exp2f((top[half] - shift) * LOG2_E);
-      top[half] = most;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& p = s[j][2 * half + c];
-          p = exp2f((p - shift) * LOG2_E);
-          sum += p;
-        }
-      }
-      total[half] = total[half] * shrink + sum;  // of this lane's columns
+    for (int h = 0; h < H; ++h) {
+      most[h] = row_max(most[h]);
+      shift[h] = most[h] == -INFINITY ? 0.0f : most[h];  // while all logits of the row are, -inf - -inf would be NaN for good
+      const float shrink = exp2f((top[h] - shift[h]) * LOG2_E);
+      top[h] = most[h];
+      total[h] *= shrink;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        acc[j][2 * half] *= shrink;
-        acc[j][2 * half + 1] *= shrink;
-      }
-    }
-    weighted<D, N>(acc, s, v_tile);
-  }
-
-  total[0] = row_sum(total[0]);
-  total[1] = row_sum(total[1]);
-  store_rows(out.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, acc, 1.0f / total[0], 1.0f / total[1]);
-  if (at.lane % 4 == 0) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = at.row + 8 * half;
-      if (row < shape.queries) {
-        lse[at.head * shape.queries + row] = top[half];
-        lse[at.statistics + at.head * shape.queries + row] = log2f(total[half]) * LN_2;
+        for (int c = 0; c < 2; ++c) acc[h / 2][j][h % 2 * 2 + c] *= shrink;
       }
     }
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int) {
+      s[m][j][r] = exp2f((s[m][j][r] - shift[h]) * LOG2_E);
+      total[h] += s[m][j][r];  // of this lane's columns
+    });
+    weighted<D, N>(acc, s, v_tile[stage]);
+  });
+
+  float factor[H];
+#pragma unroll
+  for (int h = 0; h < H; ++h) {
+    total[h] = row_sum(total[h]);
+    factor[h] = 1.0f / total[h];
+    const int64_t row = at.row + 8 * h;
+    if (at.lane % 4 == 0 && row < shape.queries) {
+      lse[at.head * shape.queries + row] = top[h];
+      lse[at.statistics + at.head * shape.queries + row] = log2f(total[h]) * LN_2;
+    }
   }
+  store_rows<D>(out.head(at.batch, at.n), at.warp_start(), shape.queries, shape.size, acc, factor, q_tile + at.own);
 }
 
 // delta = rowsum(dO * O) and, with tangents, y_mean = rowsum(dO * O.) + rowsum(O_bar * O): one warp per row of a head.
@@ -203,207 +263,204 @@ __global__ void __launch_bounds__(128)
 
 // dQ of a block of queries.
 template <class T, int D>
-__global__ void __launch_bounds__(THREADS<T>, 1)
+__global__ void __launch_bounds__(THREADS<T, D>, 1)
     attention_bwd_q_kernel(
         View<const T> grad_out, View<const T> q, View<const T> k, View<const T> v, const float* lse, const float* delta, View<T> dq,
         Shape shape) {
-  constexpr int N = COLUMNS<T, D>;
+  constexpr int N = COLUMNS<T, D>, M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  T *const q_tile = reinterpret_cast<T*>(shared), *const grad_out_tile = q_tile + ROWS<T> * LD<T, D>;
-  T *const k_tile = grad_out_tile + ROWS<T> * LD<T, D>, *const v_tile = k_tile + N * LD<T, D>;
-  const Place<T> at(shape.queries, shape);
+  T* place = reinterpret_cast<T*>(shared);
+  T *const q_tile = own_tile<D>(place), *const grad_out_tile = own_tile<D>(place);
+  const Passing<T, D, N> k_tile(place), v_tile(place);
+  const Place<T, D> at(shape.queries, shape);
   load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
   load_tile<T, D, ROWS<T>>(grad_out_tile, grad_out.head(at.batch, at.n), at.start, shape.queries, shape.size);
-  const int own = 16 * at.warp * LD<T, D>;
-  float top[2], log_total[2], row_delta[2];
-  load_pair(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
-  load_pair(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
-  load_pair(row_delta, delta + at.head * shape.queries, at.row, shape.queries, 0.0f);
+  await_copies();
+  const Held<T, D, M> own_q(q_tile + at.own), own_grad_out(grad_out_tile + at.own);
+  float top[H], log_total[H], row_delta[H];
+  load_numbers(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
+  load_numbers(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
+  load_numbers(row_delta, delta + at.head * shape.queries, at.row, shape.queries, 0.0f);
 
-  float sum[D / 8][4];
+  float sum[M][D / 8][4];
   clear(sum);
   const int64_t end = end_of_keys<T>(shape, at.start);
-  for (int64_t start = 0; start < end; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
-    __syncthreads();
-    float s[N / 8][4], e[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(k_tile[stage], k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile[stage], v.head(at.batch, at.n), start, shape.keys, shape.size);
+  };
+  pass<STAGES<T, D>, N>(0, end, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], e[M][N / 8][4];
+    int seen[H];
     clear(s);
     clear(e);
-    dot<D, N>(s, q_tile + own, k_tile);
-    dot<D, N>(e, grad_out_tile + own, v_tile);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
-        const float p = probability(s[j][r], shape, top[r / 2], log_total[r / 2], at.row + r / 2 * 8, key);
-        e[j][r] = logit_gradient(p, e[j][r], row_delta[r / 2]);
-      }
-    }
-    weighted<D, N>(sum, e, k_tile);
-  }
-  store_rows(dq.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
+    dot<D, N>(s, own_q, k_tile[stage]);
+    dot<D, N>(e, own_grad_out, v_tile[stage]);
+    seen_keys<H, N>(seen, shape, at.row, start);
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      const float p = probability(s[m][j][r], shape, top[h], log_total[h], c < seen[h]);
+      e[m][j][r] = logit_gradient(p, e[m][j][r], row_delta[h]);
+    });
+    weighted<D, N>(sum, e, k_tile[stage]);
+  });
+  store_rows<D>(dq.head(at.batch, at.n), at.warp_start(), shape.queries, shape.size, sum, shape.scale, q_tile + at.own);
 }
 
 // dK and dV of a block of keys, on matrices [keys, queries].
 template <class T, int D>
-__global__ void __launch_bounds__(THREADS<T>, 1)
+__global__ void __launch_bounds__(THREADS<T, D>, 1)
     attention_bwd_kv_kernel(
         View<const T> grad_out, View<const T> q, View<const T> k, View<const T> v, const float* lse, const float* delta, View<T> dk,
         View<T> dv, Shape shape) {
-  constexpr int N = COLUMNS<T, D>;
+  constexpr int N = COLUMNS<T, D>, M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  __shared__ float top[N], log_total[N], delta_line[N];
-  T *const k_tile = reinterpret_cast<T*>(shared), *const v_tile = k_tile + ROWS<T> * LD<T, D>;
-  T *const q_tile = v_tile + ROWS<T> * LD<T, D>, *const grad_out_tile = q_tile + N * LD<T, D>;
-  const Place<T> at(shape.keys, shape);
+  __shared__ float top[STAGES<T, D>][N], log_total[STAGES<T, D>][N], delta_line[STAGES<T, D>][N];
+  T* place = reinterpret_cast<T*>(shared);
+  T *const k_tile = own_tile<D>(place), *const v_tile = own_tile<D>(place);
+  const Passing<T, D, N> q_tile(place), grad_out_tile(place);
+  const Place<T, D> at(shape.keys, shape);
   load_tile<T, D, ROWS<T>>(k_tile, k.head(at.batch, at.n), at.start, shape.keys, shape.size);
   load_tile<T, D, ROWS<T>>(v_tile, v.head(at.batch, at.n), at.start, shape.keys, shape.size);
-  const int own = 16 * at.warp * LD<T, D>;
+  await_copies();  // also where no queries pass
 
-  float sum_k[D / 8][4], sum_v[D / 8][4];
+  float sum_k[M][D / 8][4], sum_v[M][D / 8][4];
   clear(sum_k);
   clear(sum_v);
-  for (int64_t start = shape.causal ? at.start / N * N : 0; start < shape.queries; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(q_tile, q.head(at.batch, at.n), start, shape.queries, shape.size);
-    load_tile<T, D, N>(grad_out_tile, grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
-    load_line<N>(top, lse + at.head * shape.queries, start, shape.queries, 0.0f);
-    load_line<N>(log_total, lse + at.statistics + at.head * shape.queries, start, shape.queries, INFINITY, LOG2_E);
-    load_line<N>(delta_line, delta + at.head * shape.queries, start, shape.queries, 0.0f);
-    __syncthreads();
-    float s[N / 8][4], e[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(q_tile[stage], q.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(grad_out_tile[stage], grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_line<N>(top[stage], lse + at.head * shape.queries, start, shape.queries, 0.0f);
+    load_line<N>(log_total[stage], lse + at.statistics + at.head * shape.queries, start, shape.queries, INFINITY, LOG2_E);
+    load_line<N>(delta_line[stage], delta + at.head * shape.queries, start, shape.queries, 0.0f);
+  };
+  pass<STAGES<T, D>, N>(shape.causal ? at.start / N * N : 0, shape.queries, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], e[M][N / 8][4];
     clear(s);
     clear(e);
-    dot<D, N>(s, k_tile + own, q_tile);
-    dot<D, N>(e, v_tile + own, grad_out_tile);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int column = 8 * j + at.lane % 4 * 2 + r % 2;
-        s[j][r] = probability(s[j][r], shape, top[column], log_total[column], start + column, at.row + r / 2 * 8);
-        e[j][r] = logit_gradient(s[j][r], e[j][r], delta_line[column]);
-      }
-    }
-    weighted<D, N>(sum_v, s, grad_out_tile);
-    weighted<D, N>(sum_k, e, q_tile);
-  }
-  store_rows(dk.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_k, shape.scale, shape.scale);
-  store_rows(dv.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_v, 1.0f, 1.0f);
+    dot<D, N>(s, k_tile + at.own, q_tile[stage]);
+    dot<D, N>(e, v_tile + at.own, grad_out_tile[stage]);
+    const int first = first_query<H>(shape, at.row, start);
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      s[m][j][r] = probability(s[m][j][r], shape, top[stage][c], log_total[stage][c], c >= first + 8 * h);
+      e[m][j][r] = logit_gradient(s[m][j][r], e[m][j][r], delta_line[stage][c]);
+    });
+    weighted<D, N>(sum_v, s, grad_out_tile[stage]);
+    weighted<D, N>(sum_k, e, q_tile[stage]);
+  });
+  store_rows<D>(dk.head(at.batch, at.n), at.warp_start(), shape.keys, shape.size, sum_k, shape.scale, k_tile + at.own);
+  store_rows<D>(dv.head(at.batch, at.n), at.warp_start(), shape.keys, shape.size, sum_v, 1.0f, v_tile + at.own);
 }
 
 // Tangent of O, and tau, of a block of queries. T enters O. only through T - tau, so any constant may be subtracted from a row. It is T of
 // the key with the largest logit, found in a first sweep; where that key has all the weight, no large numbers are left to cancel.
 template <class T, int D>
-__global__ void __launch_bounds__(THREADS<T>, 1)
+__global__ void __launch_bounds__(THREADS<T, D>, 1)
     attention_tan_kernel(
         View<const T> tq, View<const T> tk, View<const T> tv, View<const T> q, View<const T> k, View<const T> v, View<const T> out,
         const float* lse, View<T> tout, float* tau, Shape shape) {
-  constexpr int N = COLUMNS<T, D>;
+  constexpr int N = COLUMNS<T, D>, M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  T *const q_tile = reinterpret_cast<T*>(shared), *const tq_tile = q_tile + ROWS<T> * LD<T, D>;
-  T *const k_tile = tq_tile + ROWS<T> * LD<T, D>, *const tk_tile = k_tile + N * LD<T, D>;
-  T *const v_tile = tk_tile + N * LD<T, D>, *const tv_tile = v_tile + N * LD<T, D>;
-  const Place<T> at(shape.queries, shape);
+  T* place = reinterpret_cast<T*>(shared);
+  T *const q_tile = own_tile<D>(place), *const tq_tile = own_tile<D>(place);
+  const Passing<T, D, N> k_tile(place), tk_tile(place), v_tile(place), tv_tile(place);
+  const Place<T, D> at(shape.queries, shape);
   load_tile<T, D, ROWS<T>>(q_tile, q.head(at.batch, at.n), at.start, shape.queries, shape.size);
   load_tile<T, D, ROWS<T>>(tq_tile, tq.head(at.batch, at.n), at.start, shape.queries, shape.size);
-  const int own = 16 * at.warp * LD<T, D>;
-  float top[2], log_total[2];
-  load_pair(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
-  load_pair(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
+  await_copies();
+  float top[H], log_total[H];
+  load_numbers(top, lse + at.head * shape.queries, at.row, shape.queries, 0.0f);
+  load_numbers(log_total, lse + at.statistics + at.head * shape.queries, at.row, shape.queries, INFINITY, LOG2_E);
 
   const int64_t end = end_of_keys<T>(shape, at.start);
-  float largest[2] = {-INFINITY, -INFINITY};
-  int64_t best[2] = {0, 0};
-  for (int64_t start = 0; start < end; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
-    __syncthreads();
-    float s[N / 8][4];
-    clear(s);
-    dot<D, N>(s, q_tile + own, k_tile);
+  float largest[H];
+  int64_t best[H];
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
-        const float value = logit(s[j][r], shape);
-        if (key < keys_seen(at.row + r / 2 * 8, shape.keys, shape.causal) && value > largest[r / 2]) {
-          largest[r / 2] = value;
-          best[r / 2] = key;
-        }
-      }
-    }
+  for (int h = 0; h < H; ++h) {
+    largest[h] = -INFINITY;
+    best[h] = 0;
   }
-  float centre[2], rest[2] = {0.0f, 0.0f}, sum[D / 8][4];
+  {
+    const Held<T, D, M> own_q(q_tile + at.own);
+    const auto load = [&](int64_t start, int stage) {
+      load_tile<T, D, N>(k_tile[stage], k.head(at.batch, at.n), start, shape.keys, shape.size);
+    };
+    pass<STAGES<T, D>, N>(0, end, load, [&](int64_t start, int stage) {
+      float s[M][N / 8][4];
+      int seen[H];
+      clear(s);
+      dot<D, N>(s, own_q, k_tile[stage]);
+      seen_keys<H, N>(seen, shape, at.row, start);
+      for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+        const float value = logit(s[m][j][r], shape);
+        if (c < seen[h] && value > largest[h]) {
+          largest[h] = value;
+          best[h] = start + c;
+        }
+      });
+    });
+  }
+  float centre[H], rest[H], sum[M][D / 8][4];
   clear(sum);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float most = row_max(largest[half]);
+  for (int h = 0; h < H; ++h) {
+    const float most = row_max(largest[h]);
     // The least of the keys that have it, so that the four lanes of a row agree; the first key where there is none, with NaN.
-    int64_t key = largest[half] == most ? best[half] : shape.keys;
+    int64_t key = largest[h] == most ? best[h] : shape.keys;
     for (int distance = 1; distance < 4; distance *= 2) {
       const int64_t other = __shfl_xor_sync(FULL_WARP, static_cast<long long>(key), distance);
       key = other < key ? other : key;
     }
     key = key < shape.keys ? key : 0;
     const Rows<const T> keys = k.head(at.batch, at.n), tangents = tk.head(at.batch, at.n);
-    const int row = own + (at.lane / 4 + 8 * half) * LD<T, D>;
+    const int row = at.own + (at.lane / 4 + 8 * h) * LD<T, D>;
     float t = 0.0f;
     for (int d = at.lane % 4; d < shape.size; d += 4) {
       t += static_cast<float>(tq_tile[row + d]) * static_cast<float>(keys.data[key * keys.s + d * keys.d]);
       t += static_cast<float>(q_tile[row + d]) * static_cast<float>(tangents.data[key * tangents.s + d * tangents.d]);
     }
-    centre[half] = shape.scale * row_sum(t);
+    centre[h] = shape.scale * row_sum(t);
+    rest[h] = 0.0f;
   }
-  for (int64_t start = 0; start < end; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(k_tile, k.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(tk_tile, tk.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(v_tile, v.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(tv_tile, tv.head(at.batch, at.n), start, shape.keys, shape.size);
-    __syncthreads();
-    float s[N / 8][4], t[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(k_tile[stage], k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(tk_tile[stage], tk.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile[stage], v.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(tv_tile[stage], tv.head(at.batch, at.n), start, shape.keys, shape.size);
+  };
+  pass<STAGES<T, D>, N>(0, end, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], t[M][N / 8][4];
+    int seen[H];
     clear(s);
     clear(t);
-    dot<D, N>(s, q_tile + own, k_tile);
-    dot<D, N>(t, tq_tile + own, k_tile);
-    dot<D, N>(t, q_tile + own, tk_tile);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int64_t key = start + 8 * j + at.lane % 4 * 2 + r % 2;
-        s[j][r] = probability(s[j][r], shape, top[r / 2], log_total[r / 2], at.row + r / 2 * 8, key);
-        t[j][r] = probability_tangent(s[j][r], shape.scale * t[j][r], centre[r / 2]);
-        rest[r / 2] += t[j][r];
-      }
-    }
-    weighted<D, N>(sum, t, v_tile);
-    weighted<D, N>(sum, s, tv_tile);
-  }
+    dot_and_tangent<D, N, true>(s, t, q_tile + at.own, tq_tile + at.own, k_tile[stage], tk_tile[stage]);
+    seen_keys<H, N>(seen, shape, at.row, start);
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      s[m][j][r] = probability(s[m][j][r], shape, top[h], log_total[h], c < seen[h]);
+      t[m][j][r] = probability_tangent(s[m][j][r], shape.scale * t[m][j][r], centre[h]);
+      rest[h] += t[m][j][r];
+    });
+    weighted<D, N>(sum, t, v_tile[stage]);
+    weighted<D, N>(sum, s, tv_tile[stage]);
+  });
 
   const Rows<const T> o = out.head(at.batch, at.n);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = at.row + 8 * half;
-    rest[half] = row_sum(rest[half]);
+  for (int h = 0; h < H; ++h) {
+    const int64_t row = at.row + 8 * h;
+    rest[h] = row_sum(rest[h]);
     if (row < shape.queries) {
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int column = 8 * j + at.lane % 4 * 2 + c;
-          if (column < shape.size) sum[j][2 * half + c] -= rest[half] * static_cast<float>(o.data[row * o.s + column * o.d]);
+          const int column = 8 * j + at.column + c;
+          if (column < shape.size) sum[h / 2][j][h % 2 * 2 + c] -= rest[h] * static_cast<float>(o.data[row * o.s + column * o.d]);
         }
       }
-      if (at.lane % 4 == 0) tau[at.head * shape.queries + row] = centre[half] + rest[half];
+      if (at.lane % 4 == 0) tau[at.head * shape.queries + row] = centre[h] + rest[h];
     }
   }
-  store_rows(tout.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, 1.0f, 1.0f);
+  store_rows<D>(tout.head(at.batch, at.n), at.warp_start(), shape.queries, shape.size, sum, 1.0f, q_tile + at.own);
 }
 
 // What the second order reads. out_bar.data may be null.
@@ -415,130 +472,119 @@ struct SecondInputs {
 
 // Q_bar of a block of queries.
 template <class T, int D, int N>
-__global__ void __launch_bounds__(THREADS<T>, 1) attention_bwd_bwd_q_kernel(SecondInputs<T> in, View<T> q_bar, Shape shape) {
-  constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
+__global__ void __launch_bounds__(THREADS<T, D>, 1) attention_bwd_bwd_q_kernel(SecondInputs<T> in, View<T> q_bar, Shape shape) {
+  constexpr int M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  T* const k_tile = reinterpret_cast<T*>(shared);
-  T *const ggk_tile = k_tile + PASSING, *const v_tile = ggk_tile + PASSING, *const ggv_tile = v_tile + PASSING;
-  T *const q_tile = ggv_tile + PASSING, *const ggq_tile = q_tile + OWN;
-  T *const grad_out_tile = ggq_tile + OWN, *const out_bar_tile = grad_out_tile + OWN;
-  const Place<T> at(shape.queries, shape);
+  __shared__ float top[ROWS<T>], log_total[ROWS<T>], tau[ROWS<T>], delta[ROWS<T>], y_mean[ROWS<T>];  // registers are short
+  T* place = reinterpret_cast<T*>(shared);
+  T *const q_tile = own_tile<D>(place), *const ggq_tile = own_tile<D>(place);
+  T *const grad_out_tile = own_tile<D>(place), *const out_bar_tile = own_tile<D>(place);
+  const Passing<T, D, N> k_tile(place), ggk_tile(place), v_tile(place), ggv_tile(place);
+  const Place<T, D> at(shape.queries, shape);
   const bool joint = in.out_bar.data != nullptr;
   load_tile<T, D, ROWS<T>>(q_tile, in.q.head(at.batch, at.n), at.start, shape.queries, shape.size);
   load_tile<T, D, ROWS<T>>(ggq_tile, in.ggq.head(at.batch, at.n), at.start, shape.queries, shape.size);
   load_tile<T, D, ROWS<T>>(grad_out_tile, in.grad_out.head(at.batch, at.n), at.start, shape.queries, shape.size);
   if (joint) load_tile<T, D, ROWS<T>>(out_bar_tile, in.out_bar.head(at.batch, at.n), at.start, shape.queries, shape.size);
-  const int own = 16 * at.warp * LD<T, D>;
   const int64_t line = at.head * shape.queries;
-  float top[2], log_total[2], tau[2], delta[2], y_mean[2];
-  load_pair(top, in.lse + line, at.row, shape.queries, 0.0f);
-  load_pair(log_total, in.lse + at.statistics + line, at.row, shape.queries, INFINITY, LOG2_E);
-  load_pair(tau, in.tau + line, at.row, shape.queries, 0.0f);
-  load_pair(delta, in.delta + line, at.row, shape.queries, 0.0f);
-  load_pair(y_mean, in.y_mean + line, at.row, shape.queries, 0.0f);
+  load_line<ROWS<T>>(top, in.lse + line, at.start, shape.queries, 0.0f);
+  load_line<ROWS<T>>(log_total, in.lse + at.statistics + line, at.start, shape.queries, INFINITY, LOG2_E);
+  load_line<ROWS<T>>(tau, in.tau + line, at.start, shape.queries, 0.0f);
+  load_line<ROWS<T>>(delta, in.delta + line, at.start, shape.queries, 0.0f);
+  load_line<ROWS<T>>(y_mean, in.y_mean + line, at.start, shape.queries, 0.0f);
 
-  float sum[D / 8][4];
+  float sum[M][D / 8][4];
   clear(sum);
   const int64_t end = end_of_keys<T>(shape, at.start);
-  for (int64_t start = 0; start < end; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(k_tile, in.k.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(ggk_tile, in.ggk.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(v_tile, in.v.head(at.batch, at.n), start, shape.keys, shape.size);
-    load_tile<T, D, N>(ggv_tile, in.ggv.head(at.batch, at.n), start, shape.keys, shape.size);
-    __syncthreads();
-    float s[N / 8][4], t[N / 8][4], e[N / 8][4], y[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(k_tile[stage], in.k.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(ggk_tile[stage], in.ggk.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(v_tile[stage], in.v.head(at.batch, at.n), start, shape.keys, shape.size);
+    load_tile<T, D, N>(ggv_tile[stage], in.ggv.head(at.batch, at.n), start, shape.keys, shape.size);
+  };
+  pass<STAGES<T, D>, N>(0, end, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], t[M][N / 8][4], e[M][N / 8][4], y[M][N / 8][4];
+    int seen[H];
     clear(s);
     clear(t);
     clear(e);
     clear(y);
-    dot<D, N>(s, q_tile + own, k_tile);
-    dot<D, N>(t, ggq_tile + own, k_tile);
-    dot<D, N>(t, q_tile + own, ggk_tile);
-    dot<D, N>(e, grad_out_tile + own, v_tile);
-    dot<D, N>(y, grad_out_tile + own, ggv_tile);
-    if (joint) dot<D, N>(y, out_bar_tile + own, v_tile);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int h = r / 2;
-        const float p = probability(s[j][r], shape, top[h], log_total[h], at.row + 8 * h, start + 8 * j + at.lane % 4 * 2 + r % 2);
-        e[j][r] = logit_gradient(p, e[j][r], delta[h]);
-        y[j][r] = logit_second_gradient(p, shape.scale * t[j][r], tau[h], e[j][r], y[j][r], y_mean[h]);
-      }
-    }
-    weighted<D, N>(sum, e, ggk_tile);
-    weighted<D, N>(sum, y, k_tile);
-  }
-  store_rows(q_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.queries, shape.size, sum, shape.scale, shape.scale);
+    dot_and_tangent<D, N, true>(s, t, q_tile + at.own, ggq_tile + at.own, k_tile[stage], ggk_tile[stage]);
+    const T* const own_out_bar = joint ? out_bar_tile + at.own : nullptr;
+    dot_and_tangent<D, N, true>(e, y, grad_out_tile + at.own, own_out_bar, v_tile[stage], ggv_tile[stage]);
+    seen_keys<H, N>(seen, shape, at.row, start);
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      const int i = static_cast<int>(at.row - at.start) + 8 * h;
+      const float p = probability(s[m][j][r], shape, top[i], log_total[i], c < seen[h]);
+      e[m][j][r] = logit_gradient(p, e[m][j][r], delta[i]);
+      y[m][j][r] = logit_second_gradient(p, shape.scale * t[m][j][r], tau[i], e[m][j][r], y[m][j][r], y_mean[i]);
+    });
+    weighted<D, N>(sum, e, ggk_tile[stage]);
+    weighted<D, N>(sum, y, k_tile[stage]);
+  });
+  store_rows<D>(q_bar.head(at.batch, at.n), at.warp_start(), shape.queries, shape.size, sum, shape.scale, q_tile + at.own);
 }
 
 // K_bar and V_bar of a block of keys, on matrices [keys, queries].
 template <class T, int D, int N>
-__global__ void __launch_bounds__(THREADS<T>, 1)
+__global__ void __launch_bounds__(THREADS<T, D>, 1)
     attention_bwd_bwd_kv_kernel(SecondInputs<T> in, View<T> k_bar, View<T> v_bar, Shape shape) {
-  constexpr int OWN = ROWS<T> * LD<T, D>, PASSING = N * LD<T, D>;
+  constexpr int M = BLOCKS<T, D>, H = 2 * M;
   extern __shared__ __align__(16) char shared[];
-  __shared__ float top[N], log_total[N], tau[N], delta[N], y_mean[N];
-  T* const k_tile = reinterpret_cast<T*>(shared);
-  T *const ggk_tile = k_tile + OWN, *const v_tile = ggk_tile + OWN, *const ggv_tile = v_tile + OWN;
-  T *const q_tile = ggv_tile + OWN, *const ggq_tile = q_tile + PASSING, *const grad_out_tile = ggq_tile + PASSING;
-  T* const out_bar_tile = grad_out_tile + PASSING;
-  const Place<T> at(shape.keys, shape);
+  __shared__ float top[STAGES<T, D>][N], log_total[STAGES<T, D>][N], tau[STAGES<T, D>][N];
+  __shared__ float delta[STAGES<T, D>][N], y_mean[STAGES<T, D>][N];
+  T* place = reinterpret_cast<T*>(shared);
+  T *const k_tile = own_tile<D>(place), *const ggk_tile = own_tile<D>(place);
+  T *const v_tile = own_tile<D>(place), *const ggv_tile = own_tile<D>(place);
+  const Passing<T, D, N> q_tile(place), ggq_tile(place), grad_out_tile(place), out_bar_tile(place);
+  const Place<T, D> at(shape.keys, shape);
   const bool joint = in.out_bar.data != nullptr;
   load_tile<T, D, ROWS<T>>(k_tile, in.k.head(at.batch, at.n), at.start, shape.keys, shape.size);
   load_tile<T, D, ROWS<T>>(ggk_tile, in.ggk.head(at.batch, at.n), at.start, shape.keys, shape.size);
   load_tile<T, D, ROWS<T>>(v_tile, in.v.head(at.batch, at.n), at.start, shape.keys, shape.size);
   load_tile<T, D, ROWS<T>>(ggv_tile, in.ggv.head(at.batch, at.n), at.start, shape.keys, shape.size);
-  const int own = 16 * at.warp * LD<T, D>;
+  await_copies();  // also where no queries pass
   const int64_t line = at.head * shape.queries;
 
-  float sum_k[D / 8][4], sum_v[D / 8][4];
+  float sum_k[M][D / 8][4], sum_v[M][D / 8][4];
   clear(sum_k);
   clear(sum_v);
-  for (int64_t start = shape.causal ? at.start / N * N : 0; start < shape.queries; start += N) {
-    __syncthreads();
-    load_tile<T, D, N>(q_tile, in.q.head(at.batch, at.n), start, shape.queries, shape.size);
-    load_tile<T, D, N>(ggq_tile, in.ggq.head(at.batch, at.n), start, shape.queries, shape.size);
-    load_tile<T, D, N>(grad_out_tile, in.grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
-    if (joint) load_tile<T, D, N>(out_bar_tile, in.out_bar.head(at.batch, at.n), start, shape.queries, shape.size);
-    load_line<N>(top, in.lse + line, start, shape.queries, 0.0f);
-    load_line<N>(log_total, in.lse + at.statistics + line, start, shape.queries, INFINITY, LOG2_E);
-    load_line<N>(tau, in.tau + line, start, shape.queries, 0.0f);
-    load_line<N>(delta, in.delta + line, start, shape.queries, 0.0f);
-    load_line<N>(y_mean, in.y_mean + line, start, shape.queries, 0.0f);
-    __syncthreads();
-    float s[N / 8][4], t[N / 8][4], e[N / 8][4], y[N / 8][4];
+  const auto load = [&](int64_t start, int stage) {
+    load_tile<T, D, N>(q_tile[stage], in.q.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(ggq_tile[stage], in.ggq.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_tile<T, D, N>(grad_out_tile[stage], in.grad_out.head(at.batch, at.n), start, shape.queries, shape.size);
+    if (joint) load_tile<T, D, N>(out_bar_tile[stage], in.out_bar.head(at.batch, at.n), start, shape.queries, shape.size);
+    load_line<N>(top[stage], in.lse + line, start, shape.queries, 0.0f);
+    load_line<N>(log_total[stage], in.lse + at.statistics + line, start, shape.queries, INFINITY, LOG2_E);
+    load_line<N>(tau[stage], in.tau + line, start, shape.queries, 0.0f);
+    load_line<N>(delta[stage], in.delta + line, start, shape.queries, 0.0f);
+    load_line<N>(y_mean[stage], in.y_mean + line, start, shape.queries, 0.0f);
+  };
+  pass<STAGES<T, D>, N>(shape.causal ? at.start / N * N : 0, shape.queries, load, [&](int64_t start, int stage) {
+    float s[M][N / 8][4], t[M][N / 8][4], e[M][N / 8][4], y[M][N / 8][4];
     clear(s);
     clear(t);
     clear(e);
     clear(y);
-    dot<D, N>(s, k_tile + own, q_tile);
-    dot<D, N>(t, k_tile + own, ggq_tile);  // in the order of the tangent's kernel: T - tau is to cancel
-    dot<D, N>(t, ggk_tile + own, q_tile);
-    dot<D, N>(e, v_tile + own, grad_out_tile);
-    dot<D, N>(y, ggv_tile + own, grad_out_tile);
-    if (joint) dot<D, N>(y, v_tile + own, out_bar_tile);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const int column = 8 * j + at.lane % 4 * 2 + r % 2;
-        const float p = probability(s[j][r], shape, top[column], log_total[column], start + column, at.row + r / 2 * 8);
-        e[j][r] = logit_gradient(p, e[j][r], delta[column]);
-        y[j][r] = logit_second_gradient(p, shape.scale * t[j][r], tau[column], e[j][r], y[j][r], y_mean[column]);
-        t[j][r] = probability_tangent(p, shape.scale * t[j][r], tau[column]);
-        s[j][r] = p;
-      }
-    }
-    weighted<D, N>(sum_v, t, grad_out_tile);
-    if (joint) weighted<D, N>(sum_v, s, out_bar_tile);
-    weighted<D, N>(sum_k, e, ggq_tile);
-    weighted<D, N>(sum_k, y, q_tile);
-  }
-  store_rows(k_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_k, shape.scale, shape.scale);
-  store_rows(v_bar.head(at.batch, at.n), at.start + 16 * at.warp, shape.keys, shape.size, sum_v, 1.0f, 1.0f);
+    // T in the order of the tangent's kernel, the queries' tangent first: T - tau is to cancel.
+    dot_and_tangent<D, N, false>(s, t, k_tile + at.own, ggk_tile + at.own, q_tile[stage], ggq_tile[stage]);
+    const T* const out_bar = joint ? out_bar_tile[stage] : nullptr;
+    dot_and_tangent<D, N, true>(e, y, v_tile + at.own, ggv_tile + at.own, grad_out_tile[stage], out_bar);
+    const int first = first_query<H>(shape, at.row, start);
+    for_each<M, N>(at.column, [&](int m, int j, int r, int h, int c) {
+      const float p = probability(s[m][j][r], shape, top[stage][c], log_total[stage][c], c >= first + 8 * h);
+      e[m][j][r] = logit_gradient(p, e[m][j][r], delta[stage][c]);
+      y[m][j][r] = logit_second_gradient(p, shape.scale * t[m][j][r], tau[stage][c], e[m][j][r], y[m][j][r], y_mean[stage][c]);
+      t[m][j][r] = probability_tangent(p, shape.scale * t[m][j][r], tau[stage][c]);
+      s[m][j][r] = p;
+    });
+    weighted<D, N>(sum_v, t, grad_out_tile[stage]);
+    if (joint) weighted<D, N>(sum_v, s, out_bar_tile[stage]);
+    weighted<D, N>(sum_k, e, ggq_tile[stage]);
+    weighted<D, N>(sum_k, y, q_tile[stage]);
+  });
+  store_rows<D>(k_bar.head(at.batch, at.n), at.warp_start(), shape.keys, shape.size, sum_k, shape.scale, k_tile + at.own);
+  store_rows<D>(v_bar.head(at.batch, at.n), at.warp_start(), shape.keys, shape.size, sum_v, 1.0f, v_tile + at.own);
 }
 
 template <class T>
@@ -598,13 +644,13 @@ struct Run {
   }
 
   // A block of threads per ROWS of `length` rows of every head.
-  template <class T, class... Parameters, class... Arguments>
+  template <class T, int D, class... Parameters, class... Arguments>
   void start(void (*kernel)(Parameters...), int64_t length, size_t bytes, Arguments... arguments) const {
     const int64_t blocks = (length + ROWS<T> - 1) / ROWS<T> * batch * shape.num_heads;
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "attention: too many heads and tokens");
     allow_shared(kernel, bytes);
-    kernel<<<static_cast<unsigned>(blocks), THREADS<T>, bytes, stream>>>(arguments..., shape);
+    kernel<<<static_cast<unsigned>(blocks), THREADS<T, D>, bytes, stream>>>(arguments..., shape);
     check_cuda(cudaGetLastError());
   }
 
@@ -683,7 +729,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   dispatch(q, [&](auto kind, auto width) {
     using T = decltype(kind);
     constexpr int D = decltype(width)::value;
-    run.start<T>(
+    run.start<T, D>(
         attention_fwd_kernel<T, D>, q.size(1), shared_bytes<T, D, COLUMNS<T, D>>(1, 2), view<T>(q), view<T>(k), view<T>(v),
         result_view<T>(out), result_numbers(lse));
   });
@@ -705,10 +751,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     constexpr int D = decltype(width)::value;
     constexpr size_t bytes = shared_bytes<T, D, COLUMNS<T, D>>(2, 2);
     run.row_sums<T>(grad_out, out, nullptr, nullptr, delta, nullptr);
-    run.start<T>(
+    run.start<T, D>(
         attention_bwd_q_kernel<T, D>, q.size(1), bytes, view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v), numbers(rows),
         static_cast<const float*>(numbers(delta)), result_view<T>(dq));
-    run.start<T>(
+    run.start<T, D>(
         attention_bwd_kv_kernel<T, D>, k.size(1), bytes, view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v), numbers(rows),
         static_cast<const float*>(numbers(delta)), result_view<T>(dk), result_view<T>(dv));
   });
@@ -729,7 +775,7 @@ std::tuple<Tensor, Tensor> attention_tan(
   dispatch(q, [&](auto kind, auto width) {
     using T = decltype(kind);
     constexpr int D = decltype(width)::value;
-    run.start<T>(
+    run.start<T, D>(
         attention_tan_kernel<T, D>, q.size(1), shared_bytes<T, D, COLUMNS<T, D>>(2, 4), view<T>(tq), view<T>(tk), view<T>(tv), view<T>(q),
         view<T>(k), view<T>(v), view<T>(out), numbers(rows), result_view<T>(tout), result_numbers(tau));
   });
@@ -758,18 +804,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd_bwd(
     const SecondInputs<T> in{
         view<T>(ggq), view<T>(ggk), view<T>(ggv), view<T>(grad_out), view<T>(q), view<T>(k), view<T>(v),
         out_bar ? view<T>(*out_bar) : View<const T>{}, numbers(rows), numbers(tangents), numbers(delta), numbers(y_mean)};
-    const auto start = [&](auto columns) {
-      constexpr int N = decltype(columns)::value;
-      constexpr size_t bytes = shared_bytes<T, D, N>(4, 4);
-      run.start<T>(attention_bwd_bwd_q_kernel<T, D, N>, q.size(1), bytes, in, result_view<T>(q_bar));
-      run.start<T>(attention_bwd_bwd_kv_kernel<T, D, N>, k.size(1), bytes, in, result_view<T>(k_bar), result_view<T>(v_bar));
+    const auto start = [&](auto of_keys, auto of_queries) {
+      constexpr int N = decltype(of_keys)::value, N_KV = decltype(of_queries)::value;
+      run.start<T, D>(attention_bwd_bwd_q_kernel<T, D, N>, q.size(1), shared_bytes<T, D, N>(4, 4), in, result_view<T>(q_bar));
+      run.start<T, D>(
+          attention_bwd_bwd_kv_kernel<T, D, N_KV>, k.size(1), shared_bytes<T, D, N_KV>(4, 4), in, result_view<T>(k_bar),
+          result_view<T>(v_bar));
     };
-    constexpr int N = SECOND_COLUMNS<D>;
-    constexpr size_t most = shared_bytes<T, D, N>(4, 4) + 5 * N * sizeof(float);  // with the lines of the pass over queries
+    constexpr int N = SECOND_COLUMNS<T, D>, N_KV = SECOND_COLUMNS_KV<T, D>;
+    constexpr size_t most = shared_bytes<T, D, N>(4, 4) + 5 * ROWS<T> * sizeof(float);  // with numbers per query
     if constexpr (most > SMALLEST_LIMIT) {
-      if (most > shared_limit()) return start(std::integral_constant<int, FEWER_COLUMNS>());
+      using Fewer = std::integral_constant<int, FEWER_COLUMNS>;
+      if (most > shared_limit()) return start(Fewer(), Fewer());
     }
-    start(std::integral_constant<int, N>());
+    start(std::integral_constant<int, N>(), std::integral_constant<int, N_KV>());
   });
   return {q_bar, k_bar, v_bar};
 }

@@ -80,6 +80,9 @@ void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
 void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     int line, float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
     float c0, float c1, float c2, float c3);
+void cp_async_cg_shared_global(int line, uint32_t to, const void* from, uint32_t bytes);
+void cp_async_commit_group(int line);
+void cp_async_wait_group(int line, int groups);
 void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t address);
 void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t address);
 

@@ -46,10 +46,10 @@ def _assembly(source: str) -> str:
         text = match[1].replace("\n", " ")
         template = re.match(r'\s*"([^"]*)"', text)
         assert template, text
-        instruction, operands = template[1].split(" ", 1)
-        values = re.findall(r'"[=+]?[rf]"\(((?:[^()]|\([^()]*\))*)\)', text[template.end() :])
-        arguments = ", ".join(values[int(place)] for place in re.findall(r"%(\d+)", operands))
-        return f"emulator::{re.sub(r'[.:]+', '_', instruction)}(__LINE__, {arguments});" + "\n" * match[0].count("\n")
+        instruction, _, operands = template[1].rstrip(";").partition(" ")
+        values = re.findall(r'"[=+]?[rfln]"\(((?:[^()]|\([^()]*\))*)\)', text[template.end() :])
+        arguments = ", ".join(["__LINE__", *(values[int(place)] for place in re.findall(r"%(\d+)", operands))])
+        return f"emulator::{re.sub(r'[.:]+', '_', instruction)}({arguments});" + "\n" * match[0].count("\n")
 
     return re.sub(r"asm volatile\((.*?)\);", call, source, flags=re.DOTALL)
 

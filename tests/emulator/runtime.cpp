@@ -67,12 +67,20 @@ struct Shadow {
 
 namespace {
 
+// A copy from global to shared memory that has begun.
+struct Copy {
+  uint32_t to;
+  const void* from;
+  uint32_t bytes;  // of 16; the others are zeros
+};
+
 struct Thread {
   void* stack_pointer = nullptr;
   unsigned index = 0;
   const char* waits_for = nullptr;  // null while it runs
   int line = 0;
   bool left = false;
+  std::vector<std::vector<Copy>> groups = {{}};  // of copies on their way, the last of them not yet ended
 };
 
 struct Warp {
@@ -183,6 +191,9 @@ void resume_any();
 
 void fiber() {
   (*state.body)();
+  for (const auto& group : state.current->groups) {
+    if (!group.empty()) fail("leaves the kernel with copies on their way to shared memory");
+  }
   state.current->left = true;
   ++state.left;
   resume_any();
@@ -193,7 +204,7 @@ void make_fiber(unsigned i) {
   *--top = nullptr;                            // the return address of fiber(), which has none
   *--top = reinterpret_cast<void*>(&fiber);    // 16-byte aligned as at a call
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  state.threads[i] = Thread{top, i, nullptr, 0, false};
+  state.threads[i] = Thread{top, i};
 }
 
 // Why nobody can go on.
@@ -540,6 +551,8 @@ void run_block(uint32_t block) {
 
 std::map<std::pair<const void*, int>, size_t> allowed_shared;  // by kernel and device
 
+void access(const void* pointer, size_t bytes, bool write, void* pc);
+
 }  // namespace
 
 void entered(const char* name) {
@@ -615,6 +628,37 @@ void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     int line, float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
     float c0, float c1, float c2, float c3) {
   mma<__nv_bfloat16>("mma.bf16", line, {&d0, &d1, &d2, &d3}, {{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}});
+}
+
+// The bytes arrive no sooner than the thread waits for them; until then nobody may read them.
+void cp_async_cg_shared_global(int line, uint32_t to, const void* from, uint32_t bytes) {
+  const size_t begin = state.dynamic - state.window, size = state.launch->shared;
+  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned: cp.async, line %d", line);
+  if (bytes > 16) fail("cp.async, line %d: %u bytes of 16", line, bytes);
+  if (to < begin || to + 16 > begin + size) {
+    fail("out of bounds: cp.async, line %d, to byte %td of %zu bytes of shared memory", line, static_cast<ptrdiff_t>(to - begin), size);
+  }
+  if (bytes) access(from, bytes, false, __builtin_return_address(0));
+  if (settings.tracking) {
+    access(state.window + to, 16, true, __builtin_return_address(0));
+    for (size_t i = 0; i * GRAIN < 16; ++i) state.shadow[to / GRAIN + i].write.launch = 0;
+  }
+  std::memset(state.window + to, 0xff, 16);
+  state.current->groups.back().push_back({to, from, bytes});
+}
+
+void cp_async_commit_group(int) { state.current->groups.emplace_back(); }
+
+void cp_async_wait_group(int, int groups) {
+  auto& begun = state.current->groups;
+  while (begun.size() > static_cast<size_t>(groups) + 1) {  // the last one has not ended
+    for (const Copy& copy : begun.front()) {
+      std::memset(state.window + copy.to, 0, 16);
+      std::memcpy(state.window + copy.to, copy.from, copy.bytes);
+      if (settings.tracking) check_shared(copy.to, 16, true, 0);
+    }
+    begun.erase(begun.begin());
+  }
 }
 
 void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t address) {
