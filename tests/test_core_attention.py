@@ -115,14 +115,17 @@ LAYOUTS = [heads_outside, tokens_inside, of_a_projection, off_by_one, spread]
 
 
 # queries, keys, head size: all of it fit for 16-byte accesses, or heads, or tokens, or neither
-@pytest.mark.parametrize("sizes", [(32, 40, 16), (33, 75, 24), (32, 40, 10), (17, 49, 9)])
+@pytest.mark.parametrize("sizes", [(16, 40, 16), (33, 75, 24), (16, 40, 10), (17, 49, 9)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("backend", "dtype"), on(torch.float32, torch.float16, backends=["cpp", "cuda"]) + on(torch.float32, backends=["reference", "triton"])
 )
 def test_layouts(core, layout, sizes, dtype):
     """The same bits from the compiled kernels; torch takes other products for other strides, and Triton other tiles."""
-    given = launcher_inputs(2, *sizes[:2], 2, sizes[2], dtype=dtype)
+    shape = 2, *sizes[:2], 2, sizes[2]
+    if not takes(core.backend, shape):
+        pytest.skip("not for this backend")
+    given = launcher_inputs(*shape, dtype=dtype)
     expected = run_launchers(core, **given, scale=0.3, causal=False)
     # Once the tensors that define the layout, once all of them, cotangents too.
     for names in (("q", "k", "v"), given):
