@@ -1,5 +1,5 @@
 """Budgets of what can be counted, and is the same on every machine: FLOPs, operator calls, bytes and launches, of the ops, the encoder's
-score and a training step.
+score and a training step; and of the step of whole configs as a GPU would run it: kernels, bytes, FLOPs, layouts ("gpu").
 
 python -m benchmarks.budgets            # every budget of benchmarks/budgets/counted.csv beside today's figure; no GPU needed
 python -m benchmarks.budgets --write    # today's figures become the budgets
@@ -30,21 +30,22 @@ if not torch.cuda.is_available() or __name__ == "__main__":
 
 from torch import Tensor
 
-from sami_fast import ops, score
+from sami_fast import ops, plan, score
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
+from sami_fast.gpu_step import trace
 from sami_fast.models import Encoder
 from sami_fast.ops.backend import refusal
 
-from .counting import Counts, count
+from .counting import Counts, GPUCounts, count
 from .steps import SCORE_METHODS, Step
 from .table import lines
 
 FILE = Path(__file__).with_name("budgets") / "counted.csv"
 BACKENDS = ("cpp", "triton", "reference")
 VERSION = "torch " + ".".join(torch.__version__.split(".")[:2])
-KINDS = tuple(field.name for field in fields(Counts))
-EXACT = ("convolution_flops", "launches")  # that no version of torch changes
+KINDS = tuple(field.name for counts in (Counts, GPUCounts) for field in fields(counts))
+EXACT = ("convolution_flops", "launches", "matmul_flops", "channels_outside")  # that no version of torch changes
 COLUMNS = ["what", "backend", *KINDS, "made_with"]
 
 Work = Callable[[Callable[[], None]], object]  # a computation as `counting.count` takes it
@@ -275,19 +276,40 @@ def cases() -> Iterator[tuple[str, Work]]:
         yield f"step, {method}", partial(step_gradients, step, method)
 
 
+GPU_CASES = (  # a config, images of one GPU, how the score is differentiated, whether weights lie as they do without DeepSpeed
+    ("disks", 64, "reverse", True),
+    ("disks", 64, "sweeps", True),
+    ("disks", 64, "dual", True),
+    ("sprites", 64, "sweeps", True),
+    ("celeba64", 64, "sweeps", True),
+    ("celeba64", 64, "sweeps", False),
+)
+
+
+def gpu_step_row(name: str, images: int, method: str, laid_out: bool) -> Row:
+    """The step of a config that comes with the package."""
+    config = load_config(name, ["data.path=celeba"] if name == "celeba64" else [])
+    shape = plan.image_shape_of(config)
+    step = trace(config, plan.networks_of(config, shape), shape, images, method, laid_out)
+    what = f"step of {name}, {images} images, {method}" + ("" if laid_out else ", weights from DeepSpeed")
+    return Row(what, "gpu", asdict(GPUCounts.of(step)))
+
+
 def row(what: str, backend: str, work: Work) -> Row:
     return Row(what, backend, {kind: value for kind, value in asdict(count(work, backend)).items() if value is not None})
 
 
 def refusals() -> dict[str, str]:
     """Why a backend cannot be counted here, for those that cannot."""
-    return {name: reason for name in BACKENDS if (reason := refusal(name, "cpu", torch.float32)) is not None}
+    missing = {name: reason for name in BACKENDS if (reason := refusal(name, "cpu", torch.float32)) is not None}
+    return missing | ({"gpu": missing["triton"]} if "triton" in missing else {})
 
 
 def measure() -> list[Row]:
     """Today's figures, of the backends that are there."""
     missing = refusals()
-    return [row(what, name, work) for what, work in cases() for name in BACKENDS if name not in missing]
+    found = [row(what, name, work) for what, work in cases() for name in BACKENDS if name not in missing]
+    return found + [gpu_step_row(*case) for case in GPU_CASES if "gpu" not in missing]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,12 @@
-"""What can be counted of a computation and is the same on every machine: operator calls, FLOPs, bytes of tensors, launches of Triton."""
+"""What can be counted of a computation and is the same on every machine: operator calls, FLOPs, bytes of tensors, launches of Triton;
+and a step as a GPU would run it."""
 
 import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import finalize
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sami_fast import ops
+from sami_fast.gpu_step import Step
 
 aten = torch.ops.aten
 
@@ -118,6 +120,39 @@ class Counts:
     kept_bytes: int
     peak_bytes: int
     launches: int | None
+
+
+@dataclass(frozen=True)
+class GPUCounts:
+    """Of one training step as a GPU would run it (`sami_fast.gpu_step`): forward, score, backward and update.
+
+    Attributes:
+        kernels: That the host starts.
+        views: Calls of operators that start none.
+        moved_bytes: That the kernels read and write, each once.
+        matmul_flops: Of convolutions, matrix products and attention.
+        channels_outside: Convolutions whose images do not lie channels-last.
+        relaid: Copies for the sake of another layout.
+    """
+
+    kernels: int
+    views: int
+    moved_bytes: int
+    matmul_flops: int
+    channels_outside: int
+    relaid: int
+
+    @classmethod
+    def of(cls, step: Step) -> Self:
+        micro, update = step.micro, step.update
+        return cls(
+            kernels=len(micro.kernels) + len(update.kernels),
+            views=micro.views + update.views,
+            moved_bytes=micro.bytes + update.bytes,
+            matmul_flops=micro.flops,
+            channels_outside=micro.channels_outside,
+            relaid=len(micro.relaid) + len(update.relaid),
+        )
 
 
 def count(work: Callable[[Callable[[], None]], object], backend: str) -> Counts:

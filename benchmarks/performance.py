@@ -95,6 +95,19 @@ def cold(rows: Sequence[Row]) -> str:
     return page_table([row for row in compiled if not row.get("from_cache")], columns)
 
 
+def score(rows: Sequence[Row]) -> str:
+    """The ways to differentiate the encoder's score, within a step."""
+    columns: Columns = {
+        "what": ("op", ""),
+        "shape": (lambda row: shape_label(row["shape"]), ""),
+        "who": ("implementation", ""),
+        "to": ("baseline", ""),
+        "ratio (20 to 80 %)": (_ratio, ""),
+        "MiB": (peak_mebibytes, ""),
+    }
+    return page_table(rows, columns)
+
+
 def repeats() -> str:
     """How many ratios of two runs agree."""
     columns: Columns = {
@@ -116,6 +129,9 @@ def generated(name: str) -> str:
     if name == "foreign":
         rows = committed("foreign.jsonl")
         return f"{where(rows)}\n\n{networks(rows)}"
+    if name == "score":
+        rows = committed("score.jsonl")
+        return f"{where(rows)}\n\n{score(rows)}"
     if name not in BLOCKS:
-        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats', 'foreign'])}")
+        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats', 'foreign', 'score'])}")
     return BLOCKS[name](committed("cpu.jsonl"))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from sami_fast import plan
 from sami_fast.cli.plan import _lines
@@ -56,7 +57,7 @@ def config_of(name: str) -> Iterator[Config]:
 def row_of(name: str) -> Row:
     """The plan of a config as a row: `sami-fast plan --json`, and its address."""
     with config_of(name) as config:
-        found = plan.facts(plan.plan(config, list(GPUS), GPU, plan.MFU))
+        found = plan.facts(plan.plan(config, list(GPUS), GPU))
     command = f"sami-fast plan {name} {CONFIGS[name]} --gpus {' '.join(map(str, GPUS))}"
     return found | address(describe(), command, str(datetime.now(UTC).date()))
 
@@ -70,19 +71,24 @@ def generated(name: str) -> str:
 def plan_of(row: Row) -> plan.Plan:
     """The plan that a row was written from, less the sizes of single parameters."""
     networks = {name: plan.Network(**network, sizes=()) for name, network in row["counted"]["networks"].items()}
-    memories = [{key: value for key, value in estimate["memory"].items() if key != "gpu"} for estimate in row["estimated"]]
-    rows = [plan.Row(**estimate | {"memory": plan.Memory(**memory)}) for estimate, memory in zip(row["estimated"], memories, strict=True)]
+    rows = [_estimate(**estimate) for estimate in row["estimated"]]
     return plan.Plan(
         config=load_config(row["config"], [CONFIGS[row["config"]]]),
         image_shape=tuple(row["image_shape"]),
         gpu=row["assumed"]["gpu"],
-        mfu=row["assumed"]["mfu"],
+        mfu=row["assumed"].get("mfu"),
         networks=networks,
         method=row["score"],
         flops=row["counted"]["flops_per_step"],
         rows=tuple(rows),
         unsplit=tuple(row["batch_does_not_split_over"]),
     )
+
+
+def _estimate(memory: Row, busy: Row | None, bound: str, **others: Any) -> plan.Row:
+    """What follows from other figures of a row, the memory's total and the bound, is left out."""
+    held = plan.Memory(**{key: value for key, value in memory.items() if key != "gpu"})
+    return plan.Row(memory=held, busy=busy and plan.Busy(**busy | {"host": tuple(busy["host"])}), **others)
 
 
 def main() -> None:

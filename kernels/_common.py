@@ -30,6 +30,11 @@ class Launch:
 _state = threading.local()  # per thread: a backward pass on another thread still runs its kernels
 
 
+def takes_cpu_tensors() -> bool:
+    """Whether launchers can be called with tensors that no GPU holds: interpreted, or while launches are recorded."""
+    return INTERPRETED or getattr(_state, "record", None) is not None
+
+
 @contextmanager
 def recording(note: Callable[[Launch], Any] = lambda launch: launch) -> Iterator[list[Any]]:
     """Collects this thread's launches, or what `note` makes of each, instead of running them; launchers may then be called with meta or

@@ -527,14 +527,18 @@ def _aligned(value: Tensor) -> Tensor:
     return value.clone() if value.storage_offset() * value.element_size() % 16 else value
 
 
+def _channels_together(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.movedim(1, -1).is_contiguous()
+
+
 def _dense(x: Tensor) -> Tensor:
     """x itself where channels or positions lie together, else a contiguous copy."""
-    return _aligned(x) if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return _aligned(x) if x.is_contiguous() or _channels_together(x) else x.contiguous()
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """value in the dtype and the layout of x, which is dense."""
-    if value.dtype == x.dtype and (value.is_contiguous() if x.is_contiguous() else value.movedim(1, -1).is_contiguous()):
+    if value.dtype == x.dtype and (value.is_contiguous() if x.is_contiguous() else _channels_together(value)):
         return _aligned(value)
     return torch.empty_like(x).copy_(value)
 

@@ -461,6 +461,8 @@ class EngineConfig(Section):
     compile: str = setting("none", "torch.compile: the denoiser, or the step around both networks with score dual", one_of(*COMPILE))
     cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs; on a GPU")
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
+    tf32: bool = setting(False, "float32 convolutions and matmuls in TF32, 10 bits of mantissa for 23; on NVIDIA GPUs from A100 on")
+    deterministic: bool = setting(True, "the same convolution algorithms every time; false takes the fastest of each; on a GPU")
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
     score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*SCORE_METHODS))
     store_eps: bool = setting(True, "keep the noise from noising to loss; false draws it twice: 4 bytes per noisy pixel less")
@@ -568,6 +570,8 @@ class Config(Section):
             raise UserError(
                 f"engine.zero_stage: expected at most {can.max_zero_stage} with method {self.method}, found {engine.zero_stage}"
             )
+        if engine.tf32 and engine.precision == "bf16":
+            raise UserError("engine.tf32: true is for engine.precision fp32, found bf16, whose convolutions and matmuls are 16 bits wide")
         dual = engine.score in ("auto", "dual") and self.own_encoder  # can be the way to differentiate the score
         if engine.zero_stage == engine.encoder_zero_stage == 3 and not dual:
             raise UserError("engine.encoder_zero_stage: 3 needs engine.score auto or dual, encoder.start fresh and no encoder.class")

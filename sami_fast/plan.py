@@ -1,15 +1,18 @@
 """What a run will cost, before anything runs: parameters, FLOPs, memory of a GPU, bytes sent between GPUs, time.
 
-Parameters, FLOPs and the bytes kept for the backward pass are counted, by running the networks on tensors that have a shape and no data.
+Parameters, FLOPs and the bytes kept for the backward pass are counted, by running the networks on tensors that have a shape and no data;
+so are the kernels of a step, with what each reads, writes and multiplies (gpu_step.py).
 All else is estimated from these counts and from what DeepSpeed 0.19 does at each ZeRO stage. No GPU is used, and the times have not been
 compared with a real one. Without the compiled core attention is counted as plain torch computes it: that keeps more than a GPU's kernels.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from . import score
+from . import gpu_step, score
 from .config import Config, bucket_elements
 from .data import open_dataset
 from .errors import UserError
@@ -33,7 +36,11 @@ from .methods.registry import METHODS
 
 FLOAT = 4  # bytes of a float32; weights, gradients, moments and averages are kept in no other type
 STAGES = (0, 1, 2, 3)  # of ZeRO
-MFU = 0.25  # assumed: FLOPs of a step / (its seconds * the GPU's peak), so time spent in norms and on memory lowers it
+PEAK_SHARE = 0.45  # assumed share of the GPU's peak that a convolution or matrix product reaches
+BANDWIDTH_SHARE = 0.8  # assumed share of its memory's bandwidth that a kernel reaches
+KERNEL = 2.5e-6  # seconds that a kernel takes at least
+HOST = (8e-6, 12e-6)  # seconds of the host for each kernel that it starts, from a fast processor to a slow one
+MFU = 0.25  # assumed where kernels cannot be counted: FLOPs of a step / (its seconds * the GPU's peak)
 LINK_SHARE = 0.7  # assumed share of a link's bandwidth that collectives reach
 USABLE = 0.9  # share of a GPU's memory that tensors may take; driver, libraries and gaps between tensors take the rest
 
@@ -43,16 +50,17 @@ class GPU:
     """A vendor's published figures for one GPU: dense arithmetic, and links in one direction (vendors advertise both added up)."""
 
     memory: float  # GB
+    bandwidth: float  # TB/s of that memory
     bf16: float  # TFLOP/s of the tensor cores
-    tf32: float  # TFLOP/s of the tensor cores; unused, since the engine computes float32 in full precision
+    tf32: float  # TFLOP/s of the tensor cores, for float32 with engine.tf32
     fp32: float  # TFLOP/s outside the tensor cores
     nvlink: float  # GB/s
     network: float  # GB/s of the adapter beside each GPU
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s that convolutions and matrix products can reach."""
-        return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
+        """FLOP/s that convolutions and matrix products can reach. `precision`: "bf16", "tf32" or "fp32"."""
+        return 1e12 * getattr(self, precision)
 
     def link(self, ranks: int) -> float:
         """Bytes per second of a ring: NVLink's or, between machines, those of all adapters of a machine together, if that is less."""
@@ -61,10 +69,10 @@ class GPU:
 
 PER_MACHINE = 8  # GPUs of one machine, joined by NVLink, one network adapter beside each
 GPUS = {
-    "a100-80": GPU(80, 312, 156, 19.5, 300, 25, "NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU"),
-    "h100-sxm": GPU(80, 989, 494, 67, 450, 50, "NVIDIA H100 SXM data sheet; DGX H100: 400 Gb/s per GPU"),
-    "h200": GPU(141, 989, 494, 67, 450, 50, "NVIDIA H200 SXM data sheet; DGX H200: 400 Gb/s per GPU"),
-    "b200": GPU(180, 2250, 1100, 80, 900, 50, "NVIDIA Blackwell architecture brief, HGX B200; DGX B200: 180 GB and 400 Gb/s per GPU"),
+    "a100-80": GPU(80, 2.039, 312, 156, 19.5, 300, 25, "NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU"),
+    "h100-sxm": GPU(80, 3.35, 989, 494, 67, 450, 50, "NVIDIA H100 SXM data sheet; DGX H100: 400 Gb/s per GPU"),
+    "h200": GPU(141, 4.8, 989, 494, 67, 450, 50, "NVIDIA H200 SXM data sheet; DGX H200: 400 Gb/s per GPU"),
+    "b200": GPU(180, 8, 2250, 1100, 80, 900, 50, "NVIDIA Blackwell architecture brief, HGX B200; DGX B200: 180 GB and 400 Gb/s per GPU"),
 }
 
 
@@ -272,15 +280,16 @@ PASSES = {
     # 8F: forward and gradient (1 inputs) for the value; forward (2) and backward (2 inputs, 2 weights) of value and tangent for the rest
     "dual": Passes(3, 3, 2, 2, 42),
 }
-# At its fullest the score holds so many times `Network.kept`: for the image, adjoint and tangent; image and tangent; image and adjoint.
-KEPT_BY_SCORE = {"sweeps": 3, "dual": 2, "reverse": 2}
+# At its fullest the score holds so many times `Network.kept`, by each method: for the image; and for the adjoint, or the tangent, which
+# in the sweeps takes the adjoint's place.
+KEPT_BY_SCORE = 2
 
 
 def step_flops(config: Config, encoder: Network, partner: Network, method: str) -> dict[str, float]:
     """FLOPs of one optimiser step in which both networks learn, over all ranks, by part.
 
     Args:
-        method: How the score is differentiated, one of `KEPT_BY_SCORE`.
+        method: How the score is differentiated, sweeps, reverse or dual.
     """
     kind, images = METHODS[config.method], config.train.batch_size
     copies = images * noisy_copies(config)
@@ -377,14 +386,14 @@ def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -
 REUSE = 1_000_000_000  # elements; DeepSpeed's stage3_max_reuse_distance
 
 
-def activations(config: Config, encoder: Network, partner: Network, method: str, images: int) -> float:
+def activations(config: Config, encoder: Network, partner: Network, images: int) -> float:
     """Bytes of one micro-batch on one rank when the most is alive. A diffusers network keeps more in bf16: its norms stay float32.
 
     Args:
         images: Of the micro-batch on this rank.
     """
     # The score is taken after the denoiser's forward, when all that its backward needs is kept, and is done with before that backward.
-    guided = KEPT_BY_SCORE[method] * encoder.kept if METHODS[config.method].guides else 0
+    guided = KEPT_BY_SCORE * encoder.kept if METHODS[config.method].guides else 0
     noisy = max(partner.kept + guided, partner.peak) if partner.trained else max(partner.passing, guided)
     per_image = encoder.kept + noisy_copies(config) * noisy
     if config.engine.precision == "fp32":
@@ -412,6 +421,58 @@ def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) ->
     return reduced + (around * gradients if stage else 0)
 
 
+# ---- time of one GPU, and the host's
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A step on one GPU without compiled parts, and what starts its kernels.
+
+    Attributes:
+        kernels: Of the step, all micro-batches and the update.
+        bytes: That they read and write, each kernel once.
+        matmul, memory, starts: Seconds of the kernels that the arithmetic, the memory, or nothing but their number bounds.
+        host: Seconds that a fast and a slow processor need to start them all; 0 where CUDA graphs replay them.
+    """
+
+    kernels: int
+    bytes: float
+    matmul: float
+    memory: float
+    starts: float
+    host: tuple[float, float]
+
+    @property
+    def gpu(self) -> float:
+        return self.matmul + self.memory + self.starts
+
+
+def busy(step: gpu_step.Step, config: Config, gpu: GPU, images: int) -> Busy:
+    """From the kernels of a step of `gpu_step.PRIME` images, for another number of them in each micro-batch."""
+    precision = "bf16" if config.engine.precision == "bf16" else "tf32" if config.engine.tf32 else "fp32"
+    multiplied, moved = PEAK_SHARE * gpu.peak(precision), BANDWIDTH_SHARE * 1e12 * gpu.bandwidth
+    seconds, total, count = {"matmul": 0.0, "memory": 0.0, "kernels": 0.0}, 0.0, 0
+    for part, times, scale in ((step.micro, config.engine.gradient_accumulation, images / gpu_step.PRIME), (step.update, 1, 1.0)):
+        count += times * len(part.kernels)
+        for kernel in part.kernels:
+            size = kernel.fixed + scale * (kernel.bytes - kernel.fixed)
+            taken = {"matmul": scale * kernel.flops / multiplied, "memory": size / moved, "kernels": KERNEL}
+            bound = max(taken, key=lambda name: taken[name])
+            seconds[bound] += times * taken[bound]
+            total += times * size
+    low, high = (0.0 if config.engine.cuda_graphs and config.engine.compile != "denoiser" else count * each for each in HOST)
+    return Busy(count, total, seconds["matmul"], seconds["memory"], seconds["kernels"], (low, high))
+
+
+BOUNDS = {  # what a step takes its time for, and what to do about it
+    "matmul": "the GPU multiplies most of the time: more GPUs, or one with a higher peak",
+    "memory": "the GPU moves data most of the time: engine.precision bf16 halves that, where it is not set yet",
+    "kernels": "the GPU's kernels are too small to fill it: more images a GPU",
+    "host": "the GPU waits for the program that starts its kernels: engine.cuda_graphs replays them without it; or more images a GPU",
+    "links": "the GPUs wait for each other's gradients: fewer GPUs, or more images on each",
+}
+
+
 # ---- the plan
 
 
@@ -424,6 +485,7 @@ class Row:
         memory, fits: Of one GPU, and whether it has that much; an estimate, as all that follows.
         sent: Bytes that a GPU sends in a step.
         compute, transfer: Seconds of a step for either. They may overlap, so that a step takes from the larger of them to their sum.
+        busy: Where `compute` comes from; None where it follows from FLOPs and `Plan.mfu`.
     """
 
     gpus: int
@@ -434,6 +496,25 @@ class Row:
     sent: float
     compute: float
     transfer: float
+    busy: Busy | None = None
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """Seconds, at best and at worst."""
+        low, high = self.busy.host if self.busy else (0.0, 0.0)
+        return max(self.compute, low, self.transfer), max(self.compute, high) + self.transfer
+
+    @property
+    def bound(self) -> str:
+        """What decides that, a name in `BOUNDS`; empty where it is not known."""
+        if self.busy is None:
+            return ""
+        if sum(self.busy.host) / 2 > max(self.compute, self.transfer):
+            return "host"
+        if self.transfer > self.compute:
+            return "links"
+        seconds = {"matmul": self.busy.matmul, "memory": self.busy.memory, "kernels": self.busy.starts}
+        return max(seconds, key=lambda name: seconds[name])
 
 
 @dataclass(frozen=True)
@@ -445,12 +526,13 @@ class Plan:
         method: How the score is differentiated.
         flops: Of one step over all GPUs, by part of the step.
         unsplit: Numbers of GPUs that the batch cannot be split over.
+        mfu: Assumed share of the peak; None where kernels were counted instead.
     """
 
     config: Config
     image_shape: tuple[int, int, int]
     gpu: str
-    mfu: float
+    mfu: float | None
     networks: dict[str, Network]
     method: str
     flops: dict[str, float]
@@ -474,13 +556,14 @@ def image_shape_of(config: Config) -> tuple[int, int, int]:
     return (data.channels, data.image_size, data.image_size)
 
 
-def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: float = MFU) -> Plan:
+def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: float | None = None) -> Plan:
     """What a run of this config costs.
 
     Args:
         counts: Numbers of GPUs; each is planned at every ZeRO stage that the method can run at.
         gpu: A name in `GPUS`.
-        mfu: Assumed share of the GPU's peak.
+        mfu: Assumed share of the GPU's peak, for times from FLOPs alone; None for times from the kernels of a step, where they can be
+            counted: that takes Triton, and networks of ours or diffusers'.
     Raises:
         UserError: unknown GPU; as `image_shape_of` and `build_model`.
     """
@@ -494,6 +577,13 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
         method = "dual" if config.engine.compile == "step" else score.pick(model.encoder, config.engine.score)
     except TypeError as error:
         raise UserError(f"engine.{error}") from None
+    if mfu is None and not can_trace(config):
+        mfu = MFU
+    traced = cache(partial(gpu_step.trace, config, model, image_shape, gpu_step.PRIME))
+
+    def taken(method: str, images: int, alone: bool) -> Busy | None:
+        return None if mfu is not None else busy(traced(method, alone), config, GPUS[gpu], images)
+
     rows, unsplit = [], []
     for ranks in counts:
         pieces = ranks * config.engine.gradient_accumulation
@@ -502,18 +592,41 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
             continue
         images = config.train.batch_size // pieces
         for stage in STAGES[: config.capabilities.max_zero_stage + 1]:
-            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, ranks, stage, images))
+            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images))
     flops = step_flops(config, encoder, partner, method)
     networks = {"encoder": encoder, model.partner: partner}
     return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit))
 
 
-def _row(config: Config, encoder: Network, partner: Network, method: str, gpu: GPU, mfu: float, ranks: int, stage: int, images: int) -> Row:
+def can_trace(config: Config) -> bool:
+    """Whether the kernels of a step can be counted here."""
+    own = config.encoder.class_ or config.denoiser.class_
+    return not own and find_spec("triton") is not None
+
+
+def _row(
+    config: Config,
+    encoder: Network,
+    partner: Network,
+    method: str,
+    gpu: GPU,
+    mfu: float | None,
+    taken: Callable[[str, int, bool], Busy | None],
+    ranks: int,
+    stage: int,
+    images: int,
+) -> Row:
     # At stage 3 each network has an engine of its own, the encoder's at its own stage; if that is 3 too, its score has to be taken by dual.
     engines = [([encoder, partner], stage)] if stage < 3 else [([encoder], config.engine.encoder_zero_stage), ([partner], 3)]
     if stage == 3 and config.engine.encoder_zero_stage == 3:
         method = "dual"
-    alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, method, images))
+    # DeepSpeed, which several ranks and ZeRO need, lays weights out as it finds them in a file.
+    if (kernels := taken(method, images, ranks == 1 and stage == 0)) is not None:
+        compute = kernels.gpu
+    else:
+        flops = sum(step_flops(config, encoder, partner, method).values())
+        compute = flops / ranks / ((mfu or MFU) * gpu.peak(config.engine.precision))
+    alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, images))
     sent = 0.0
     for networks, own_stage in engines:
         alive += state(networks, config, own_stage, ranks)
@@ -525,22 +638,25 @@ def _row(config: Config, encoder: Network, partner: Network, method: str, gpu: G
         memory=alive,
         fits=alive.gpu <= USABLE * 1e9 * gpu.memory,
         sent=sent,
-        compute=sum(step_flops(config, encoder, partner, method).values()) / ranks / (mfu * gpu.peak(config.engine.precision)),
+        compute=compute,
         transfer=sent / gpu.link(ranks),
+        busy=kernels,
     )
 
 
 def facts(found: Plan) -> dict[str, Any]:
     """The plan as plain values, for JSON. Bytes, seconds, FLOPs."""
     networks = {name: {key: value for key, value in asdict(n).items() if key != "sizes"} for name, n in found.networks.items()}
-    rows = [asdict(row) | {"memory": asdict(row.memory) | {"gpu": row.memory.gpu}} for row in found.rows]
+    rows = [asdict(row) | {"memory": asdict(row.memory) | {"gpu": row.memory.gpu}, "bound": row.bound} for row in found.rows]
+    shares = {"peak_share": PEAK_SHARE, "bandwidth_share": BANDWIDTH_SHARE, "kernel_seconds": KERNEL, "host_seconds": list(HOST)}
+    assumed = shares if found.mfu is None else {"mfu": found.mfu}
     return {
         "config": found.config.name,
         "image_shape": list(found.image_shape),
         "batch_size": found.config.train.batch_size,
         "score": found.method,
         "counted": {"networks": networks, "flops_per_step": found.flops},
-        "assumed": {"gpu": found.gpu, **asdict(GPUS[found.gpu]), "mfu": found.mfu, "link_share": LINK_SHARE, "usable_memory": USABLE},
+        "assumed": {"gpu": found.gpu, **asdict(GPUS[found.gpu]), **assumed, "link_share": LINK_SHARE, "usable_memory": USABLE},
         "estimated": rows,
         "batch_does_not_split_over": list(found.unsplit),
     }

@@ -1,11 +1,12 @@
 """grad_x log q(z|x_t), the encoder's own score, and its gradients: the one place where an inner gradient is taken.
 
     reverse   autograd, twice; any encoder                                                            6F
-    sweeps    four passes written out, no double backward; encoders made of the layers of sweeps.py  6F, the least memory and time
+    sweeps    four passes written out, no double backward; encoders made of the layers of sweeps.py  6F, least memory in a step
     dual      the score as a constant, and its gradient through dual numbers: autograd once, so it    8F
               compiles as one graph and works where parameters are partitioned
 
-F is the cost of the encoder's convolutions. All three give the same gradients. With v = dL/dg what arrives for the score g,
+F is the cost of the encoder's convolutions. All three give the same gradients; what they take within a step stands in docs/performance.md.
+With v = dL/dg what arrives for the score g,
 
     dL/dphi = d/dphi <v, g>,    <v, g> = D_v log q = sum_Z [ lambda_mu mu' + lambda_var var' ],
 

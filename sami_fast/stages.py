@@ -57,7 +57,7 @@ def lasting_settings(config: Config, dataset: Dataset, denoiser: str) -> dict[st
     settings = settings_of(config)
     for key in ("name", "runs_dir", "log", "checkpoint", "report"):
         del settings[key]
-    settings["engine"] = {key: settings["engine"][key] for key in ("precision", "score", "store_eps")}
+    settings["engine"] = {key: settings["engine"][key] for key in ("precision", "tf32", "score", "store_eps")}
     for key in ("decoder", "workers", "cache_dir", "cache_gib", "max_bad"):
         del settings["data"][key]
     del settings["train"]["on_collapse"], settings["data"]["labels"]  # what labels say of the split is in the fingerprint

@@ -125,17 +125,17 @@ class Conv2d(nn.Conv2d, Layer[Tensor]):
         return self._backward(grad_y, note.x, note.weight, (True, False, False))[0]
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
-        note = tape.note(self, tx=tape.cast(tx, self.weight))
-        return self._conv(note.tx, note.weight, None)
+        note = tape.note(self)
+        tx = tape.cast(tx, self.weight)
+        if self.weight.requires_grad:  # this half of its gradient asks for nothing of the joint sweep: neither tensor waits for it
+            tape.add(self.weight, self._backward(note.grad_y, tx, note.weight, (False, True, False))[1])
+        del note.grad_y
+        return self._conv(tx, note.weight, None)
 
     def sweep_joint(self, y_bar: Tensor, tape: Tape, need_input: bool = True) -> Tensor | None:
         note = tape.take(self)
-        learns = self.weight.requires_grad
-        x_bar, weight_bar, bias_bar = self._backward(
-            y_bar, note.x, note.weight, (need_input, learns, self.bias is not None and self.bias.requires_grad)
-        )
-        if learns:
-            weight_bar += self._backward(note.grad_y, note.tx, note.weight, (False, True, False))[1]
+        mask = (need_input, self.weight.requires_grad, self.bias is not None and self.bias.requires_grad)
+        x_bar, weight_bar, bias_bar = self._backward(y_bar, note.x, note.weight, mask)
         tape.add(self.weight, weight_bar)
         tape.add(self.bias, bias_bar)
         return x_bar

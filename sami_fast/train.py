@@ -42,7 +42,7 @@ from sami_fast.engine.bank import Bank
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
 from sami_fast.engine.memory import enough_memory
-from sami_fast.engine.processes import end_run, init_distributed, leave_distributed, lost_rank, on_chief, set_threads
+from sami_fast.engine.processes import end_run, init_distributed, leave_distributed, lost_rank, on_chief, set_arithmetic, set_threads
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.environment import describe, speaks, whole_number
 from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
@@ -144,6 +144,7 @@ class Trainer:
     ) -> None:
         self.rank, self.world_size, self.device = init_distributed(config.engine.patience)
         set_threads(config.engine.threads)
+        set_arithmetic(config.engine.tf32, config.engine.deterministic)
         ops.check_backend(self.device.type)
         self.chief = self.rank == 0
         config, self.dataset = stages.with_data(config)
@@ -594,6 +595,7 @@ def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
     """Join the other ranks, and `stages.with_data`; also this rank's device."""
     *_, device = init_distributed(config.engine.patience)
     set_threads(config.engine.threads)
+    set_arithmetic(config.engine.tf32, config.engine.deterministic)
     return *stages.with_data(config), device
 
 

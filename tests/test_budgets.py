@@ -150,6 +150,17 @@ def test_an_extra_launch(what: str, monkeypatch: pytest.MonkeyPatch):
     assert new > old
 
 
+@needs_interpreter
+def test_an_image_that_lies_otherwise(monkeypatch: pytest.MonkeyPatch):
+    """A network whose door leaves an image as it came: on a GPU all its convolutions would follow."""
+    monkeypatch.setattr("sami_fast.models.denoiser.for_convolutions", lambda x: x)
+    monkeypatch.setattr("sami_fast.gpu_step.lay_out_weights", lambda network: None)
+    budget, found = budget_of("step of disks, 64 images, sweeps", "gpu"), budgets.gpu_step_row("disks", 64, "sweeps", True)
+    said = faults(budget, found)
+    assert f"{found}: channels_outside 0 -> {found.figures['channels_outside']}" in said
+    assert found.figures["channels_outside"] > 30
+
+
 @needs_core
 def test_an_operator_inside_an_operator(monkeypatch: pytest.MonkeyPatch):
     """What our operators and the core call is counted too."""
@@ -174,7 +185,7 @@ def test_what_is_written_is_read(tmp_path: Path):
     rows = [replace(A, what="c, 90"), A, replace(A, what="b", figures={"peak_bytes": 0})]
     budgets.write(tmp_path / "x.csv", rows)
     assert budgets.read(tmp_path / "x.csv") == [rows[1], rows[2], rows[0]]
-    assert (tmp_path / "x.csv").read_text().splitlines()[:2] == [",".join(COLUMNS), "a,cpp,0,3,64,64,1,torch 2.13"]
+    assert (tmp_path / "x.csv").read_text().splitlines()[:2] == [",".join(COLUMNS), "a,cpp,0,3,64,64,1,,,,,,,torch 2.13"]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,8 @@ def test_another_version():
     other = replace(changed(A, peak_bytes=100), version="torch 2.12")
     verdict = compare([A], [other], "write")
     assert verdict.faults == []
-    said = "1 budgets were made with torch 2.13, and here is torch 2.12: nothing but convolution_flops, launches is compared"
+    kept = "convolution_flops, launches, matmul_flops, channels_outside"
+    said = f"1 budgets were made with torch 2.13, and here is torch 2.12: nothing but {kept} is compared"
     assert verdict.notes == [said]
     assert compare([A], [changed(other, launches=5)], "write").faults == ["a, cpp: launches 1 -> 5"]
 
@@ -222,9 +234,9 @@ TITLES = ",".join(COLUMNS)
 MALFORMED = {
     "": f"expected the columns {TITLES}, found none",
     "what,calls\n": f"expected the columns {TITLES}, found what,calls",
-    f"{TITLES}\na,cpp,3\n": "line 2: expected 8 cells, found 3",
-    f"{TITLES}\na,cpp,1,3,-1,1,,x\n": "line 2: kept_bytes: expected a whole number or nothing, found '-1'",
-    f"{TITLES}\na,cpp,1,3,1,1,,x\na,cpp,1,3,1,1,,x\n": "line 3: a second line for a, cpp",
+    f"{TITLES}\na,cpp,3\n": "line 2: expected 14 cells, found 3",
+    f"{TITLES}\na,cpp,1,3,-1,1,,,,,,,,x\n": "line 2: kept_bytes: expected a whole number or nothing, found '-1'",
+    f"{TITLES}\na,cpp,1,3,1,1,,,,,,,,x\na,cpp,1,3,1,1,,,,,,,,x\n": "line 3: a second line for a, cpp",
     f'{TITLES}\n"a': "no table of budgets can be read from it",
 }
 

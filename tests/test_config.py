@@ -180,6 +180,7 @@ SETTING_ERRORS = [
     (["objective.weighting=snr"], "objective.weighting: expected one of elbo", "'snr'"),
     (["engine.zero_stage=4"], "engine.zero_stage: expected 0, 1, 2 or 3", "found 4"),
     (["engine.precision=fp16"], "engine.precision: expected one of fp32, bf16", "'fp16'"),
+    (["engine.tf32=true", "engine.precision=bf16"], "engine.tf32: true is for engine.precision fp32, found bf16", ""),
     (["name=a/b"], "name: expected a plain folder name", "'a/b'"),
     (["name=.."], "name: expected a plain folder name", "'..'"),
     (["schedule.logsnr_min=6"], "schedule.logsnr_min: expected less than logsnr_max = 5", "found 6"),

@@ -11,6 +11,8 @@ from helpers import KERNELS, assert_same_gradients, gradients, normal
 from torch import Tensor, nn
 
 from sami_fast import ops
+from sami_fast.config import load_config
+from sami_fast.methods.build import build_model
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.schedule import UniformLogsnr
 from sami_fast.step import Draw, Objective, training_step
@@ -47,6 +49,20 @@ def step(
     with ops.use_backend(backend), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         loss, _ = training_step(encoder, denoiser, SCHEDULE, x_0, draw, objective, 0.5, score_method=method, **settings)
     return loss.detach(), gradients(loss, encoder, denoiser)
+
+
+def test_a_model_lies_channels_last():
+    """Weights as soon as the model is moved, and from the image on the results of every convolution."""
+    model = build_model(load_config(None, ["data.channels=3", "data.image_size=16"]), (3, 16, 16)).cuda()
+    layouts = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.stride(1) == 1, name
+            layer.register_forward_hook(lambda *args, name=name: layouts.__setitem__(name, args[-1].stride(1)))
+    x = normal(4, 3, 16, 16).cuda()
+    model.encoder(x)
+    model.denoiser(x, torch.full((4,), 0.5, device="cuda"))
+    assert set(layouts.values()) == {1}
 
 
 @pytest.mark.parametrize("store_eps", [True, False])

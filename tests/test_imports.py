@@ -54,7 +54,8 @@ ALLOWED = {
     "engine": {"config", "environment", "errors", "files", "methods", "saved", "step"},
     "budget": {"config", "data", "errors", "step"},
     "stages": {"config", "data", "engine", "errors", "methods", "named"},
-    "plan": {"config", "data", "errors", "methods", "score"},
+    "gpu_step": {"config", "kernels", "methods", "models", "ops", "step"},
+    "plan": {"config", "data", "errors", "gpu_step", "methods", "score"},
     "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
     "evaluation": {"config", "data", "errors", "files", "methods", "metrics"},

@@ -145,7 +145,7 @@ def test_activations_grow_as_planned(overrides, wide):
         step = real_step(load_config(None, [*SMALL, *wider, *overrides, f"train.batch_size={batch}"]), method)
         step()
         peaks.append(peak_bytes(step))
-    assert plan.activations(config, encoder, partner, method, 1) == pytest.approx((peaks[1] - peaks[0]) / 8, rel=0.12)
+    assert plan.activations(config, encoder, partner, 1) == pytest.approx((peaks[1] - peaks[0]) / 8, rel=0.12)
 
 
 def test_bf16_halves_activations_and_nothing_else():
@@ -313,7 +313,14 @@ def test_the_command_prints_a_table(capsys):
     assert status == 0
     rows = [line.split() for line in text.splitlines() if line[:8].strip().isdecimal()]
     assert [row[:3] for row in rows] == [[str(n), str(stage), str(128 // n)] for n in (1, 64) for stage in range(4)]
-    for part in ("0.51 M parameters", "score sweeps", "assumed: 25%", "a100-80", "128 images do not split over 100 GPUs"):
+    for part in (
+        "0.51 M parameters",
+        "score sweeps",
+        "assumed: 45%",
+        "80% of 2.039 TB/s",
+        "a100-80",
+        "128 images do not split over 100 GPUs",
+    ):
         assert part in text
 
 
@@ -322,6 +329,7 @@ def test_the_command_prints_json(capsys):
     found = json.loads(text)
     assert status == 0
     assert found["assumed"]["mfu"] == 0.5
+    assert {(row["busy"], row["bound"]) for row in found["estimated"]} == {(None, "")}
     assert [row["stage"] for row in found["estimated"]] == [0, 1, 2, 3]
     memory = found["estimated"][1]["memory"]
     assert memory["gpu"] == pytest.approx(sum(size for kind, size in memory.items() if kind not in ("gpu", "host")))
@@ -383,6 +391,21 @@ def test_bad_options(arguments, sentence, capsys):
         cli.main(["plan", "disks", *arguments])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gpus", "bound"),
+    [
+        ("disks", [], 1, "host"),
+        ("disks", ["engine.compile=step", "engine.cuda_graphs=true", "train.bank_steps=0"], 1, "kernels"),
+        ("celeba64", ["data.path=celeba", "train.batch_size=64"], 1, "matmul"),
+    ],
+)
+def test_what_bounds_a_step(name, overrides, gpus, bound, capsys):
+    status, text, _ = run(capsys, name, *overrides, "--gpus", str(gpus))
+    rows = [line.split() for line in text.splitlines() if line[:8].strip().isdecimal()]
+    assert (status, rows[0][-1]) == (0, bound)
+    assert f"  {bound}: {plan.BOUNDS[bound]}" in text
 
 
 def test_an_unknown_gpu_from_python():

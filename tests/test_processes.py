@@ -1,5 +1,6 @@
 """Ranks that wait for one another: not in a collective, which would end the run after its timeout."""
 
+import argparse
 import multiprocessing
 import os
 import socket
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sami_fast.cli.files import open_model
+from sami_fast.config import load_config
 from sami_fast.engine.processes import init_distributed, leave_distributed, on_chief, on_each
 from sami_fast.errors import UserError
+from sami_fast.train import _opened
 
 TIMEOUT = 2.0  # seconds, of collectives
 
@@ -58,3 +62,25 @@ def test_others_wait_longer_than_a_collective_may(tmp_path):
         assert child.exitcode == 0
     assert (tmp_path / "0").read_text() == repr([True, 3, "no disk", "no disk"])
     assert (tmp_path / "1").read_text() == repr([True, 7, "no disk", "no such folder"])
+
+
+def test_how_a_gpu_computes():
+    """As the settings say in training; in full float32 and the same way every time where a model is used, whatever was set before."""
+
+    def flags() -> tuple[bool, ...]:
+        cudnn = torch.backends.cudnn
+        return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, not cudnn.deterministic, cudnn.benchmark
+
+    before = flags()
+    try:
+        for overrides, expected in (([], False), (["engine.tf32=true", "engine.deterministic=false"], True)):
+            try:
+                _opened(load_config("disks", overrides))
+            finally:
+                leave_distributed()
+            assert flags() == (expected,) * 4
+        open_model(argparse.Namespace(run=str(Path(__file__).with_name("disks_model")), device="cpu", trust=False))
+        assert not any(flags())
+    finally:
+        tf32, torch.backends.cudnn.allow_tf32, hasty, torch.backends.cudnn.benchmark = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.deterministic = tf32, not hasty

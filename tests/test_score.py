@@ -375,11 +375,11 @@ def peak_of_score(method: str, side: int) -> int:
 
 
 def test_memory_of_sweeps_is_linear_in_the_tokens():
-    """From 256 to 4096 tokens: 16 times the memory. Autograd of the reference keeps the attention matrices, 256 times as large."""
+    """From 1024 to 4096 tokens: 4 times the memory. Autograd of the reference keeps the attention matrices, 16 times as large."""
     for name in ("auto", "reference"):
         with ops.use_backend(name):
-            few, many = peak_of_score("sweeps", 16), peak_of_score("sweeps", 64)
-        assert many < 1.2 * 16 * few
+            few, many = peak_of_score("sweeps", 32), peak_of_score("sweeps", 64)
+        assert many < 1.1 * 4 * few
     with ops.use_backend("reference"):
         assert peak_of_score("reverse", 64) > 4 * many
 

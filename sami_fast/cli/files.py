@@ -78,8 +78,10 @@ def open_model(arguments: argparse.Namespace) -> "LatentModel":
     if not folder.is_dir():
         raise UserError(f"{absent(folder, 'folder')}; expected a run folder or a saved model")
     device = _device(arguments.device)
+    from ..engine.processes import set_arithmetic
     from ..methods.registry import load_model
 
+    set_arithmetic()  # whatever the run was trained with
     return load_model(folder, device, trust_remote_code=arguments.trust)
 
 

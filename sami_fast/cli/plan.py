@@ -26,12 +26,12 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from .. import plan
     from ..config import load_config
 
-    found = plan.plan(load_config(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu, arguments.mfu or plan.MFU)
+    found = plan.plan(load_config(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu, arguments.mfu)
     print(json.dumps(plan.facts(found), indent=2) if arguments.json else "\n".join(_lines(found)))
 
 
 def _lines(found: "Plan") -> list[str]:
-    from ..plan import GPUS, LINK_SHARE, PER_MACHINE, USABLE
+    from ..plan import BANDWIDTH_SHARE, BOUNDS, GPUS, HOST, KERNEL, LINK_SHARE, PEAK_SHARE, PER_MACHINE, USABLE
 
     config, gpu = found.config, GPUS[found.gpu]
     channels, height, width = found.image_shape
@@ -48,19 +48,28 @@ def _lines(found: "Plan") -> list[str]:
     parts = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in found.flops.items())
     guided = f", with score {found.method}" if "score" in found.flops else ""
     recomputed = ", the denoiser's blocks computed twice" if config.engine.checkpoint_activations else ""
-    peak = f"{gpu.peak(config.engine.precision) / 1e12:g} TFLOP/s in {config.engine.precision}"
+    precision = "tf32" if config.engine.precision == "fp32" and config.engine.tf32 and found.mfu is None else config.engine.precision
+    peak = f"{gpu.peak(precision) / 1e12:g} TFLOP/s in {precision}"
+    if found.mfu is None:
+        low, high = (1e6 * seconds for seconds in HOST)
+        memory = f"{BANDWIDTH_SHARE:.0%} of {gpu.bandwidth:g} TB/s of its memory"
+        assumed = f"{PEAK_SHARE:.0%} of {peak}; {memory}; at least {1e6 * KERNEL:g} us a kernel, and {low:g} to {high:g} us of the host"
+    else:
+        assumed = f"{found.mfu:.0%} of {peak}"
     lines += [
         "",
         f"One step over all GPUs{guided}{recomputed}: {sum(found.flops.values()) / 1e12:.3g} TFLOP ({parts})",
         "",
         f"Estimated, nothing of it measured, for {found.gpu} ({gpu.source})",
-        f"  assumed: {found.mfu:.0%} of {peak}; {LINK_SHARE:.0%} of {gpu.nvlink:g} GB/s inside a machine of {PER_MACHINE} GPUs "
+        f"  assumed: {assumed}",
+        f"  links: {LINK_SHARE:.0%} of {gpu.nvlink:g} GB/s inside a machine of {PER_MACHINE} GPUs "
         f"and of {gpu.network:g} GB/s per GPU between machines",
         "  step: from transfer hidden behind compute to one after the other; without latency, data and disk",
         f"  a GPU's {gpu.memory:g} GB hold a run that needs at most {USABLE:.0%} of them",
         "",
         *_table(found),
     ]
+    lines += [f"  {name}: {cure}" for name, cure in BOUNDS.items() if name in {row.bound for row in found.rows}]
     if found.unsplit:
         counts = ", ".join(map(str, found.unsplit))
         lines.append(f"  {config.train.batch_size} images do not split over {counts} GPUs: set train.batch_size")
@@ -70,21 +79,25 @@ def _lines(found: "Plan") -> list[str]:
 HEADS = (
     *("GPUs", "ZeRO", "images"),
     *("weights", "gathered", "grads", "optim", "averages", "buckets", "activ", "GPU", "host"),
-    *("sent", "compute", "transfer", "step", ""),
+    *("sent", "kernels", "compute", "host", "transfer", "step", "bound by", ""),
 )
 
 
 def _table(found: "Plan") -> list[str]:
     unit, size = ("GB", 1e9) if max((row.memory.gpu for row in found.rows), default=0) >= 1e9 else ("MB", 1e6)
-    rows: list[tuple[str, ...]] = [HEADS, ("", "", "a GPU", *[unit] * 10, *["ms"] * 3, "")]
+    rows: list[tuple[str, ...]] = [HEADS, ("", "", "a GPU", *[unit] * 10, "", *["ms"] * 4, "", "")]
     for row in found.rows:
-        low, high = max(row.compute, row.transfer), row.compute + row.transfer
+        (low, high), host = row.step, row.busy.host if row.busy else ()
         rows.append(
             (
                 *(str(n) for n in (row.gpus, row.stage, row.images)),
                 *(f"{held / size:.2f}" for held in (*row.memory.on_gpu, row.memory.gpu, row.memory.host, row.sent)),
-                *(f"{1e3 * seconds:.3g}" for seconds in (row.compute, row.transfer)),
+                str(row.busy.kernels) if row.busy else "",
+                f"{1e3 * row.compute:.3g}",
+                "-".join(f"{1e3 * seconds:.3g}" for seconds in host),
+                f"{1e3 * row.transfer:.3g}",
                 f"{1e3 * low:.3g}-{1e3 * high:.3g}",
+                row.bound,
                 "" if row.fits else "does not fit",
             )
         )
@@ -104,5 +117,5 @@ def add_commands(command: AddCommand) -> None:
     added.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: train.batch_size=4096")
     added.add_argument("--gpus", nargs="+", type=at_least(1, 10**5), default=COUNTS, metavar="N", help="numbers of GPUs (1 8 64 512)")
     added.add_argument("--gpu", default="h100-sxm", metavar="NAME", help="a100-80, h100-sxm, h200 or b200 (%(default)s)")
-    added.add_argument("--mfu", type=share, metavar="SHARE", help="assumed share of the GPU's peak (0.25)")
+    added.add_argument("--mfu", type=share, metavar="SHARE", help="times from FLOPs and this share of the GPU's peak")
     added.add_argument("--json", action="store_true", help="print JSON")

@@ -83,10 +83,6 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
     # torch has renamed two collectives that DeepSpeed calls; a user can do nothing about it.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
 
-    # No TF32, and the same algorithm every time, so that neither a restart nor the number of ranks changes results beyond rounding.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-
     accelerator = get_accelerator()
     if accelerator.is_available() and accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
@@ -131,6 +127,13 @@ def end_run(words: str, status: int) -> None:
 def lost_rank() -> RankLostError | None:
     """The rank to blame for an error in this one, if there is one."""
     return _watch.explain() if _watch is not None else None
+
+
+def set_arithmetic(tf32: bool = False, deterministic: bool = True) -> None:
+    """How a GPU computes in float32, of this process: by default in full precision and with the same algorithms every time, so that neither
+    a restart nor the number of ranks changes results beyond rounding. Arguments: `EngineConfig`."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
 
 
 def set_threads(threads: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.conv2d import for_convolutions
 from .layers import AttentionBlock, Conv2d, ResBlock, Upsample, check_size, check_sizes, checked_sides, conv, norm_act
 
 
@@ -39,7 +40,7 @@ def way_down(net: FirstHalf, x: Tensor, embedding: Tensor, recompute: bool = Fal
         embedding: Of the noise level. [B, E].
         recompute: As in `Denoiser`.
     """
-    h = net.stem(x)
+    h = net.stem(for_convolutions(x))
     skips = []
     for stage, shrink in zip(net.down, [*net.shrink, None], strict=True):
         h = _run(stage, h, embedding, recompute)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.conv2d import for_convolutions
 from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain_forward, chain_joint, chain_tangent
 from .layers import AttentionBlock, ResBlock, check_size, check_sizes, checked_sides, conv, norm_act
 
@@ -123,7 +124,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(mu, var), or ((mu, var), (tmu, tvar)) with their tangents along tx."""
-        h = self.body(x, tx)
+        h = self.body(for_convolutions(x), tx if tx is None else for_convolutions(tx))
         with torch.autocast(x.device.type, enabled=False):  # heads stay in full precision
             if tx is None:
                 h = self._flat(h)
@@ -136,7 +137,7 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         return h.flatten(1).to(self.mu.weight.dtype)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        h = self.body.sweep_forward(x, tape)
+        h = self.body.sweep_forward(for_convolutions(x), tape)
         tape.note(self, features=h)
         flat = self._flat(h)
         return self.mu.sweep_forward(flat, tape), chain_forward((self.raw_var, self.var), flat, tape)

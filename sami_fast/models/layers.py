@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.conv2d import channels_last
 from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
 
 MOST, MOST_BLOCKS, MOST_LEVELS = 2**16, 64, 16  # of a size or a width; of blocks per resolution; of resolutions
@@ -67,6 +68,14 @@ def conv(in_channels: int, out_channels: int, size: int, style: str, stride: int
     return Conv2d(in_channels, out_channels, size, stride, size // 2, bias=style != "bias_free_relu")
 
 
+@torch.no_grad()
+def lay_out_weights(network: nn.Module) -> None:
+    """Put the weights of our convolutions into channels-last memory, as a GPU wants them (`ops.conv2d`); each stays the same parameter."""
+    for layer in network.modules():
+        if isinstance(layer, Conv2d) and layer.weight.stride(1) != 1:
+            layer.weight.data = channels_last(layer.weight.data)
+
+
 class ResBlock(Residual):
     """[B, C_in, H, W] -> [B, C_out, H, W]: norm, conv, (+ noise-level embedding), norm, conv, plus a skip."""
 
@@ -100,7 +109,8 @@ class SelfAttention(Layer[Tensor]):
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """[B, 3C, H, W] -> three views of [B, S, N, D]."""
-        return rearrange(qkv, "B (three N D) H W -> three B (H W) N D", three=3, N=self.num_heads).unbind(0)
+        # Split last, so that their gradients are joined in the memory order of the image.
+        return rearrange(qkv, "B (three N D) H W -> B (H W) three N D", three=3, N=self.num_heads).unbind(2)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> a view of [B, S, N, D]."""

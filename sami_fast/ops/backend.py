@@ -98,9 +98,9 @@ def refusal(backend: str, device_type: str, dtype: torch.dtype | None) -> str | 
     if (reason := _missing(backend)) is not None:
         return reason
     if backend == "triton" and device_type != "cuda":
-        from ..kernels._common import INTERPRETED  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
+        from ..kernels._common import takes_cpu_tensors  # pyrefly: ignore[missing-import]  # setup.py maps kernels/ to this name
 
-        if not INTERPRETED:
+        if not takes_cpu_tensors():
             return f"it needs tensors on a CUDA device, these are on {device_type}"
     dtypes = DTYPES.get(backend)
     if dtype is not None and dtypes is not None and dtype not in dtypes:

@@ -43,7 +43,7 @@ def conv2d(
     *,
     backend: str | None = None,
 ) -> Tensor:  # [B, O, H', W']
-    """`torch.nn.functional.conv2d`, whose result lies in channels-last memory on the compiled core.
+    """`torch.nn.functional.conv2d`, whose result lies in channels-last memory on the compiled core; on a GPU where x or weight does.
 
     There a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's F(2x2, 3x3): 16 multiplications where there were 36, with
     rounding errors of the size of torch's (6e-7 of the largest value). It overflows from a quarter of float32's range on, and an infinite
@@ -97,6 +97,17 @@ def _on_core(x: Tensor, backend: str | None) -> bool:
         return False
     chosen = choose("conv2d", backend, x)  # not the launchers' own choice: a backend without convolutions leaves them to torch
     return chosen == "cpp" and x.dim() == 4 and x.layout == torch.strided and not torch.is_autocast_enabled("cpu")
+
+
+def for_convolutions(x: Tensor) -> Tensor:
+    """Images as a network's convolutions want them: on a GPU channels-last, elsewhere as they are. [B, C, H, W].
+
+    There cuDNN makes each result in the layout of the image and the weight that it is given, channels-last if either is, and the ops
+    between convolutions keep it: one copy at a network's door does for all of it, and tensor cores ask for no other layout.
+    """
+    # By the backend in force too, so that a step can be traced for a GPU where there is none.
+    wanted = x.dim() == 4 and x.stride(1) != 1 and x.dtype != torch.float64
+    return channels_last(x) if wanted and (x.is_cuda or choose("conv2d", None, x) == "triton") else x
 
 
 def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
