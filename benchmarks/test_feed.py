@@ -23,7 +23,7 @@ from torch.utils.data import Dataset as MapDataset
 
 from sami_fast.config import load_config
 from sami_fast.data import Feed, ImageFolder, VideoFolder, open_dataset
-from sami_fast.engine.processes import set_threads
+from sami_fast.engine.threads import set_threads
 from sami_fast.methods.build import build_model
 from sami_fast.step import Draw
 from sami_fast.train import TrainingModule

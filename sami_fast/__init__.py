@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .environment import let_threads_sleep
+
 if TYPE_CHECKING:
     from . import ops
     from .accelerate import accelerate
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .methods.sami import Sami
     from .ops import use_backend
     from .train import train
+
+let_threads_sleep()
 
 __version__ = "0.1.0"
 __all__ = [

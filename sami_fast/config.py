@@ -450,6 +450,12 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class EngineConfig(Section):
     section = "engine"
+    kind: str = setting(
+        "auto",
+        "who carries out the steps: direct, one process by itself, or deepspeed; auto: direct where one process, zero_stage 0 and "
+        "optimizer.implementation torch are all that is asked for",
+        one_of("auto", "direct", "deepspeed"),
+    )
     zero_stage: int = setting(0, "DeepSpeed ZeRO stage; 3 gives each network an engine of its own", STAGE)
     encoder_zero_stage: int = setting(2, "zero_stage 3: the encoder's own; 3 takes engine.score dual", STAGE)
     offload: str = setting(
@@ -466,7 +472,7 @@ class EngineConfig(Section):
     gradient_accumulation: int = setting(1, "micro-batches per optimiser step and rank", number(1))
     score: str = setting("auto", "how the encoder's score is differentiated; all give the same gradients", one_of(*SCORE_METHODS))
     store_eps: bool = setting(True, "keep the noise from noising to loss; false draws it twice: 4 bytes per noisy pixel less")
-    threads: int = setting(0, "CPU threads per rank; 0 shares the cores among the ranks of the machine", number(0, 1024))
+    threads: int = setting(0, "CPU threads per rank; 0: its share of the machine's cores, or fewer for small steps", number(0, 1024))
     patience: float = setting(180.0, "how long ranks wait for one that does not come, or gives no sign of life", number(1.0), "s")
 
 
@@ -566,6 +572,8 @@ class Config(Section):
 
     def _check_engine(self) -> None:
         engine, can = self.engine, self.capabilities
+        if engine.kind == "direct" and self.splits:
+            raise UserError(f"engine.kind: direct needs engine.zero_stage 0 and optimizer.implementation torch, found {self.splits}")
         if engine.zero_stage > can.max_zero_stage:
             raise UserError(
                 f"engine.zero_stage: expected at most {can.max_zero_stage} with method {self.method}, found {engine.zero_stage}"
@@ -599,6 +607,23 @@ class Config(Section):
     def own_encoder(self) -> bool:
         """Whether the encoder is one of `models.Encoder`, whose layers know ways of their own to differentiate the score."""
         return self.encoder.start == "fresh" and not self.encoder.class_
+
+    @property
+    def splits(self) -> str:
+        """What of this config only DeepSpeed can do, in words; empty where there is nothing."""
+        if self.engine.zero_stage:
+            return f"zero_stage {self.engine.zero_stage}"
+        return "" if self.optimizer.implementation == "torch" else f"implementation {self.optimizer.implementation}"
+
+    def direct(self, world_size: int) -> bool:
+        """Whether a process carries out the steps by itself, without DeepSpeed.
+
+        Raises:
+            UserError: it is asked to, beside others.
+        """
+        if self.engine.kind == "direct" and world_size > 1:
+            raise UserError(f"engine.kind: direct is for one process, found {world_size}; use auto")
+        return self.engine.kind != "deepspeed" and world_size == 1 and not self.splits
 
     @property
     def capabilities(self) -> Capabilities:
@@ -1067,6 +1092,30 @@ def deepspeed_dicts(config: Config, world_size: int) -> dict[str, dict[str, Any]
     Precision is autocast inside the step, so the engines themselves hold float32 weights.
 
     Raises:
+        UserError: as `micro_batch`.
+    """
+    engine = config.engine
+    shared = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
+        "gradient_accumulation_steps": engine.gradient_accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    if engine.zero_stage < 3:
+        return {"both": shared | {"zero_optimization": _zero(engine, engine.zero_stage)}}
+    return {
+        "encoder": shared | {"zero_optimization": _zero(engine, engine.encoder_zero_stage)},
+        "denoiser": shared | {"zero_optimization": _zero(engine, 3)},
+    }
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Images of one micro-batch on one rank.
+
+    Raises:
         UserError: the batch does not split evenly over ranks and micro-batches.
     """
     pieces = world_size * config.engine.gradient_accumulation
@@ -1075,28 +1124,7 @@ def deepspeed_dicts(config: Config, world_size: int) -> dict[str, dict[str, Any]
             f"train.batch_size: expected a multiple of {pieces} ({world_size} ranks x engine.gradient_accumulation "
             f"{config.engine.gradient_accumulation}), found {config.train.batch_size}"
         )
-    run_dir, engine = str(config.run_dir), config.engine
-    shared = {
-        "train_batch_size": config.train.batch_size,
-        "train_micro_batch_size_per_gpu": config.train.batch_size // pieces,
-        "gradient_accumulation_steps": engine.gradient_accumulation,
-        "gradient_clipping": config.optimizer.clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**12,
-    }
-    # Monitors belong to the first engine alone.
-    monitors = {
-        "tensorboard": {"enabled": config.log.tensorboard, "output_path": run_dir, "job_name": "tensorboard"},
-        "csv_monitor": {"enabled": config.log.csv, "output_path": run_dir, "job_name": "csv"},
-        "wandb": {"enabled": config.log.wandb, "project": "sami-fast", "group": config.name},
-    }
-    if engine.zero_stage < 3:
-        return {"both": shared | {"zero_optimization": _zero(engine, engine.zero_stage)} | monitors}
-    return {
-        "encoder": shared | {"zero_optimization": _zero(engine, engine.encoder_zero_stage)} | monitors,
-        "denoiser": shared | {"zero_optimization": _zero(engine, 3)},
-    }
+    return config.train.batch_size // pieces
 
 
 def bucket_elements(trained: int) -> int:

@@ -4,12 +4,8 @@
 """
 
 import os
-import platform
-import subprocess
 import sys
-import tempfile
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +37,20 @@ def whole_number(name: str, default: int) -> int:
     return int(text)
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # how a user says it to OpenMP, GNU's or Intel's
+
+
+def let_threads_sleep() -> None:
+    """Let the threads of torch's pool sleep soon while they wait for work, unless the user has said how they wait. Too late once torch is
+    there; of GNU's OpenMP, which torch has on Linux.
+
+    By default they spin for milliseconds, and where anything else uses one of the cores, every loop of every operator waits for the thread
+    that has none. To sleep at once, OMP_WAIT_POLICY=PASSIVE, is slower than either where all cores are free: waking takes long.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = "10000"  # a few tenths of a millisecond
+
+
 def cores() -> int:
     """Processors that this process may use: on a shared machine often fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS cannot say
@@ -70,6 +80,8 @@ def speaks() -> bool:
 
 def temporary_home() -> Path:
     """A folder of this user's own among the temporary ones, where processes find what others of this user keep."""
+    import tempfile  # here, as below: `import sami_fast` reads this file, and costs nothing
+
     folder = Path(tempfile.gettempdir()) / f"sami-fast-{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -89,6 +101,8 @@ def cache_home() -> Path:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -97,6 +111,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the source tree this package runs from, with a + when it has local changes; None for a wheel."""
+    import subprocess
+
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         return None
@@ -111,6 +127,8 @@ def _commit() -> str | None:
 
 def describe() -> dict[str, Any]:
     """Versions, hardware and the implementation of every op. Plain JSON values."""
+    import platform
+
     import torch
 
     from . import __version__, ops

@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config, settings_of
 from .data import Dataset, open_dataset
 from .data.spectrum import noisiest_level
-from .engine.processes import on_chief, on_each
+from .engine.processes import agreed, on_chief, on_each
 from .errors import UserError
 from .methods.build import noisiest_level_of_denoiser, with_images_of_denoiser
+from .methods.ranks import ranks
 from .named import source_digest
 
 DENOISERS = "denoisers"  # folder of the first stages, beside the runs
@@ -35,15 +34,14 @@ def with_data(config: Config) -> tuple[Config, Dataset]:
     dataset = opened(config)
     if config.schedule.logsnr_min is None:
         known = noisiest_level_of_denoiser(config)
-        level = [noisiest_level(dataset) if known is None else known]
-        torch.distributed.broadcast_object_list(level)  # the same on every rank, to the last bit
-        config = replace(config, schedule=replace(config.schedule, logsnr_min=level[0]))
+        level = agreed(noisiest_level(dataset) if known is None else known)  # the same on every rank, to the last bit
+        config = replace(config, schedule=replace(config.schedule, logsnr_min=level))
     return config, dataset
 
 
 def opened(config: Config, split: int = 0) -> Dataset:
     """Open the data; every rank calls it. One looks into new files, which may take hours, and the others read what it found."""
-    if torch.distributed.get_world_size() > 1:
+    if ranks()[1] > 1:
         on_chief(lambda: open_dataset(config.data, config.seed, split))
     return on_each(lambda: open_dataset(config.data, config.seed, split))  # on another machine there may be another cache folder
 

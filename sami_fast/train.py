@@ -17,6 +17,8 @@ if __name__ == "__main__" and not __package__:
     # As a script, this folder would come first and `data`, `ops`, `step` ... would hide other people's modules.
     sys.path = [entry for entry in sys.path if os.path.realpath(entry) != os.path.dirname(os.path.realpath(__file__))]
 
+import sami_fast  # noqa: F401, I001  # before torch: it says how torch's threads wait
+
 import argparse
 import copy
 import json
@@ -34,22 +36,33 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sami_fast import __version__, budget, ops, score, stages
-from sami_fast.config import Config, DataConfig, ScheduleConfig, deepspeed_dicts, load_config, settings_table, to_yaml
+from sami_fast.config import Config, DataConfig, ScheduleConfig, deepspeed_dicts, load_config, micro_batch, settings_table, to_yaml
 from sami_fast.data import Dataset, Feed
 from sami_fast.data.own import given
-from sami_fast.engine import checkpoints, interruption
+from sami_fast.engine import checkpoints, deepspeed, direct, interruption
 from sami_fast.engine.bank import Bank
+from sami_fast.engine.base import BaseEngine, Measurement
 from sami_fast.engine.compiled import compiled_parts, eager_parts
-from sami_fast.engine.deepspeed import Engine, Measurement, build_optimizers
 from sami_fast.engine.memory import enough_memory
-from sami_fast.engine.processes import end_run, init_distributed, leave_distributed, lost_rank, on_chief, set_arithmetic, set_threads
+from sami_fast.engine.processes import (
+    agreed,
+    end_run,
+    init_distributed,
+    leave_distributed,
+    lost_rank,
+    on_chief,
+    set_arithmetic,
+    wait_for_all,
+)
 from sami_fast.engine.run_folder import RunFolder
+from sami_fast.engine.threads import multiplications, set_threads
 from sami_fast.environment import describe, speaks, whole_number
 from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
 from sami_fast.first_batch import check_first_batch, refuse_tied
 from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
+from sami_fast.methods.ranks import ranks
 from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
@@ -64,7 +77,7 @@ LESS_MEMORY = "lower it, raise engine.gradient_accumulation, set engine.checkpoi
 
 
 class TrainingModule(nn.Module):
-    """What DeepSpeed wraps: both networks and the step between them.
+    """What an engine takes steps with: both networks and the step between them.
 
     `forward` returns the loss in nats per image *and dimension*, so that gradient norms do not grow with the image, and the
     measured numbers [1 + terms + 4 Z]: the loss, the terms under their names in the log and the KL per latent dimension, in nats per
@@ -94,6 +107,20 @@ def _kept_bytes(model: LatentModel, config: Config, weights: bool) -> int:
     """Of the trained weights, if asked for, Adam's two moments and the average."""
     copies = weights + 2 + (config.optimizer.ema_decay > 0)
     return copies * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def _engine(module: TrainingModule, config: Config, device: torch.device, world_size: int) -> Callable[[], BaseEngine]:
+    """What makes a run's engine, once all that can be wrong with it has been looked at.
+
+    Raises:
+        UserError: something is.
+    """
+    networks = module.model.networks
+    if config.direct(world_size):
+        return lambda: direct.Engine(module, networks, config)
+    deepspeed.start(device)
+    optimizers = deepspeed.build_optimizers(networks, config, device)
+    return lambda: deepspeed.Engine(module, networks, optimizers, config)
 
 
 def _checked(model: LatentModel, config: Config, dataset: Dataset, device: torch.device) -> list[str]:
@@ -129,6 +156,14 @@ def _rehearse(module: TrainingModule, config: Config, device: torch.device, rank
         torch.cuda.empty_cache()
 
 
+def _take_threads(module: TrainingModule, config: Config, device: torch.device, ranks: int) -> None:
+    """As many CPU threads as the work of this rank is worth; nothing to choose where that is on a GPU."""
+    if device.type == "cpu" and not config.engine.threads:
+        phase = "denoiser" if config.mode == "denoiser" else "both"
+        work = multiplications(module, module.model.image_shape, phase, device)
+        set_threads(0, work * config.train.batch_size / (ranks * config.engine.gradient_accumulation))
+
+
 class Trainer:
     """One run: its folder, its networks, its place in the loop."""
 
@@ -153,23 +188,24 @@ class Trainer:
         self.asked, self.config = config, (config := stages.beside_denoiser(config, self.dataset, name))
         self.run_folder = run_folder or RunFolder(config.run_dir)
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
-        deepspeed_dicts(config, self.world_size)  # all that can be wrong is found before the run folder is touched
+        micro_batch(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
             self.model = _networks(config, self.dataset, model).to(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         for said in _checked(self.model, config, self.dataset, self.device):
             self.say(said)
         self.lasting = stages.lasting_settings(config, self.dataset, pretrained)
-        optimizers = build_optimizers(self.model.networks, config, self.device)
         self.module = TrainingModule(self.model, config)
+        engine = _engine(self.module, config, self.device, self.world_size)
         on_chief(lambda: self.run_folder.check(resume=resume, overwrite=overwrite))
         on_chief(lambda: self.run_folder.require_room(_kept_bytes(self.model, config, weights=True), overwrite=overwrite))
         _rehearse(self.module, config, self.device, self.world_size)
+        _take_threads(self.module, config, self.device, self.world_size)
         if resume:
             on_chief(self._refuse_others)
         monitors = [name for name, wanted in (("tensorboard", config.log.tensorboard), ("csv", config.log.csv)) if wanted]
         on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite, afresh=monitors))
-        self.engine = Engine(self.module, self.model.networks, optimizers, config)
+        self.engine = engine()
         denoiser = self.engine.denoiser or self.module.parts[True].denoiser
         self.bank = Bank(denoiser) if config.train.bank_steps else None
         self.feed = Feed(
@@ -433,7 +469,7 @@ class Trainer:
         self.engine.save(self.checkpoints, self.step, state, facts)
         if self.chief:
             checkpoints.prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best)
-        torch.distributed.barrier()
+        wait_for_all()
 
     @torch.no_grad()
     def _validate(self) -> float | None:
@@ -603,11 +639,10 @@ def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentM
     """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
     model = _networks(config, dataset, model).to(device)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
-    ranks = torch.distributed.get_world_size()
+    module, count = TrainingModule(model, config), ranks()[1]
     with enough_memory("train.batch_size", LESS_MEMORY):
-        found = [budget.measure(TrainingModule(model, config), denoiser, config, dataset, device, ranks)]
-    torch.distributed.broadcast_object_list(found)
-    return found[0]
+        _take_threads(module, config, device, count)
+        return agreed(budget.measure(module, denoiser, config, dataset, device, count))
 
 
 def _course(config: Config) -> str:
@@ -633,20 +668,18 @@ def _train_denoiser(
     if config.encoder.start == "fresh":
         rehearsing = _networks(config, dataset, model).to(device)
         _checked(rehearsing, config, dataset, device)
-        _rehearse(TrainingModule(rehearsing, config), config, device, torch.distributed.get_world_size())
+        _rehearse(TrainingModule(rehearsing, config), config, device, ranks()[1])
     folder = RunFolder(stages.denoiser_stage(config, dataset, name).run_dir, patient=True)
     on_chief(folder.lock)
     # One rank looks, and only while no other run can train there: what is found holds for all ranks until the end.
-    found = [(stages.denoiser_stage(config, dataset, name), stages.is_finished(folder.path) and not anew)]
-    torch.distributed.broadcast_object_list(found)
-    first, finished = found[0]
-    if torch.distributed.get_rank() == 0:
+    first, finished = agreed((stages.denoiser_stage(config, dataset, name), stages.is_finished(folder.path) and not anew))
+    if ranks()[0] == 0:
         print(f"stage 1, the denoiser alone: {folder.path}{', done before' if finished else ''}", flush=True)
     if finished:
         folder.release()
     else:
         Trainer(first, resume=not anew, overwrite=anew, run_folder=folder, model=model).run()
-    if torch.distributed.get_rank() == 0:
+    if ranks()[0] == 0:
         print("stage 2, the encoder beside it", flush=True)
 
 
@@ -662,7 +695,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run folder")
     parser.add_argument("--no-report", action="store_true", help="end with the model; `sami-fast report` writes the report later")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the DeepSpeed settings, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the DeepSpeed settings, if any, and stop")
     parser.add_argument("--settings", action="store_true", help="print every setting with its meaning, unit and default, and stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_intermixed_args(argv)
@@ -728,12 +761,15 @@ def _command(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         world_size = max(1, whole_number("WORLD_SIZE", 1))
         if whole_number("RANK", 0) == 0:
-            deepspeed = json.dumps(deepspeed_dicts(config, world_size), indent=2)
+            given = "# Direct: no DeepSpeed"
+            if not config.direct(world_size):
+                given = f"# DeepSpeed\n{json.dumps(deepspeed_dicts(config, world_size), indent=2)}"
+            micro_batch(config, world_size)
             course = _course(config) if world_size == 1 else "of one process is measured, and these are more"
-            print(f"{to_yaml(config)}\n# Course: {course}\n\n# DeepSpeed\n{deepspeed}")
+            print(f"{to_yaml(config)}\n# Course: {course}\n\n{given}")
         return 0
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    chief = torch.distributed.get_rank() == 0
+    chief = ranks()[0] == 0
     leave_distributed()
     if chief and (arguments.no_report or config.mode == "denoiser"):
         print(folder, flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sami_fast.config import Config, load_config
-from sami_fast.engine import deepspeed as engines
+from sami_fast.engine import base
 from sami_fast.engine.shards import is_partitioned, local
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.train import Trainer, train
@@ -126,12 +126,12 @@ def measure_parts(folder: str) -> None:
 def fill_disk(folder: str) -> None:
     """Only the first rank writes; the other must learn of its failure."""
     full = Trainer(settings(folder, "full"), resume=False, overwrite=False)
-    write, engines.save_file = engines.save_file, no_space
+    write, base.save_file = base.save_file, no_space
     try:
         full.run()
     except UserError as error:
         Path(folder, f"full_{torch.distributed.get_rank()}.txt").write_text(str(error))
-    engines.save_file = write
+    base.save_file = write
 
 
 def no_space(*arguments, **options):

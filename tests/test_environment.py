@@ -9,10 +9,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from sami_fast.data.cache import base_dir
+from sami_fast.engine import threads
 from sami_fast.engine.run_folder import RunFolder
-from sami_fast.environment import cache_home, cores, cores_of_rank, speaks, whole_number
+from sami_fast.engine.threads import WORTH, multiplications, set_threads
+from sami_fast.environment import WAITING, cache_home, cores, cores_of_rank, speaks, whole_number
 from sami_fast.errors import UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -22,6 +26,59 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"
 def no_launcher(monkeypatch):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "seen"),
+    [
+        ("import sami_fast.train", {}, "10000 None"),
+        ("import sami_fast, torch", {}, "10000 None"),
+        ("sys.argv[1:] = ['--version']; runpy.run_path(TRAIN, run_name='__main__')", {}, "10000 None"),
+        ("sys.argv[1:] = ['env']; runpy.run_module('sami_fast.cli', run_name='__main__')", {}, "10000 None"),
+        ("import torch, sami_fast", {}, "None None"),
+        ("import sami_fast, torch", {"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+        ("import sami_fast, torch", {"GOMP_SPINCOUNT": "7"}, "7 None"),
+    ],
+)
+def test_how_threads_wait_is_said_before_torch_is_there(start, given, seen):
+    """What the environment says when torch begins to load; what a user has said stays."""
+    code = f"""
+import os, runpy, sys
+TRAIN = {str(Path(__file__).resolve().parents[1] / "sami_fast/train.py")!r}
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Look())
+{start}
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "work", "taken"), [(3, 1.0, 3), (0, 0.9 * WORTH, 1), (0, 2.5 * WORTH, 2), (0, 99 * WORTH, 4), (0, None, 4)]
+)
+def test_threads_are_as_many_as_the_work_is_worth(asked, work, taken, monkeypatch):
+    monkeypatch.setattr(threads, "cores_of_rank", lambda: 4)
+    set_threads(asked, work)
+    assert torch.get_num_threads() == taken
+
+
+def test_multiplications_are_those_of_the_layers():
+    """A convolution of 4 to 6 channels on 5x5 numbers and a layer of 6 to 3, called twice for each image."""
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6, 3)
+
+        def forward(self, x_0, draw, kl_weight, phase):
+            return self.head(self.conv(torch.cat((x_0, x_0))).mean((2, 3)))
+
+    assert multiplications(Step(), (4, 5, 5), "both", torch.device("cpu")) == 2 * (25 * 6 * 4 * 9 + 6 * 3)
 
 
 def test_cores_where_the_system_does_not_tell_which_may_be_used(monkeypatch):

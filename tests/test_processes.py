@@ -13,6 +13,7 @@ import torch
 
 from sami_fast.cli.files import open_model
 from sami_fast.config import load_config
+from sami_fast.engine import processes
 from sami_fast.engine.processes import init_distributed, leave_distributed, on_chief, on_each
 from sami_fast.errors import UserError
 from sami_fast.train import _opened
@@ -22,9 +23,7 @@ TIMEOUT = 2.0  # seconds, of collectives
 
 def _rank(rank: int, port: int, folder: Path) -> None:
     """Writes what it saw."""
-    import deepspeed.constants
-
-    deepspeed.constants.default_pg_timeout = timedelta(seconds=TIMEOUT)
+    processes.collective_timeout = lambda: timedelta(seconds=TIMEOUT)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     init_distributed(patience=60)
     begin, seen = time.monotonic(), []

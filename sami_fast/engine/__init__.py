@@ -1,1 +1,1 @@
-"""How a run is carried out: DeepSpeed's engines, whole tensors out of what ZeRO splits, compiled parts, checkpoints, the run's folder."""
+"""How a run is carried out: by one process or through DeepSpeed, compiled parts, checkpoints, monitors, the run's folder."""

@@ -1,27 +1,20 @@
-"""DeepSpeed: one engine around both networks or one around each, optimisers, backward and update, averaged weights, checkpoints."""
+"""DeepSpeed: several ranks, ZeRO, offload. One engine around both networks or one around each, and its optimisers."""
 
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
-from ..files import partial_of
-from ..methods.ranks import mean_over_ranks
-from ..saved import read_weights, tensors_of
-from . import interruption, shards
-from .checkpoints import WEIGHTS, sync, write_failure, write_manifest
+from . import shards
+from .base import BaseEngine, Measurement, adam_arguments, torch_adam
 from .compiled import recomputing
+from .processes import join_group
 
 
 def _nvidia_apex_adam() -> Callable[..., torch.optim.Optimizer]:
@@ -32,6 +25,27 @@ def _nvidia_apex_adam() -> Callable[..., torch.optim.Optimizer]:
             "optimizer.implementation: apex asked for, but NVIDIA apex is not installed (the `apex` on PyPI is another project); use torch"
         ) from None
     return FusedAdam
+
+
+def start(device: torch.device) -> None:
+    """Import DeepSpeed, with less to say, and give it the process group; a process that works alone gets a group of one."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # What DeepSpeed logs below errors helps its developers only. It reads these when it is first imported.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LOG_LEVEL", "error")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, launcher or not
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch has renamed two collectives that DeepSpeed calls; a user can do nothing about it.
+    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
+    if not torch.distributed.is_initialized():
+        join_group(device, 0, 1, None)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
 def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torch.device) -> torch.optim.Optimizer:
@@ -47,14 +61,9 @@ def build_optimizer(networks: dict[str, nn.Module], config: Config, device: torc
         for name, network in networks.items()
         if (trained := [p for p in network.parameters() if p.requires_grad])
     ]
-    arguments: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": tuple(settings.betas),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
     if settings.implementation == "torch":
-        return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **arguments)
+        return torch_adam(groups, settings)
+    arguments = adam_arguments(settings)
     try:
         if settings.implementation == "apex":
             return _nvidia_apex_adam()(groups, adam_w_mode=decoupled, **arguments)
@@ -79,33 +88,6 @@ def build_optimizers(networks: dict[str, nn.Module], config: Config, device: tor
         name: build_optimizer(held, config, device) if any(p.requires_grad for n in held.values() for p in n.parameters()) else None
         for name, held in inside.items()
     }
-
-
-class Measurement:
-    """A few numbers on their way from the device: reading them waits for the step that made them, not for the ones queued since.
-
-    Args:
-        values: The numbers, and last one above 0 if some rank was asked to stop. [M + 1].
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._arrived = values, None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> list[float]:
-        return self._read()[:-1]
-
-    def asked_to_stop(self) -> bool:
-        """Whether some rank was, when the step ended. The same on all ranks."""
-        return self._read()[-1] > 0
-
-    def _read(self) -> list[float]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._values.tolist()
 
 
 class _Remote:
@@ -149,7 +131,7 @@ class _EncoderStep(nn.Module):
         return self.step(*arguments, **options)
 
 
-class Engine:
+class Engine(BaseEngine):
     """Both networks in DeepSpeed: in one engine, or at ZeRO stage 3 in one each, which share nothing but the denoiser's output.
 
     Args:
@@ -164,21 +146,11 @@ class Engine:
         self, step: nn.Module, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer | None], config: Config
     ) -> None:
         import deepspeed
-        from deepspeed.utils import logger
 
-        logger.setLevel("ERROR")
-        self.config, self.networks = config, networks
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.parameters = {
-            f"{name}.{key}": parameter for name, network in networks.items() for key, parameter in network.named_parameters()
-        }
-        self._trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        super().__init__(networks, config)
         self._linear = nn.functional.linear  # for which ZeRO 3 puts one of its own, that has no forward derivatives, and leaves it there
         self.engines: dict[str, Any] = {}
         for name, settings in deepspeed_dicts(config, self.world_size).items():
-            if self.rank:
-                for monitor in ("tensorboard", "csv_monitor", "wandb"):
-                    settings.pop(monitor, None)
             wrapped = {"both": step, "encoder": _EncoderStep(networks["encoder"], step.forward)}.get(name) or networks[name]
             learning = [p for p in wrapped.parameters() if p.requires_grad] or list(wrapped.parameters())
             settings["zero_optimization"] |= _sizes(settings["zero_optimization"]["stage"], learning)
@@ -196,29 +168,9 @@ class Engine:
     def losses(
         self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the step returns for these arguments; `update` takes the gradients. `denoiser` takes the place of its own."""
         return self._around_step(x_0, draw, kl_weight, phase, denoiser=denoiser or self.denoiser)
 
-    def learning_rate(self, network: str, step: int) -> float:
-        """Linear warm-up from the network's first training step, and one cosine over the whole run."""
-        settings = self.config.optimizer
-        first = self.config.first_joint_step if network == "encoder" else self.config.first_denoiser_step
-        if step < first:
-            return 0.0
-        warmup = min(1.0, (step - first + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.config.train.steps))
-        peak = settings.encoder_lr or settings.lr if network == "encoder" else settings.lr
-        return peak * warmup * (settings.final_fraction + (1.0 - settings.final_fraction) * cosine)
-
     def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Measurement:
-        """One optimiser step over all micro-batches.
-
-        Args:
-            step: Optimiser step, for the learning rates.
-            losses: micro -> (loss to differentiate, measurements [M]).
-        Returns:
-            Measurements averaged over micro-batches and ranks. [M].
-        """
         for engine in self._learning:
             for group in engine.optimizer.param_groups:
                 group["lr"] = self.learning_rate(group["name"], step)
@@ -235,11 +187,8 @@ class Engine:
             for engine in self._learning:
                 engine.step()
         if self.averaged:
-            decay = min(self.config.optimizer.ema_decay, (1 + step) / (10 + step))  # early averages forget the start quickly
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.averaged.values()), self._averaged_parts, 1.0 - decay)
-        asked = total.new_full((1,), interruption.asked())
-        return Measurement(mean_over_ranks(torch.cat((total / micro_batches, asked))))
+            self._average(step, list(self.averaged.values()), self._averaged_parts)
+        return self._measured(total)
 
     def _share_clip(self) -> None:
         """Each engine clips by its own norm. Set its limit so that it shrinks its gradients as much as the norm over both asks for."""
@@ -248,144 +197,33 @@ class Engine:
         for engine, norm in zip(self._learning, norms, strict=True):
             shards.set_clip(engine, self.config.optimizer.clip * (norm + 1e-6) / (both + 1e-6) if math.isfinite(both) else 1.0)
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Inside, the networks hold the averaged weights, if any: for validation and export. Afterwards, bit for bit the trained ones."""
-        trained = [part.detach().clone() for part in self._averaged_parts]
-        self._put(self.averaged.values())
-        try:
-            yield
-        finally:
-            self._put(trained)
-
-    def _put(self, values: Iterable[Tensor]) -> None:
-        with torch.no_grad():
-            for part, value in zip(self._averaged_parts, values, strict=True):
-                part.copy_(value)
-        for engine in self._learning:
-            shards.refresh(engine)
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """Send scalars to TensorBoard, CSV and W&B, as far as they are switched on."""
-        monitor = self._around_step.monitor
-        if self.rank == 0 and monitor.enabled:
-            monitor.write_events([(name, value, step) for name, value in values.items()])
-
-    def log_again(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write the files of TensorBoard and CSV from a log, each row with its step: one file for all starts of a run, without the steps
-        that a resumed run takes again. W&B has them already."""
-        events = [(name, value, row["step"]) for row in rows for name, value in row.items() if isinstance(value, int | float)]
-        for monitor in (self._around_step.monitor.tb_monitor, self._around_step.monitor.csv_monitor):
-            if self.rank == 0 and monitor is not None and events:
-                monitor.write_events(events)
-
-    def not_finite(self) -> str | None:
-        """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
-        bad = next((name for name, p in self.parameters.items() if not shards.local_values(p).isfinite().all()), None)
-        return next(filter(None, self._gathered(bad)), None)
-
     def close(self) -> None:
-        """Leave torch as it was for whatever comes after training in this process."""
+        super().close()
         nn.functional.linear = self._linear
 
-    def weights(self) -> dict[str, Tensor]:
-        """Every weight whole, and every buffer, on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
-        weights = ((name, shards.whole_weight(p)) for name, p in self.parameters.items())
-        held = {f"{name}.{key}": value for name, network in self.networks.items() for key, value in tensors_of(network).items()}
-        return self._on_chief(chain(weights, ((name, value) for name, value in held.items() if name not in self.parameters)))
-
-    def _on_chief(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        # One at a time: no rank but the first holds more than one whole tensor.
-        whole = torch.contiguous_format  # safetensors takes no other
-        return {name: value.detach().cpu().clone(memory_format=whole) for name, value in named if self.rank == 0}
-
-    def _training_state(self) -> Iterator[tuple[str, Tensor]]:
-        """What a resumed run needs of each trained parameter, whole: its weight, Adam's moments and its average."""
-        for name, parameter in self._trained.items():
-            yield f"{name}/weight", shards.whole_weight(parameter)
-            for moment in shards.MOMENTS:
-                yield f"{name}/{moment}", shards.whole_moment(self._engine_of(name), parameter, moment)
-            if name in self.averaged:
-                yield f"{name}/averaged", shards.whole(parameter, self.averaged[name])
+    def _refresh(self) -> None:
+        for engine in self._learning:
+            shards.refresh(engine)
 
     def _engine_of(self, name: str) -> Any:
         return self.engines.get(name.partition(".")[0], self._around_step)
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write checkpoint step_<n>: whole tensors, then a manifest, then one rename. Any number of ranks can read it, at any ZeRO stage.
+    def _moment(self, name: str, moment: str) -> Tensor:
+        return shards.whole_moment(self._engine_of(name), self._trained[name], moment)
 
-        Args:
-            folder: The run's checkpoints folder.
-            step: Optimiser steps done.
-            state: What else a resumed run needs; what JSON can hold.
-            facts: What others may want to know without opening tensors (architecture, validation loss).
-        Raises:
-            UserError: the disk refuses; nothing half-written stays.
-        """
-        name = f"step_{step}"
-        final = folder / name
-        partial = partial_of(final)
-        tensors = self._on_chief(self._training_state())
-        failure = ""
-        if self.rank == 0:
-            try:
-                partial.mkdir()
-                save_file(tensors, partial / WEIGHTS)
-                sync(partial / WEIGHTS)
-                stated = {
-                    **facts,
-                    "step": step,
-                    "world_size": self.world_size,
-                    "state": state,
-                    # Networks in one engine have one count, and in two the same one: both take every step.
-                    "adam_steps": shards.steps_taken(self._learning[0]),
-                }
-                write_manifest(partial, stated)
-                if final.exists():
-                    shutil.rmtree(final)
-                os.rename(partial, final)
-                sync(folder)
-            except (OSError, SafetensorError) as error:
-                failure = write_failure(error, folder)
-                shutil.rmtree(partial, ignore_errors=True)
-        reason = next(filter(None, self._gathered(failure)), "")
-        if reason:
-            raise UserError(f"{folder}: cannot write a checkpoint ({reason}); the checkpoints before it are whole")
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """What every rank gives, so that all of them learn of what happened to one."""
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-    def _kinds(self, name: str) -> list[str]:
-        """What a checkpoint holds of a trained parameter."""
-        return ["weight", *shards.MOMENTS, *(["averaged"] if name in self.averaged else [])]
-
-    def unfit(self, checkpoint: Path) -> str:
-        """Why a checkpoint's tensors are not those of these networks, or an empty string; the first rank's to ask."""
-        expected = {f"{name}/{kind}": shards.whole_like(p) for name, p in self._trained.items() for kind in self._kinds(name)}
-        try:
-            read_weights(checkpoint / WEIGHTS, expected)
-        except UserError as error:
-            return str(error)
-        return ""
-
-    def load(self, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Restore weights, optimiser and averaged weights; returns the `state` given to `save`, with "step"."""
+    def _begin_restoring(self) -> None:
         for engine in self._learning:
             shards.start(engine)
-        with safe_open(checkpoint / WEIGHTS, "pt") as stored:
-            for name, parameter in self._trained.items():
-                read = {kind: stored.get_tensor(f"{name}/{kind}") for kind in self._kinds(name)}
-                averaged = read.pop("averaged", None)
-                shards.restore(self._engine_of(name), parameter, read.pop("weight"), read)
-                if averaged is not None:
-                    self.averaged[name].copy_(shards.part_of(parameter, averaged))
+
+    def _restore(self, name: str, weight: Tensor, moments: dict[str, Tensor]) -> None:
+        shards.restore(self._engine_of(name), self._trained[name], weight, moments)
+
+    def _steps_taken(self) -> int:
+        return shards.steps_taken(self._learning[0])  # two engines have the same count: both take every step
+
+    def _set_steps_taken(self, count: int) -> None:
         for engine in self._learning:
-            shards.refresh(engine)
-            shards.set_steps_taken(engine, manifest["adam_steps"])
-        return {**manifest["state"], "step": manifest["step"]}
+            shards.set_steps_taken(engine, count)
 
 
 def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:

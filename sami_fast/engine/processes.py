@@ -1,15 +1,21 @@
-"""The processes of a run: joining them, and what rank 0 does for all."""
+"""The processes of a run: joining them, what they tell one another, and what rank 0 does for all.
+
+A process that works alone needs no process group, and gets none; in a group of any size the functions here mean the same.
+"""
 
 import itertools
 import os
-import warnings
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.distributed import HashStore, PrefixStore, Store
 
-from ..environment import cores_of_rank, whole_number
+from ..environment import whole_number
 from ..errors import RankLostError, UserError
+from ..methods.ranks import ranks
 from .watch import Watch, meet
 
 _watch: Watch | None = None
@@ -28,7 +34,31 @@ def on_chief(action: Callable[[], object]) -> None:
 
 def on_each(action: Callable[[], T]) -> T:
     """Every rank acts, each as long as it needs, and all wait for the last; else as `on_chief`. Returns what the rank's own action did."""
-    return _meet(action, range(torch.distributed.get_world_size()))
+    return _meet(action, range(ranks()[1]))
+
+
+def agreed(value: T) -> T:
+    """The first rank's value, on every rank."""
+    values = [value]
+    if ranks()[1] > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank gives, so that all of them learn of what happened to one."""
+    count = ranks()[1]
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
 
 
 def _meet(action: Callable[[], T], acting: Sequence[int]) -> T:
@@ -43,14 +73,19 @@ def _meet(action: Callable[[], T], acting: Sequence[int]) -> T:
         _watch.tell(f"action {number} of {_watch.rank}", heard[_watch.rank])
     heard |= {rank: _watch.told(f"action {number} of {rank}") for rank in acting if rank != _watch.rank}
     failure = heard.get(_watch.rank) or next(filter(None, heard.values()), "")
-    torch.distributed.barrier()  # rank 0 holds what the others read: it must not leave before
+    wait_for_all()  # rank 0 holds what the others read: it must not leave before
     if failure:
         raise UserError(failure)
     return cast(T, done)
 
 
+def collective_timeout() -> timedelta:
+    """How long a collective waits; as DeepSpeed has it, whose variable also means this one."""
+    return timedelta(minutes=whole_number("DEEPSPEED_TIMEOUT", 10))
+
+
 def init_distributed(patience: float) -> tuple[int, int, torch.device]:
-    """Join the process group the launcher describes, or make one of a single process.
+    """Join the process group the launcher describes; a process that works alone needs none.
 
     Args:
         patience: `EngineConfig.patience`.
@@ -68,54 +103,47 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
     rank, world_size = (whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)) if launched else (0, 1)
     if rank >= world_size:
         raise UserError(f"environment variable RANK: expected less than WORLD_SIZE, {world_size}, found {rank}")
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # What DeepSpeed logs below errors helps its developers only. It reads these when it is first imported.
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("LOG_LEVEL", "error")
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.constants import default_pg_timeout
 
-    # DeepSpeed would spend a minute compiling a shared-memory collective for CPU inference, which training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    # torch has renamed two collectives that DeepSpeed calls; a user can do nothing about it.
-    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning)
-
-    accelerator = get_accelerator()
-    if accelerator.is_available() and accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
-    else:
-        device = torch.device("cpu")
-    if not deepspeed.comm.is_initialized():
-        backend = "gloo" if device.type == "cpu" else accelerator.communication_backend_name()
+    device, store = _device(local_rank), None
+    if torch.distributed.is_initialized():  # a group that the caller made, or this function before
+        rank, world_size = ranks()
+        store = None if world_size == 1 or _watch else torch.distributed.distributed_c10d._get_default_store()
+    elif world_size > 1:
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it, launcher or not
-        alone = world_size == 1  # a group of one needs no port, which another run may have taken
-        store = None if alone else meet(rank, world_size, patience)
-        if store is not None:
-            store.set_timeout(default_pg_timeout)  # of what the group waits for there; the ranks have met
-        group = torch.distributed.PrefixStore("group", store) if store else torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, timeout=default_pg_timeout, store=group, rank=rank, world_size=world_size)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        _watch = Watch(rank, world_size, store, patience)
-    elif _watch is None:  # a group that the caller made
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = None if world_size == 1 else torch.distributed.distributed_c10d._get_default_store()
+        store = meet(rank, world_size, patience)
+        store.set_timeout(collective_timeout())  # of what the group waits for there; the ranks have met
+        join_group(device, rank, world_size, store)
+    if _watch is None:
         _watch = Watch(rank, world_size, store, patience)
     return rank, world_size, device
 
 
-def leave_distributed() -> None:
-    """Leave the process group; `init_distributed` may join another one later."""
-    global _watch
-    import deepspeed
+def _device(local_rank: int) -> torch.device:
+    """This rank's own."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(accelerator.type, local_rank)
 
+
+def join_group(device: torch.device, rank: int, world_size: int, store: Store | None) -> None:
+    """Make torch's process group of ranks that have met at a store; of one process, without any port, which another run may have taken."""
+    backend = torch.distributed.get_default_backend_for_device(device)
+    place = PrefixStore("group", store) if store else HashStore()
+    torch.distributed.init_process_group(backend, timeout=collective_timeout(), store=place, rank=rank, world_size=world_size)
+
+
+def leave_distributed() -> None:
+    """Leave the process group, if there is one; `init_distributed` may join another one later."""
+    global _watch
     if _watch is not None:
         _watch.close()
         _watch = None  # the others are not missed any more
-    deepspeed.comm.destroy_process_group()
+    if torch.distributed.is_initialized():
+        deepspeed = sys.modules.get("deepspeed")
+        used = deepspeed is not None and deepspeed.comm.is_initialized()
+        (deepspeed.comm if used else torch.distributed).destroy_process_group()
 
 
 def end_run(words: str, status: int) -> None:
@@ -134,8 +162,3 @@ def set_arithmetic(tf32: bool = False, deterministic: bool = True) -> None:
     a restart nor the number of ranks changes results beyond rounding. Arguments: `EngineConfig`."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of this rank; 0 gives every rank of the machine an equal share of the cores it may use."""
-    torch.set_num_threads(threads or cores_of_rank())

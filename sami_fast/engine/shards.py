@@ -1,4 +1,4 @@
-"""Weights and Adam's moments of each parameter as whole tensors, and back into whatever DeepSpeed keeps of them on each rank.
+"""Weights and Adam's moments of each parameter as whole tensors, and back into whatever an engine keeps of them on each rank.
 
 At ZeRO stage 0 every rank keeps everything whole. At stages 1 and 2 weights are whole, but Adam's moments and the float32 copy of the
 weights that Adam updates are split over the ranks. At stage 3 the weights are split too. Checkpoints made of whole tensors can be read at
