@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import Dataset
+from .engine.bank import Bank
 from .errors import UserError
 from .step import Draw
 
@@ -73,8 +74,10 @@ def measure(module: nn.Module, denoiser: nn.Module | None, config: Config, datas
     def outputs() -> Tensor:
         return denoiser(noisy, at)
 
-    known = outputs()
-    return Pace(timed(learning("denoiser")), timed(outputs), timed(learning("encoder", lambda x_t, t: known)), both)
+    known = Bank(lambda x_t, t: outputs())  # as training knows them
+    with torch.no_grad():
+        known(noisy, at)
+    return Pace(timed(learning("denoiser")), timed(outputs), timed(learning("encoder", known)), both)
 
 
 def laid_out(config: Config, pace: Pace) -> Config:

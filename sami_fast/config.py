@@ -465,7 +465,10 @@ class EngineConfig(Section):
     )
     checkpoint_activations: bool = setting(False, "compute the denoiser's forward again in backward instead of keeping its activations")
     compile: str = setting("none", "torch.compile: the denoiser, or the step around both networks with score dual", one_of(*COMPILE))
-    cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs; on a GPU")
+    capture: str = setting(
+        "auto", "write a step's operators down and replay them, same results; auto: on CPUs and for cuda_graphs", one_of("auto", "off")
+    )
+    cuda_graphs: bool = setting(False, "replay the captured step, or what is compiled, as CUDA graphs; on a GPU")
     precision: str = setting("fp32", "of convolutions and matmuls; weights stay float32", one_of("fp32", "bf16"))
     tf32: bool = setting(False, "float32 convolutions and matmuls in TF32, 10 bits of mantissa for 23; on NVIDIA GPUs from A100 on")
     deterministic: bool = setting(True, "the same convolution algorithms every time; false takes the fastest of each; on a GPU")
@@ -601,7 +604,11 @@ class Config(Section):
             if not (dual and engine.store_eps):
                 raise UserError("engine.compile: step needs engine.score auto or dual, store_eps, encoder.start fresh and no encoder.class")
         elif engine.cuda_graphs and engine.compile == "none":
-            raise UserError("engine.cuda_graphs: needs engine.compile denoiser or step")
+            if engine.capture == "off":
+                raise UserError("engine.cuda_graphs: needs engine.capture auto, or engine.compile denoiser or step")
+            if engine.zero_stage == 3 or engine.checkpoint_activations:
+                other = "zero_stage 3" if engine.zero_stage == 3 else "checkpoint_activations"
+                raise UserError(f"engine.cuda_graphs: expected false with engine.{other}")
 
     @property
     def own_encoder(self) -> bool:

@@ -118,7 +118,7 @@ def training_step(
     x_0: Tensor,  # [B, C, H, W] in [-1, 1]
     draw: Draw,
     objective: Objective,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     *,
     score_method: str = "auto",
     store_eps: bool = True,

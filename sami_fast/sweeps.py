@@ -116,7 +116,7 @@ class Conv2d(nn.Conv2d, Layer[Tensor]):
         return ops.conv2d_backward(grad_y, x, weight, self.stride, self.padding, self.dilation, self.groups, mask)
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
-        x, weight = tape.cast(x, self.weight), tape.cast(self.weight, self.weight)
+        x, weight = ops.laid_out(tape.cast(x, self.weight)), tape.cast(self.weight, self.weight)
         tape.note(self, x=x, weight=weight)
         return self._conv(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
@@ -126,7 +126,7 @@ class Conv2d(nn.Conv2d, Layer[Tensor]):
 
     def sweep_tangent(self, tx: Tensor, tape: Tape) -> Tensor:
         note = tape.note(self)
-        tx = tape.cast(tx, self.weight)
+        tx = ops.laid_out(tape.cast(tx, self.weight))
         if self.weight.requires_grad:  # this half of its gradient asks for nothing of the joint sweep: neither tensor waits for it
             tape.add(self.weight, self._backward(note.grad_y, tx, note.weight, (False, True, False))[1])
         del note.grad_y

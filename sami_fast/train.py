@@ -42,6 +42,7 @@ from sami_fast.data.own import given
 from sami_fast.engine import checkpoints, deepspeed, direct, interruption
 from sami_fast.engine.bank import Bank
 from sami_fast.engine.base import BaseEngine, Measurement
+from sami_fast.engine.capture import Captured, refusal
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.memory import enough_memory
 from sami_fast.engine.processes import (
@@ -88,12 +89,26 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.bf16 = config.engine.precision == "bf16"
+        self.captured = Captured(self, config.engine.cuda_graphs) if refusal(config, model.device.type) is None else None
         self.parts = {True: compiled_parts(model, config), False: eager_parts(model, config)}  # with gradients, and for validation
 
     def forward(
         self, x_0: Tensor, draw: Draw, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        parts = self.parts[torch.is_grad_enabled()]
+        step = self.captured.loss if self.captured is not None and torch.is_grad_enabled() else self.plain
+        return step(x_0, draw, kl_weight, phase, denoiser)
+
+    def plain(
+        self,
+        x_0: Tensor,
+        draw: Draw,
+        kl_weight: float | Tensor,
+        phase: str,
+        denoiser: Callable[..., Tensor] | None = None,
+        idle_gradients: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, never from a captured step. `idle_gradients` as in `Parts`."""
+        parts = replace(self.parts[torch.is_grad_enabled()], idle_gradients=idle_gradients)
         if denoiser is not None:  # in an engine of its own
             parts = replace(parts, denoiser=denoiser)
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=self.bf16):
@@ -146,7 +161,7 @@ def _rehearse(module: TrainingModule, config: Config, device: torch.device, rank
     count = config.train.batch_size // (ranks * config.engine.gradient_accumulation)
     with enough_memory(f"train.batch_size: a step of {count} images at a time", LESS_MEMORY):
         optimizer = torch.empty(held if config.engine.offload == "none" else 0, dtype=torch.uint8, device=device)
-        module(*blank(count), 1.0, config.phase(config.train.steps - 1))[0].backward()
+        module.plain(*blank(count), 1.0, config.phase(config.train.steps - 1))[0].backward()
     del optimizer
     module.zero_grad(set_to_none=True)
     count = min(VALIDATION_BATCH, config.checkpoint.validation_images)
@@ -205,6 +220,8 @@ class Trainer:
             on_chief(self._refuse_others)
         monitors = [name for name, wanted in (("tensorboard", config.log.tensorboard), ("csv", config.log.csv)) if wanted]
         on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite, afresh=monitors))
+        if reason := refusal(config, self.device.type):
+            self.say(reason)
         self.engine = engine()
         denoiser = self.engine.denoiser or self.module.parts[True].denoiser
         self.bank = Bank(denoiser) if config.train.bank_steps else None
@@ -641,6 +658,8 @@ def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentM
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
     module, count = TrainingModule(model, config), ranks()[1]
     with enough_memory("train.batch_size", LESS_MEMORY):
+        if module.captured is not None:
+            module.captured.wait = 0
         _take_threads(module, config, device, count)
         return agreed(budget.measure(module, denoiser, config, dataset, device, count))
 

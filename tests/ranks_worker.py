@@ -15,6 +15,7 @@ import torch
 
 from sami_fast.config import Config, load_config
 from sami_fast.engine import base
+from sami_fast.engine.capture import WAIT, Captured
 from sami_fast.engine.shards import is_partitioned, local
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.train import Trainer, train
@@ -47,6 +48,7 @@ VARIANTS = (
     | {f"encoder{stage}": ["engine.zero_stage=3", f"engine.encoder_zero_stage={stage}"] for stage in (0, 1, 3)}
     | {"encoder3_accumulated": ["engine.zero_stage=3", "engine.encoder_zero_stage=3", *ACCUMULATED]}
     | {"offload2": ["engine.zero_stage=2", "engine.offload=optimizer"], "offload3": ["engine.zero_stage=3", "engine.offload=parameters"]}
+    | {"captured2": ["engine.zero_stage=2"]}
     | {f"recomputed{stage}": [f"engine.zero_stage={stage}", "engine.checkpoint_activations=true"] for stage in (2, 3)}
 )
 
@@ -90,7 +92,9 @@ def main(folder: str, part: str = "") -> None:
             train(config, resume=True)
         return
     for name, overrides in VARIANTS.items():
+        Captured.wait = 0 if name == "captured2" else WAIT
         train(settings(folder, name, *overrides))
+    Captured.wait = WAIT
     for mode in MODES:
         for stage in (0, 3):
             overrides = [f"train.mode={mode}", f"denoiser.pretrained={folder}/zero0", f"engine.zero_stage={stage}"]

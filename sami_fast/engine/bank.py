@@ -25,10 +25,14 @@ class Bank:
         """Say which step's images come next; they are always the same ones for the same step and micro-batch."""
         self._place = step, micro
 
+    def known(self) -> Tensor | None:
+        """The outputs for these images as they are kept, in half precision; None before they have been asked for."""
+        return self._kept.get(self._place)
+
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # whoever differentiates it wants the denoiser itself
             return self.denoiser(x_t, t)
-        kept = self._kept.get(self._place)
+        kept = self.known()
         if kept is None:
             kept = self._kept[self._place] = self.denoiser(x_t, t).half()
         return kept.to(x_t.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import Config
 from . import shards
 from .base import BaseEngine, Measurement, torch_adam
+from .capture import Captured
 
 LINE = 64  # bytes; every weight begins where torch would let it begin if it were alone, which kernels ask for
 ROWS = 64  # parts whose norms are taken one by one, so that the sum does not depend on how many threads share it
@@ -58,7 +59,7 @@ class Engine(BaseEngine):
 
     Args:
         step: Holds both networks; called with the step's arguments and `denoiser`, what takes the place of its own denoiser or None, it
-            returns (loss to differentiate, measurements [M]).
+            returns (loss to differentiate, measurements [M]). `captured`, if it has one that is not None, takes its place.
         networks: Encoder and partner by name.
         config: The run's settings.
     """
@@ -66,6 +67,7 @@ class Engine(BaseEngine):
     def __init__(self, step: nn.Module, networks: dict[str, nn.Module], config: Config) -> None:
         super().__init__(networks, config)
         self._step = step
+        self._captured: Captured | None = getattr(step, "captured", None)
         alike: dict[tuple[str, torch.dtype], dict[str, nn.Parameter]] = defaultdict(dict)
         for name, parameter in self._trained.items():
             alike[name.partition(".")[0], parameter.dtype][name] = parameter
@@ -88,10 +90,12 @@ class Engine(BaseEngine):
 
     def losses(
         self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._step(x_0, draw, kl_weight, phase, denoiser=denoiser)
+    ) -> tuple[Tensor, ...]:
+        """As the base's; of a captured step, the gradients of the trained parameters come third."""
+        step = self._step if self._captured is None else self._captured
+        return step(x_0, draw, kl_weight, phase, denoiser=denoiser)
 
-    def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Measurement:
+    def update(self, step: int, losses: Callable[[int], tuple[Tensor, ...]]) -> Measurement:
         total = torch.zeros(())
         torch._foreach_zero_(self._gradients)
         for micro in range(self.config.engine.gradient_accumulation):
@@ -107,13 +111,15 @@ class Engine(BaseEngine):
         return self._measured(total)
 
     def _add_gradients(self, loss: Tensor, measured: Tensor, gradients: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Add those of one micro-batch: of the loss, or, where they are there already, of every trained parameter in its order, None for 0.
+        """Add those of one micro-batch: of the loss, or, where they are there already, of every trained parameter in the captured step's order, None for
+        0.
         Returns what was measured."""
         micro_batches = self.config.engine.gradient_accumulation
         if gradients is None:
             (loss / micro_batches).backward()
             return measured
-        found = [(p.grad, g) for p, g in zip(self._trained.values(), gradients, strict=True) if g is not None]
+        assert self._captured is not None
+        found = [(p.grad, g) for p, g in zip(self._captured.parameters, gradients, strict=True) if g is not None]
         torch._foreach_add_(*map(list, zip(*found, strict=True)), alpha=1 / micro_batches)
         return measured
 

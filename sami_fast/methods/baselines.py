@@ -24,7 +24,7 @@ COLLAPSED = (
 class Baseline(LatentModel):
     """An autoencoder whose other network is told z; its loss is the mean error of what that network makes of z, and the KL's price."""
 
-    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float | Tensor, parts: Parts, phase: str = "both") -> StepLoss:
         mu, var = parts.encoder(x_0)
         if self.deterministic:
             z, kl = mu, 0.0 * var  # an unused head still needs a gradient

@@ -63,6 +63,7 @@ class Parts:
         objective: Constants of the loss.
         guided_terms: `step.guided_terms`, or the same compiled.
         score_method, store_eps, global_mean: As in `step.training_step`.
+        idle_gradients: Whether a network that waits for its turn gets gradients, of zero, instead of none.
     """
 
     encoder: score.Encoder
@@ -72,6 +73,7 @@ class Parts:
     score_method: str = "auto"
     store_eps: bool = True
     global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean
+    idle_gradients: bool = True
 
 
 StepLoss = tuple[Tensor, tuple[Tensor, ...], Tensor]
@@ -258,7 +260,7 @@ class LatentModel(OwnLoop):
         """What a training step is made of, nothing of it compiled. `others` are fields of `Parts`."""
         return replace(Parts(self.encoder, getattr(self, self.partner)), **others)
 
-    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float | Tensor, parts: Parts, phase: str = "both") -> StepLoss:
         """The loss of one batch, from which both networks learn.
 
         Args:

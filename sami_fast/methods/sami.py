@@ -67,13 +67,14 @@ class Sami(LatentModel):
     def sketch(cls, architecture: dict[str, dict[str, Any]]) -> list[nn.Module]:
         return sketch(architecture["encoder"], architecture["denoiser"])
 
-    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float, parts: Parts, phase: str = "both") -> StepLoss:
+    def training_loss(self, x_0: Tensor, draw: Draw, kl_weight: float | Tensor, parts: Parts, phase: str = "both") -> StepLoss:
         """`step.training_step`; in phase "denoiser" `step.denoising_step`, in phase "encoder" the denoiser is a constant."""
         encoder, denoiser, objective = fitted(self.encoder, x_0), parts.denoiser, parts.objective
         if phase == "denoiser":
             loss, unguided = denoising_step(denoiser, self.schedule, x_0, draw, objective, store_eps=parts.store_eps)
             nothing = x_0.new_zeros(1, self.latent_size)
-            return loss + _nothing(*encoder(x_0[:1])), (unguided, unguided), torch.stack((nothing, nothing, nothing + 1))
+            loss = loss + _nothing(*encoder(x_0[:1])) if parts.idle_gradients else loss
+            return loss, (unguided, unguided), torch.stack((nothing, nothing, nothing + 1))
         loss, terms = training_step(
             encoder,
             denoiser if phase == "both" else torch.no_grad()(denoiser),
@@ -88,7 +89,8 @@ class Sami(LatentModel):
             clean_encoder=parts.encoder,
             terms_of=parts.guided_terms,
         )
-        if phase == "encoder" and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser.")):
+        waits = phase == "encoder" and parts.idle_gradients
+        if waits and any(p.requires_grad for n, p in self.named_parameters() if n.startswith("denoiser.")):
             # The denoiser waits for its turn; one that stays frozen has no gradients at all.
             loss = loss + _nothing(denoiser(x_0[:1], x_0.new_ones(1)))
         return loss, (terms.unguided, terms.diffusion), torch.stack((terms.kl, terms.mu, terms.var))

@@ -7,7 +7,7 @@ functions below autograd (forward, derivative, tangent, second derivative), for 
 from ..reference import EVALUATION_STEP, Stream, gaussian_kl, gaussian_reparameterize, random_permutation
 from .attention import AttentionLaunchers, attention, attention_dual
 from .backend import BackendError, check_backend, describe, use_backend
-from .conv2d import conv2d, conv2d_backward
+from .conv2d import conv2d, conv2d_backward, laid_out
 from .gaussian_log_prob import gaussian_launchers, gaussian_log_prob
 from .group_norm_silu import GroupNormSiLULaunchers, group_norm_silu, group_norm_silu_dual
 from .guided_loss import guided_loss
@@ -35,6 +35,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_dual",
     "guided_loss",
+    "laid_out",
     "noise_sample",
     "random_normal",
     "random_permutation",

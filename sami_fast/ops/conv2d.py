@@ -92,6 +92,11 @@ def conv2d_backward(
     return grad_x, grad_weight if to_weight else None, grad_bias if to_bias else None
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """x as `conv2d` reads it, in channels-last memory on the compiled core: for callers that keep it for a derivative."""
+    return channels_last(x) if x.stride(1) != 1 and _on_core(x, None) else x
+
+
 def _on_core(x: Tensor, backend: str | None) -> bool:
     if backend is None and (x.device.type != "cpu" or not x.dtype.is_floating_point):
         return False

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .launchers import Launcher
+from .launchers import LIBRARY, Launcher
 
-LIBRARY = torch.library.Library("sami_fast", "DEF")
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}  # by operator
 
 
 def define(
@@ -45,6 +45,7 @@ def define(
     LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides])
     op = getattr(torch.ops.sami_fast, name).default
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _IMPLEMENTATIONS[op] = implementation
 
     def shapes(*args):
         *rest, backend = args
@@ -66,6 +67,15 @@ def define(
     if formula is not None:
         LIBRARY.impl(name, _autograd_kernel(name, op, save or _save_all, formula), "Autograd")
     return op
+
+
+def below_operators() -> dict[Any, Callable[..., Any]]:
+    """Decompositions for `make_fx`: each operator as the launchers of the compiled core that it calls; on other backends as it is."""
+
+    def launchers(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: implementation(*args) if args[-1] in ("cpp", "cuda") else NotImplemented
+
+    return {op: launchers(implementation) for op, implementation in _IMPLEMENTATIONS.items()}
 
 
 def _kernels_recorded(backend: str) -> Any:

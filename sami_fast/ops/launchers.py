@@ -12,16 +12,18 @@ checkers hold calls against it, and `define` takes an operator's schema from it.
 that was not asked for, the compiled core gives an empty tensor.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
 
 from .backend import BACKENDS, OPS, choose
 
+LIBRARY = torch.library.Library("sami_fast", "DEF")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,7 +57,27 @@ class Launcher(Generic[P, R]):
 
 
 def _find(twin: Callable[..., Any], file: str, backend: str) -> Callable[..., Any]:
+    if backend == "triton" and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return _as_operator(twin, file)
     return twin if backend == "reference" else getattr(_home(file, backend), twin.__name__)
+
+
+@cache
+def _as_operator(twin: Callable[..., Any], file: str) -> Callable[..., Any]:
+    """A launcher of Triton's as an operator: `make_fx`, which is at work here, writes down nothing else."""
+    launcher, signature = getattr(_home(file, "triton"), twin.__name__), inspect.signature(twin, eval_str=True)
+    results = len(get_args(signature.return_annotation))  # none for a single tensor
+
+    def launch(*args: Any, **options: Any) -> Any:
+        out = launcher(*args, **options)
+        return tuple(torch.empty(0) if x is None else x for x in out) if results else out  # operators cannot give None
+
+    of_operator: Any = tuple.__class_getitem__((Tensor,) * results) if results else Tensor
+    launch.__signature__ = signature.replace(return_annotation=of_operator)  # pyrefly: ignore[missing-attribute] (`inspect` reads it)
+    name = f"triton_{twin.__name__}"
+    LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
+    LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    return getattr(torch.ops.sami_fast, name).default
 
 
 @cache
