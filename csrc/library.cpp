@@ -42,9 +42,9 @@ STABLE_TORCH_LIBRARY(sami_fast_C, m) {
   m.def(
       "attention_bwd_bwd(Tensor ggq, Tensor ggk, Tensor ggv, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor tout, Tensor tau, float scale, bool causal, Tensor? out_bar) -> (Tensor, Tensor, Tensor)");
-  m.def("conv2d_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("conv2d_bwd_input(Tensor grad_y, Tensor weight) -> Tensor");
-  m.def("conv2d_bwd_weight(Tensor grad_y, Tensor x, bool with_bias) -> (Tensor, Tensor)");
+  m.def("conv2d_fwd(Tensor x, Tensor weight, Tensor? bias, int stride, int padding) -> Tensor");
+  m.def("conv2d_bwd_input(Tensor grad_y, Tensor weight, int stride, int padding, int height, int width) -> Tensor");
+  m.def("conv2d_bwd_weight(Tensor grad_y, Tensor x, bool with_bias, int stride, int padding, int size) -> (Tensor, Tensor)");
   m.def(
       "yuv_to_rgb(Tensor y, Tensor u, Tensor v, int top, int left, int side, int size, float red_weight, float blue_weight, bool full_range) "
       "-> Tensor");

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
-from .ops.conv2d import MIN_CHANNELS
+from .ops.conv2d import takes
 
 SDPA = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # torch's, and the function of diffusers that calls it
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Module)  # which compute nothing
@@ -461,9 +461,9 @@ class Conv2d(Accelerated, nn.Conv2d):
         return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def _is_winograd(conv: nn.Conv2d) -> bool:
-    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and conv.in_channels >= MIN_CHANNELS
+def _is_ours(conv: nn.Conv2d) -> bool:
+    settings = conv.stride, conv.padding, conv.dilation, conv.groups
+    return conv.padding_mode == "zeros" and takes(conv.kernel_size, *settings)
 
 
 # Attention
@@ -622,10 +622,13 @@ def _layer(module: nn.Module) -> Iterator[Decision]:
         yield GroupNorm, "ops.group_norm_silu"
     elif kind is nn.MultiheadAttention:
         yield MultiheadAttention, "ops.attention"
-    elif isinstance(module, nn.Conv2d) and _is_winograd(module):
+    elif isinstance(module, nn.Conv2d) and _is_ours(module):
         yield Conv2d, "ops.conv2d"
     else:
-        yield None, f"ours differs from torch's only for 3x3, stride 1, padding 1 of zeros, one group, {MIN_CHANNELS} channels or more"
+        yield (
+            None,
+            "ours differs from torch's only for 1x1 and 3x3 with strides, and with zeros around, alike in both directions, and one group",
+        )
 
 
 def _attention_module(module: nn.Module) -> Iterator[Decision]:

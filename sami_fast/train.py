@@ -44,7 +44,7 @@ from sami_fast.engine.bank import Bank
 from sami_fast.engine.base import BaseEngine, Measurement
 from sami_fast.engine.capture import Captured, refusal
 from sami_fast.engine.compiled import compiled_parts, eager_parts
-from sami_fast.engine.memory import enough_memory
+from sami_fast.engine.memory import enough_memory, keep_freed_memory
 from sami_fast.engine.processes import (
     agreed,
     end_run,
@@ -193,6 +193,7 @@ class Trainer:
         model: LatentModel | None = None,
     ) -> None:
         self.rank, self.world_size, self.device = init_distributed(config.engine.patience)
+        keep_freed_memory()
         set_threads(config.engine.threads)
         set_arithmetic(config.engine.tf32, config.engine.deterministic)
         ops.check_backend(self.device.type)

@@ -56,7 +56,8 @@ FITTING = {
     "attention": dict.fromkeys(("q", "grad_out", "out", "tq", "ggq", "tout", "out_bar"), "BSND")
     | dict.fromkeys(("k", "v", "tk", "tv", "ggk", "ggv"), "BSND")
     | {"lse": "2BNS", "tau": "BNS"},
-    "conv2d": {"x": "BCHW", "grad_y": "BCHW", "weight": "CC33", "bias": "C"},
+    "conv2d": {"x": "BCHW", "grad_y": "BCHW", "weight": "CC33", "bias": "C"}
+    | {"stride": "1", "padding": "1", "height": "H", "width": "W", "size": "3"},
     "yuv_to_rgb": {"y": "HH", "u": "HH", "v": "HH", "top": "0", "left": "0", "side": "H", "size": "W"},
 }
 

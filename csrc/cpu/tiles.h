@@ -65,7 +65,7 @@ template <class T, int BYTES, int ROWS, int COLUMNS, bool TRANSPOSED>
 SAMI_FAST_HD void product_block(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
   using R = Register<T, BYTES>;
   typename R::type sum[ROWS][COLUMNS];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < COLUMNS; ++j) {
@@ -80,14 +80,14 @@ SAMI_FAST_HD void product_block(int64_t depth, const T* a, int64_t lda, const T*
     typename R::type row[COLUMNS];
 #pragma GCC unroll 2
     for (int j = 0; j < COLUMNS; ++j) row[j] = R::at(b + k * ldb + j * R::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i) {
       const T factor = TRANSPOSED ? a[k * lda + i] : a[i * lda + k];
 #pragma GCC unroll 2
       for (int j = 0; j < COLUMNS; ++j) sum[i][j] += factor * row[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < COLUMNS; ++j) R::at(c + i * ldc + j * R::lanes) = sum[i][j];
@@ -101,6 +101,11 @@ SAMI_FAST_HD void product_panel(
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS) {
     product_block<T, BYTES, ROWS, COLUMNS, TRANSPOSED>(depth, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
+  }
+  if constexpr (ROWS > 8) {
+    for (; i + 8 <= rows; i += 8) {
+      product_block<T, BYTES, 8, COLUMNS, TRANSPOSED>(depth, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    }
   }
   if (i < rows) product_block<T, BYTES, 4, COLUMNS, TRANSPOSED>(depth, a + i * step, lda, b, ldb, c + i * ldc, ldc, accumulate);
 }

@@ -1,5 +1,8 @@
-"""Too little memory, in a user's words."""
+"""Memory of a run: too little of it, in a user's words, and what was freed, kept for the next step."""
 
+import ctypes
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +12,23 @@ from ..errors import UserError
 
 # Beside MemoryError and torch's own kind: what torch's allocator on the CPU, oneDNN and cuDNN say, which are RuntimeErrors.
 PHRASES = ("can't allocate memory", "out of memory", "could not create a memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+# glibc's numbers of two settings, and the variables by which a user may have made them.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: the next step asks for the same, and the system would have to clear every page of it again.
+
+    Nothing happens with another libc, or where the environment already says what glibc should do.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ALLOCATOR):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if not mallopt(M_MMAP_THRESHOLD, 2**30):
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
 
 
 @contextmanager

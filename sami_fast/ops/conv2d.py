@@ -1,4 +1,4 @@
-"""Convolution on the CPU as the networks need it: channels-last memory, and 3x3 kernels by Winograd's algorithm.
+"""Convolution on the CPU as the networks need it: channels-last memory, 3x3 kernels by Winograd's algorithm, others as one product.
 
 `sami_fast::conv2d` -> `conv2d_bwd_input`, `conv2d_bwd_weight`: each is linear in both of its tensors and has the others for derivatives,
 so it can be differentiated to any order.
@@ -18,9 +18,10 @@ from .backend import choose
 from .define import asked_for, define
 from .launchers import Launcher, Launchers
 
-# Below these the transforms cost more than they save: channels of x, pixels along a side, tiles of 2x2 pixels; and tiles per channel, for
-# the weight is transformed too. Measured in channels-last on one thread of AVX-512, all three products of a convolution together.
-MIN_CHANNELS, MIN_SIDE, MIN_TILES, TILES_PER_CHANNEL = 4, 4, 16, 1 / 8
+# Kernels that the core is faster with than torch; and how many results for each channel make up for rearranging the weights, where they
+# come in order and where strides lie between. Measured in channels-last on one thread of AVX-512.
+SIZES, RESULTS_PER_CHANNEL, STRIDED_RESULTS_PER_CHANNEL = (1, 3), 1 / 2, 4
+WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # with narrower registers only Winograd's algorithm is faster
 Pair = tuple[int, ...]  # two numbers; not tuple[int, int], for the settings of nn.Conv2d are not typed so
 
 
@@ -45,9 +46,11 @@ def conv2d(
 ) -> Tensor:  # [B, O, H', W']
     """`torch.nn.functional.conv2d`, whose result lies in channels-last memory on the compiled core; on a GPU where x or weight does.
 
-    There a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's F(2x2, 3x3): 16 multiplications where there were 36, with
-    rounding errors of the size of torch's (6e-7 of the largest value). It overflows from a quarter of float32's range on, and an infinite
-    pixel makes its neighbours NaN. Everything else is torch's own.
+    There a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's F(4x4, 3x3), 36 multiplications where there were 144, or
+    on small images F(2x2, 3x3), 16 where there were 36. One convolution has rounding errors of 1e-6 to 4e-6 of the largest value
+    (torch: 5e-7, in weights 9e-6); all gradients of a training step have no larger ones than with torch. It overflows from a hundredth of
+    float32's range on, and an infinite or NaN pixel makes its neighbours NaN. One of 1x1, or of 3x3 with other strides or padding,
+    is one matrix product. Everything else is torch's own.
 
     Args:
         As torch's.
@@ -62,8 +65,8 @@ def conv2d(
     stride, dilation, padding = _pair(stride), _pair(dilation), padding if isinstance(padding, str) else _pair(padding)
     if not _on_core(x, backend):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if _is_winograd(x, weight, stride, padding, dilation, groups):
-        return _conv2d(x, weight, bias, "cpp")
+    if _is_ours(x, weight, stride, padding, dilation, groups):
+        return _conv2d(x, weight, bias, stride[0], padding[0], "cpp")
     return F.conv2d(channels_last(x), weight, bias, stride, padding, dilation, groups)
 
 
@@ -81,14 +84,16 @@ def conv2d_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `conv2d` in x, weight and bias, those that the mask asks for: for callers that schedule the derivatives themselves."""
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    if not _on_core(x, backend) or not _is_winograd(x, weight, stride, padding, dilation, groups):
+    if not _on_core(x, backend) or not _is_ours(x, weight, stride, padding, dilation, groups):
         settings = (stride, padding, dilation, False, (0, 0), groups)
         return torch.ops.aten.convolution_backward(grad_y, x, weight, weight.shape[:1], *settings, mask)
-    if grad_y.shape != (x.shape[0], weight.shape[0], *x.shape[2:]):
-        raise ValueError(f"grad_y: expected {[x.shape[0], weight.shape[0], *x.shape[2:]]}, found {list(grad_y.shape)}")
+    expected = [x.shape[0], weight.shape[0], *_results(x, weight, stride, padding)]
+    if list(grad_y.shape) != expected:
+        raise ValueError(f"grad_y: expected {expected}, found {list(grad_y.shape)}")
     to_input, to_weight, to_bias = mask
-    grad_x = _conv2d_bwd_input(grad_y, weight, "cpp") if to_input else None
-    grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, "cpp") if to_weight or to_bias else (None, None)
+    steps, size = (stride[0], padding[0]), weight.shape[2]
+    grad_x = _conv2d_bwd_input(grad_y, weight, *steps, *x.shape[2:], "cpp") if to_input else None
+    grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, *steps, size, "cpp") if to_weight or to_bias else (None, None)
     return grad_x, grad_weight if to_weight else None, grad_bias if to_bias else None
 
 
@@ -115,58 +120,75 @@ def for_convolutions(x: Tensor) -> Tensor:
     return channels_last(x) if wanted and (x.is_cuda or choose("conv2d", None, x) == "triton") else x
 
 
-def _is_winograd(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
-    tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+def _is_ours(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
+    if not (x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and weight.dim() == 4 and x.shape[1] == weight.shape[1]):
+        return False
+    if isinstance(padding, str) or not takes(tuple(weight.shape[2:]), stride, padding, dilation, groups):
+        return False
+    height, width = _results(x, weight, stride, padding)
+    fewest = RESULTS_PER_CHANNEL if stride == (1, 1) else STRIDED_RESULTS_PER_CHANNEL
+    return min(height, width) > 0 and x.shape[0] * height * width >= fewest * max(weight.shape[:2])
+
+
+def takes(size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
+    """Whether the compiled core has a convolution with these settings."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        not isinstance(padding, str)
+        and size[0] == size[1] in SIZES
+        and stride[0] == stride[1] >= 1
+        and 0 <= padding[0] == padding[1] < size[0]
+        and dilation == (1, 1)
         and groups == 1
-        and tuple(weight.shape[2:]) == (3, 3)
-        and stride == padding == dilation == (1, 1)
-        and x.shape[1] >= MIN_CHANNELS
-        and min(x.shape[2:]) >= MIN_SIDE
-        and tiles >= max(MIN_TILES, TILES_PER_CHANNEL * max(weight.shape[:2]))
+        and (WIDE or (size[0], stride[0], padding[0]) == (3, 1, 1))
     )
 
 
+def _results(x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> tuple[int, ...]:
+    return tuple((side + 2 * p - size) // s + 1 for side, size, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True))
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
+    tensors, ctx.settings = [a for a in inputs if isinstance(a, Tensor)], [a for a in inputs if not isinstance(a, Tensor | None)]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a for a in tensors if isinstance(a, Tensor)))
+    ctx.save_for_backward(*tensors)
 
 
 def _fwd_formula(ctx, grad_y):
     if grad_y is None:
-        return (None,) * 4
+        return (None,) * 6
     x, weight, *_ = ctx.saved_tensors
-    to_x, to_weight, to_bias, _ = asked_for(ctx)
-    grad_x = _conv2d_bwd_input(grad_y, weight, ctx.backend) if to_x else None
-    grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, ctx.backend) if to_weight or to_bias else (None, None)
-    return grad_x, grad_weight, grad_bias if to_bias else None, None
+    stride, padding, backend = ctx.settings
+    to_x, to_weight, to_bias, *_ = asked_for(ctx)
+    grad_x = _conv2d_bwd_input(grad_y, weight, stride, padding, *x.shape[2:], backend) if to_x else None
+    grad_weight = grad_bias = None
+    if to_weight or to_bias:
+        grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, stride, padding, weight.shape[2], backend)
+    return grad_x, grad_weight, grad_bias if to_bias else None, None, None, None
 
 
 def _bwd_input_formula(ctx, ggx):
     if ggx is None:
-        return (None,) * 3
+        return (None,) * 7
     grad_y, weight = ctx.saved_tensors
-    to_grad_y, to_weight, _ = asked_for(ctx)
-    return (
-        _conv2d(ggx, weight, None, ctx.backend) if to_grad_y else None,
-        _conv2d_bwd_weight(grad_y, ggx, False, ctx.backend)[0] if to_weight else None,
-        None,
-    )
+    stride, padding, *_, backend = ctx.settings
+    to_grad_y, to_weight, *_ = asked_for(ctx)
+    v_grad_y = _conv2d(ggx, weight, None, stride, padding, backend) if to_grad_y else None
+    v_weight = _conv2d_bwd_weight(grad_y, ggx, False, stride, padding, weight.shape[2], backend)[0] if to_weight else None
+    return v_grad_y, v_weight, None, None, None, None, None
 
 
 def _bwd_weight_formula(ctx, ggweight, ggbias):
     grad_y, x = ctx.saved_tensors
+    _, stride, padding, _, backend = ctx.settings
     to_grad_y, to_x, *_ = asked_for(ctx)
     v_grad_y = v_x = None
     if ggweight is not None:
-        v_grad_y = _conv2d(x, ggweight, None, ctx.backend) if to_grad_y else None
-        v_x = _conv2d_bwd_input(grad_y, ggweight, ctx.backend) if to_x else None
+        v_grad_y = _conv2d(x, ggweight, None, stride, padding, backend) if to_grad_y else None
+        v_x = _conv2d_bwd_input(grad_y, ggweight, stride, padding, *x.shape[2:], backend) if to_x else None
     if ggbias is not None and ggbias.numel() and to_grad_y:
         more = ggbias[:, None, None].expand_as(grad_y)
         v_grad_y = more if v_grad_y is None else v_grad_y + more
-    return v_grad_y, v_x, None, None
+    return v_grad_y, v_x, None, None, None, None, None
 
 
 _conv2d = define("conv2d", ConvolutionLaunchers.fwd, _save, _fwd_formula)

@@ -1,4 +1,4 @@
-"""Plain torch: the convolution that most layers of both networks are, 3x3 with stride 1 and one pixel of zeros around the image.
+"""Plain torch: a convolution with square kernels, the same stride and as many zeros on every side, no dilation and one group.
 
 It is linear in the image and in the weight, so each of its derivatives is one of the three functions here, to any order.
 """
@@ -7,24 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SETTINGS = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)  # stride, padding, dilation, not transposed, output padding, groups
+
+def conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """x [B, C, H, W], weight [O, C, h, h], bias [O] -> y [B, O, H', W'] in channels-last memory."""
+    return channels_last(F.conv2d(x, weight, bias, stride, padding))
 
 
-def conv2d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [B, C, H, W], weight [O, C, 3, 3], bias [O] -> y [B, O, H, W] in channels-last memory."""
-    return channels_last(F.conv2d(x, weight, bias, 1, 1))
+def conv2d_bwd_input(grad_y: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
+    """Gradient in x [B, C, height, width], in channels-last memory."""
+    size = weight.shape[2]
+    left_over = [(side + 2 * padding - size) % stride for side in (height, width)]  # pixels that no result sees
+    return channels_last(F.conv_transpose2d(grad_y, weight, None, stride, padding, left_over))
 
 
-def conv2d_bwd_input(grad_y: Tensor, weight: Tensor) -> Tensor:
-    """Gradient in x, in channels-last memory."""
-    return channels_last(F.conv2d(grad_y, weight.transpose(0, 1).flip(2, 3), None, 1, 1))
-
-
-def conv2d_bwd_weight(grad_y: Tensor, x: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """Gradients in weight and in bias, the latter empty where it is not asked for."""
-    weight = x.new_empty(grad_y.shape[1], x.shape[1], 3, 3)
+def conv2d_bwd_weight(grad_y: Tensor, x: Tensor, with_bias: bool, stride: int, padding: int, size: int) -> tuple[Tensor, Tensor]:
+    """Gradients in weight, whose kernel has that size, and in bias, the latter empty where it is not asked for."""
+    weight = x.new_empty(grad_y.shape[1], x.shape[1], size, size)
+    settings = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1  # with dilation, not transposed, output padding, groups
     mask = (False, True, with_bias)
-    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(grad_y, x, weight, grad_y.shape[1:2], *_SETTINGS, mask)
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(grad_y, x, weight, grad_y.shape[1:2], *settings, mask)
     return grad_weight.contiguous(), grad_bias if with_bias else x.new_empty(0)
 
 
