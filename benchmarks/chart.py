@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 
 MODES = {"fwd": "forward", "bwd": "first gradients", "bwd_bwd": "second gradients", "step": "training step", "sample": "sampling"}
+MODES |= {"loop": "training loop"}
 RIVALS = {  # colour and sign of everybody who is not us; others are grey
     "reference": ("#777777", "|"),
     "torch.compile": ("#c0392b", "D"),

@@ -3,6 +3,7 @@
 pytest benchmarks/ --rows rows.jsonl --rows rows.csv     # also write the rows; a .jsonl grows with every row
 pytest benchmarks/ --rows rows.jsonl --resume            # leave out what has its rows there, of this commit and device
 pytest benchmarks/ --device cpu --threads 1 --tiny       # where, with how many threads, at sizes for a rehearsal
+pytest benchmarks/test_loops.py --sweeps                 # training loops by size, threads and ranks, and compiled, as well
 """
 
 import json
@@ -34,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, metavar="N", default=1, help="CPU threads of torch (default: %(default)s)")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--seconds", type=float, default=SECONDS, metavar="S", help="of rounds for each implementation (default: %(default)s)")
+    group.addoption("--sweeps", action="store_true", help="training loops also by size, threads and ranks, and compiled: 20 minutes")
     group.addoption("--tiny", action="store_true", help="sizes for a rehearsal: figures mean nothing")
 
 
@@ -53,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device: cuda asked for, and there is no CUDA device")
     keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as in training
+    config.addinivalue_line("markers", "sweep: measured with --sweeps alone")
     config.option.benchmark_quiet = True  # the rows are the report
     config.stash[ROWS], config.stash[LEFT_OUT], config.stash[DONE] = [], [], set()
     config.stash[ADDRESS] = address(device, _command(config)) | ({"tiny": True} if config.getoption("--tiny") else {})
@@ -68,6 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         for file in growing:
             file.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sweeps"):
+        for item in items:
+            if item.get_closest_marker("sweep"):
+                item.add_marker(pytest.mark.skip(reason="--sweeps was not asked for"))
 
 
 def _command(config: pytest.Config) -> str:
@@ -95,6 +105,7 @@ def compete(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iter
         dtype: torch.dtype = torch.float32,
         *,
         peak: bool = True,
+        rounds: int | None = None,  # in place of those that --seconds allows
         targets: dict[str, float] | None = None,  # ratios that were aimed at
         wrong: dict[str, str] | None = None,  # who has no row, and why
         forgiven: Sequence[str] = (),  # whose fault fails nothing
@@ -110,19 +121,20 @@ def compete(benchmark: Any, request: pytest.FixtureRequest, device: str) -> Iter
         if not benchmark.disabled:  # else correctness was all that was asked
             # pytest-benchmark clocks ours, or whoever stands last, each time after all the others had their turn.
             contestants = sorted(contestants, key=lambda c: is_ours({"implementation": c.name}))
-            rounds, last = Rounds(contestants, device, config.getoption("--seconds")), len(contestants) - 1
+            turns, last = Rounds(contestants, device, config.getoption("--seconds"), rounds), len(contestants) - 1
 
             def others() -> None:
                 for place in range(last):
-                    rounds.time(place)
+                    turns.time(place)
 
             benchmark.group = what
-            benchmark.pedantic(rounds.time, args=(last,), setup=others, rounds=rounds.rounds)
-            rows = rows_of(rounds, described, baseline, dtype, peak)
+            benchmark.pedantic(turns.time, args=(last,), setup=others, rounds=turns.rounds)
+            rows = rows_of(turns, described, baseline, dtype, peak)
             for row in rows:
                 if target := (targets or {}).get(row["implementation"]):
                     row["target"] = target
-                row |= {"test": request.node.nodeid, **config.stash[ADDRESS]}
+                where = {"test": request.node.nodeid, **config.stash[ADDRESS]}
+                row |= {key: value for key, value in where.items() if key not in row}  # a row may have threads of its own
             benchmark.extra_info["rows"] = rows
             config.stash[ROWS].extend(rows)
             for file in config.getoption("--rows"):

@@ -79,6 +79,7 @@ class Contestant:
         name: As in the row.
         run: One call.
         fresh: `run` makes, outside the clock, what a round times once.
+        own_clock: `run` returns the seconds that count.
         first: Seconds of its very first call in this process: compiling included, or loading what an earlier process compiled (from_cache).
         extra: More fields of its row.
     """
@@ -88,6 +89,7 @@ class Contestant:
     first: float | None = None
     extra: dict[str, Any] | None = None
     fresh: bool = False
+    own_clock: bool = False
 
     @classmethod
     def ready(
@@ -135,16 +137,18 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 class Rounds:
     """Times the contestants one after the other, as often as asked: whatever else the machine does hits all alike."""
 
-    def __init__(self, contestants: Sequence[Contestant], device: str, budget: float = SECONDS) -> None:
+    def __init__(self, contestants: Sequence[Contestant], device: str, budget: float = SECONDS, rounds: int | None = None) -> None:
         self.contestants, self.device = contestants, device
         self.seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
         warm = [[self._time(c, 1) for _ in range(1 if c.fresh else WARMUP_ROUNDS)] for c in contestants]
-        self.calls = [1 if c.fresh else max(1, int(SHORTEST / min(t))) for c, t in zip(contestants, warm, strict=True)]
+        self.calls = [1 if c.fresh or c.own_clock else max(1, int(SHORTEST / min(t))) for c, t in zip(contestants, warm, strict=True)]
         # The slow rounds of the warm-up set the number: a busy machine gets fewer, not a longer run.
         round_seconds = sum(max(max(t), n * min(t)) for n, t in zip(self.calls, warm, strict=True))
-        self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget * len(contestants) / round_seconds)))
+        self.rounds = rounds or min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget * len(contestants) / round_seconds)))
 
     def _time(self, contestant: Contestant, calls: int) -> float:
+        if contestant.own_clock:
+            return contestant.run()
         return seconds(contestant.run() if contestant.fresh else contestant.run, self.device, calls)
 
     def time(self, place: int) -> None:

@@ -22,10 +22,14 @@ def _bound(row: Row) -> str:
     return f"{row['of_bound']:.0%} of {row['bound']}" if row.get("of_bound") else ""
 
 
+def _all(rows: Sequence[Row], key: str) -> str:
+    return ", ".join(map(str, sorted({row[key] for row in rows})))
+
+
 def where(rows: Sequence[Row]) -> str:
     first = rows[0]
     return (
-        f"`{first['command']}`, {first['date'][:10]}, {first['cpu']} with {first['cpu_capability']}, threads: {first['threads']}, "
+        f"`{first['command']}`, {first['date'][:10]}, {first['cpu']} with {first['cpu_capability']}, threads: {_all(rows, 'threads')}, "
         f"Python {first['python']}, torch {first['torch']}, commit {first['commit']}."
     )
 
@@ -57,7 +61,7 @@ def networks(rows: Sequence[Row]) -> str:
         "bound": (_bound, ""),
         "MiB": (peak_mebibytes, ""),
     }
-    found = [row for group in comparisons(rows) for row in group if "images" in row and row["mode"] != "feed"]
+    found = [row for group in comparisons(rows) for row in group if "images" in row and row["mode"] in ("bwd", "bwd_bwd", "step", "sample")]
     return page_table([row for row in found if row["implementation"] != row["baseline"]], columns)
 
 
@@ -81,6 +85,52 @@ def slower(rows: Sequence[Row]) -> str:
             what = [group[0]["op"], shape_label(group[0]["shape"]), MODES.get(group[0]["mode"], group[0]["mode"])]
             cells.append([*what, rival["implementation"], f"{ratio:.2f}", peak_mebibytes(ours), peak_mebibytes(rival)])
     return markdown(["what", "shape", "through", "rival", "ours to it", "MiB", "rival's MiB"], cells)
+
+
+def loops(rows: Sequence[Row]) -> str:
+    """Whole training loops, a line per run: how many times as fast as each rival ours is."""
+
+    def to(who: str, group: dict[str, Row]) -> str:
+        if who not in group:
+            return ""
+        ratio, target = group["sami-fast"]["ratio"] / group[who]["ratio"], group[who].get("ours_target")
+        return f"{ratio:.2f}" + (f" ({target:g}, {'met' if ratio >= target else 'missed'})" if target else "")
+
+    def kilobytes(row: Row) -> str:
+        return f"{row['peak_bytes'] / row['images'] / 1000:.0f}"
+
+    cells = []
+    for rows_of_run in comparisons(row for row in rows if row["mode"] == "loop"):
+        group = {row["implementation"]: row for row in rows_of_run}
+        ours, base = group["sami-fast"], group[rows_of_run[0]["baseline"]]
+        what = [
+            ours["op"].removeprefix("loop "),
+            shape_label(ours["shape"]),
+            f"{ours['images_per_second']:.0f}",
+            _ratio(ours),
+            _target(ours),
+        ]
+        cells.append([*what, *(to(who, group) for who in ("torch", "torch.compile", "jax")), kilobytes(ours), kilobytes(base)])
+    titles = ["run", "shape", "images/s", "to eager channels-last (20 to 80 %)", "target"]
+    return markdown([*titles, "to eager NCHW", "to torch.compile", "to JAX", "kB an image", "eager channels-last's"], cells)
+
+
+def busy(rows: Sequence[Row]) -> str:
+    """What training keeps of its speed beside a busy core."""
+    columns: Columns = {
+        "settings": (lambda row: row["op"].removeprefix("busy core").removeprefix(", ") or "as they come", ""),
+        "share of images/s that is kept (20 to 80 %)": (_ratio, ""),
+        "target": (_target, ""),
+    }
+    found = [row for row in rows if row["mode"] == "busy" and row["implementation"] != row["baseline"]]
+    return page_table(found, columns) if found else "Not measured yet."
+
+
+def shares(rows: Sequence[Row]) -> str:
+    """What a few ops are of a step."""
+    small = [row for row in rows if row["mode"] == "share" and row["implementation"] != row["baseline"]]
+    parts = " and ".join(f"`{row['implementation']}` {1 / row['ratio']:.2%}" for row in small)
+    return f"Of the time that the gradients of a step of disks take, 64 images of 16x16, {parts}, their derivatives included."
 
 
 def cold(rows: Sequence[Row]) -> str:
@@ -122,6 +172,9 @@ def repeats() -> str:
 BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {f.__name__: f for f in (where, ops, networks, feed, slower, cold)}
 
 
+LOOPS = {"loops": lambda rows: f"{where(rows)}\n\n{loops(rows)}", "busy": busy, "shares": shares}
+
+
 def generated(name: str) -> str:
     """A table by its name. ValueError: there is no such table."""
     if name == "repeats":
@@ -129,9 +182,11 @@ def generated(name: str) -> str:
     if name == "foreign":
         rows = committed("foreign.jsonl")
         return f"{where(rows)}\n\n{networks(rows)}"
+    if name in LOOPS:
+        return LOOPS[name](committed("loops.jsonl"))
     if name == "score":
         rows = committed("score.jsonl")
         return f"{where(rows)}\n\n{score(rows)}"
     if name not in BLOCKS:
-        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, 'repeats', 'foreign', 'score'])}")
+        raise ValueError(f"performance {name}: no such table; there are {', '.join([*BLOCKS, *LOOPS, 'repeats', 'foreign', 'score'])}")
     return BLOCKS[name](committed("cpu.jsonl"))

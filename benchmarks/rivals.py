@@ -1,4 +1,4 @@
-"""Other people's packages as rivals: how each is called, and whether it is there. All of these need a CUDA device.
+"""Other people's packages as rivals: how each is called, and whether it is there. Those of ops need a CUDA device.
 
 Of two Triton attentions with some second-order support, jvp-flash-attention is here: to first order, and to second, where the check in
 `registry.py` decides whether its double backward means anything. ebt-flash-attention computes another function, of two streams
@@ -22,6 +22,7 @@ PACKAGES = {  # distribution: module to import
     "liger-kernel": "liger_kernel.ops.group_norm",
     "apex": "apex.contrib.group_norm",  # NVIDIA's; a namesake on PyPI has no such module
     "diffusers": "diffusers",
+    "jax": "jax",
     "nvidia-dali-cuda130": "nvidia.dali",
     "av": "av",
     "pillow": "PIL",

@@ -17,6 +17,7 @@ from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
 from sami_fast.reference import gaussian_kl, gaussian_log_prob, gaussian_reparameterize, guided_loss
 from sami_fast.reference.step import step as reference_step
+from sami_fast.schedule import Schedule
 from sami_fast.step import Draw, Objective, StepTerms, training_step
 
 from .counting import Meter
@@ -33,11 +34,22 @@ CONFIGS = {
 SHAPES = {"disks": (1, 32), "faces": (3, 64), "celeba64": (3, 64)}  # channels, size
 TINY = ["train.batch_size=2", "encoder.channels=[32,32]", "denoiser.channels=[32,32]", "encoder.attention=[4]", "denoiser.attention=[4]"]
 TINY += ["encoder.groups=4", "denoiser.groups=4"]  # with 32 groups a group would hold 4 numbers, too few for a norm
-BASELINE = "reference"
+REFERENCE, BASELINE = "reference", "reference, channels-last"  # eager torch as it comes, and in the layout that suits it on most machines
 SCORE_METHODS = ("reverse", "sweeps", "dual")  # ways to differentiate the encoder's score; `auto` is sweeps
 
 Gradients = Sequence[Tensor]  # the loss, then one per parameter
 Run = Callable[[], Gradients]
+
+
+def drawn_noise(
+    schedule: Schedule, x_0: Tensor, draw: Draw, latent_size: int, levels: int = 1, power: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t [B, K], eps [B, K, C, H, W] and eps_z [B, Z] as our step draws them; power is that of `Schedule.sample`."""
+    t = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=power)
+    ones = torch.ones_like(t)
+    _, eps = ops.noise_sample(x_0, ones, ones, draw.index, seed=draw.seed, step=draw.step)
+    eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, latent_size)
+    return t, eps.unflatten(0, t.shape), eps_z
 
 
 class Step:
@@ -72,12 +84,8 @@ class Step:
 
     def noise(self) -> tuple[Tensor, Tensor, Tensor]:
         """t [B, K], eps [B, K, C, H, W] and eps_z [B, Z] of our step."""
-        draw, levels, schedule = self.draw, self.objective.noise_levels, self.sami.schedule
-        t = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=self.objective.time_power)
-        ones = torch.ones_like(t)
-        _, eps = ops.noise_sample(self.x_0, ones, ones, draw.index, seed=draw.seed, step=draw.step)
-        eps_z = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS_Z, draw.index, self.sami.latent_size)
-        return t, eps.unflatten(0, t.shape), eps_z
+        objective = self.objective
+        return drawn_noise(self.sami.schedule, self.x_0, self.draw, self.sami.latent_size, objective.noise_levels, objective.time_power)
 
     def ours(self, backend: str, method: str = "auto", *, compile_for: Config | None = None, bf16: bool = False) -> Run:
         """The engine's step, eager or, with a config, as `engine.compile=step` has it. Draws its noise inside the clock."""
@@ -95,17 +103,20 @@ class Step:
 
         return run
 
-    def _given(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x_0, t, logsnr, weight, eps and eps_z for those whose noise is drawn beforehand."""
+    def _given(self, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x_0, t, logsnr, weight, eps and eps_z for those whose noise is drawn beforehand; images in a layout."""
         t, eps, eps_z = (noise.to(dtype) for noise in self.noise())
+        eps = eps.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, t.shape)
         objective, schedule = self.objective, self.sami.schedule
         weight = schedule.weight(t, objective.weighting, objective.time_power)
-        return self.x_0.to(dtype), t, schedule.logsnr(t), weight, eps, eps_z
+        return self.x_0.to(dtype).contiguous(memory_format=layout), t, schedule.logsnr(t), weight, eps, eps_z
 
-    def reference(self, dtype: torch.dtype = torch.float32, *, bf16: bool = False) -> Run:
-        """Plain eager torch all through. Is given the noise that ours would draw."""
-        sami = copy.deepcopy(self.sami).to(dtype)
-        parameters, given = list(sami.parameters()), self._given(dtype)
+    def reference(
+        self, dtype: torch.dtype = torch.float32, *, bf16: bool = False, layout: torch.memory_format = torch.contiguous_format
+    ) -> Run:
+        """Plain eager torch all through, weights and images in a layout. Is given the noise that ours would draw."""
+        sami = copy.deepcopy(self.sami).to(dtype).to(memory_format=layout)
+        parameters, given = list(sami.parameters()), self._given(dtype, layout)
 
         def run() -> Gradients:
             with ops.use_backend("reference"):
@@ -118,7 +129,7 @@ class Step:
     def compiled_torch(self, *, bf16: bool = False) -> Run:
         """The same plain torch as one graph of torch.compile, built on torch.func.grad; its noise is given too."""
         sami = copy.deepcopy(self.sami)
-        given = self._given(torch.float32)
+        given = self._given(torch.float32, torch.contiguous_format)
         names = [name for name, _ in sami.named_parameters()]
         objective, kl_weight = self.objective, self.kl_weight
 
@@ -155,7 +166,7 @@ class Step:
     def flops(self, method: str) -> dict[str, int]:
         """Multiplications and additions of a step: of the convolutions, and of all matrix products; counted for one image on the CPU."""
         one = Step(copy.deepcopy(self.sami).cpu(), self.x_0[:1].cpu(), self.objective, self.kl_weight)
-        plain = method == BASELINE
+        plain = method == REFERENCE
         with Meter() as meter:
             one.ours("reference" if plain else "auto", "reverse" if plain else method)()
         return {name: self.shape["B"] * count for name, count in _flops(meter).items()}

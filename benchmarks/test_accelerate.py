@@ -24,8 +24,9 @@ from .steps import Run, Step, convolution_bound, least_bytes
 
 diffusers = pytest.importorskip("diffusers")
 
-BASELINE = "torch"  # with its mathematical attention, the only one of its that can be differentiated twice
-IMPLEMENTATIONS = (BASELINE, "reference", "cpp")
+TORCH = "torch"  # with its mathematical attention, the only one of its that can be differentiated twice
+LAST = "torch, channels-last"
+IMPLEMENTATIONS = (LAST, TORCH, "reference", "cpp")
 SHAPE = {"B": 1, "C": 3, "H": 32, "W": 32}
 
 
@@ -48,9 +49,9 @@ class UNetGradients:
         self.x, self.cotangent = torch.randn(2, *SHAPE.values()).unbind(0)
         self.t = torch.tensor([400])
 
-    def run(self, model: nn.Module, mode: str) -> Sequence[Tensor]:
+    def run(self, model: nn.Module, mode: str, layout: torch.memory_format) -> Sequence[Tensor]:
         """The result, its first gradients (bwd); or those, and the gradients of the penalty on the one in x (bwd_bwd)."""
-        x = self.x.to(model.dtype).requires_grad_()
+        x = self.x.detach().to(model.dtype).contiguous(memory_format=layout).requires_grad_()
         y = model(x, self.t).sample
         projection = (y * self.cotangent).sum()
         leaves = [x, *model.parameters()]
@@ -62,12 +63,14 @@ class UNetGradients:
     def runner(self, name: str, mode: str, dtype: torch.dtype = torch.float32) -> Callable[[], Sequence[Tensor]]:
         model = copy.deepcopy(self.model)
         model = model.double() if dtype == torch.float64 else model
-        if name != BASELINE:
+        plain, layout = name in (LAST, TORCH), torch.channels_last if name == LAST else torch.contiguous_format
+        model = model.to(memory_format=layout)
+        if not plain:
             accelerate(model)
 
         def run() -> Sequence[Tensor]:
-            with sdpa_kernel(SDPBackend.MATH) if name == BASELINE else ops.use_backend(name):
-                return self.run(model, mode)
+            with sdpa_kernel(SDPBackend.MATH) if plain else ops.use_backend(name):
+                return self.run(model, mode, layout)
 
         return run
 
@@ -84,7 +87,7 @@ def contestants(
     """Those that can run here, found correct."""
     ready = []
     for name in IMPLEMENTATIONS:
-        if name == BASELINE or refusal(name, "cpu", torch.float32) is None:
+        if name in (LAST, TORCH) or refusal(name, "cpu", torch.float32) is None:
             check = partial(check_close, name, "step", truth=exact, same_dtype=rival)
             ready.append(Contestant.ready(name, partial(runner, name), check, "cpu"))
     return ready
@@ -93,16 +96,15 @@ def contestants(
 @pytest.mark.parametrize("mode", ["bwd", "bwd_bwd"])
 def test_accelerate(mode: str, compete: Callable[..., None]) -> None:
     problem = UNetGradients()
-    exact, rival = problem.runner(BASELINE, mode, torch.float64)(), problem.runner(BASELINE, mode)()
+    exact, rival = problem.runner(TORCH, mode, torch.float64)(), problem.runner(TORCH, mode)()
     ready = contestants(lambda name: problem.runner(name, mode), exact, rival)
     described = {"op": "diffusers UNet, accelerated", "shape": SHAPE, "dtype": "float32", "mode": mode, "images": SHAPE["B"]}
     described["bytes"] = least_bytes(problem.x, problem.model)
-    compete(described | convolution_bound(problem.runner(BASELINE, mode), "cpu"), ready, BASELINE)
+    compete(described | convolution_bound(problem.runner(TORCH, mode), "cpu"), ready, LAST)
 
 
 LATENTS = 8
 FOREIGN = {"B": 16, "K": 1, "C": 3, "H": 32, "W": 32}
-LAST = "torch, channels-last"
 
 
 class Adapted(nn.Module):
@@ -138,8 +140,7 @@ def foreign_step(pair: Pair, batch: int = FOREIGN["B"]) -> Step:
 
 def in_torch(step: Step, dtype: torch.dtype = torch.float32, layout: torch.memory_format = torch.contiguous_format) -> Run:
     """The method by autograd alone, the networks as they come; their constants are of the dtype too."""
-    sami = copy.deepcopy(step.sami).to(memory_format=layout)
-    plain = Step(sami, step.x_0.contiguous(memory_format=layout), step.objective, step.kl_weight).reference(dtype)
+    plain = step.reference(dtype, layout=layout)
 
     def run() -> Sequence[Tensor]:
         before = torch.get_default_dtype()
@@ -170,7 +171,7 @@ def test_foreign_step(name: str, compete: Callable[..., None]) -> None:
     fast, exact, rival = accelerated(step), in_torch(step, torch.float64)(), in_torch(step)()
     makers = {
         LAST: partial(in_torch, step, layout=torch.channels_last),
-        BASELINE: partial(in_torch, step),
+        TORCH: partial(in_torch, step),
         "cpp": partial(fast.ours, "cpp"),
     }
     ready = [

@@ -1,4 +1,4 @@
-"""The reverse process guided by latents: ours against the same DDIM steps in plain eager torch, and through diffusers' scheduler."""
+"""The reverse process guided by latents: ours against the same DDIM steps in eager torch, in both layouts, and by diffusers."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from sami_fast.schedule import alpha_sigma
 
 from .measure import Contestant, check_close
 from .rivals import missing
-from .steps import BASELINE, convolution_bound, named_step
+from .steps import BASELINE, REFERENCE, convolution_bound, named_step
 from .table import OURS
 
 IMAGES = 8
@@ -82,14 +82,18 @@ def test_sample(name: str, device: str, compete: Callable[..., None], request: p
     x_T = torch.randn(IMAGES, *step.x_0.shape[1:], generator=generator).to(device)
     z = torch.randn(len(x_T), sami.latent_size, generator=generator).to(device)
     ours = partial(reverse_process, sami, x_T, z, num_steps=STEPS, eta=0.0, guidance_clip=None, clip_x_0=False)
-    runs = {BASELINE: with_backend("reference", partial(in_plain_torch, sami, x_T, z))}
+    last = copy.deepcopy(sami).to(memory_format=torch.channels_last), x_T.contiguous(memory_format=torch.channels_last)
+    runs = {
+        BASELINE: with_backend("reference", partial(in_plain_torch, *last, z)),
+        REFERENCE: with_backend("reference", partial(in_plain_torch, sami, x_T, z)),
+    }
     if missing("diffusers") is None:
         runs["diffusers DDIMScheduler"] = with_backend("reference", through_diffusers(sami, x_T, z))
     for backend in AUTO[device]:
         if backend in OURS and refusal(backend, device, torch.float32) is None:
             runs[backend] = with_backend(backend, ours)
     exact = with_backend("reference", partial(in_plain_torch, copy.deepcopy(sami).double(), x_T.double(), z.double()))()
-    yardstick, ready = runs[BASELINE](), []
+    yardstick, ready = runs[REFERENCE](), []
     for contestant, run in runs.items():
         check = partial(check_close, f"sample {name}: {contestant}", "sample", truth=exact, same_dtype=yardstick)
         ready.append(Contestant.ready(contestant, lambda run=run: run, check, device))

@@ -1,4 +1,4 @@
-"""The whole training step: ours by every method against plain eager torch and against torch.compile; correct first, then timed in turn.
+"""The whole training step: ours by every method against eager torch in both layouts and torch.compile; correct first, then timed in turn.
 
 Loss and the gradients of all parameters of both networks; no optimiser. On a GPU the joint step of configs/celeba64.yaml as well, in
 float32 and bfloat16, with memory and the share of the chip's peak.
@@ -16,20 +16,21 @@ from sami_fast.ops.backend import AUTO, refusal
 
 from .machine import peak_rate
 from .measure import Contestant, check_close, gather
-from .steps import BASELINE, CONFIGS, SCORE_METHODS, Run, Step, convolution_bound, least_bytes, named_step
+from .steps import BASELINE, CONFIGS, REFERENCE, SCORE_METHODS, Run, Step, convolution_bound, least_bytes, named_step
 
 ON = {"disks": ("cpu", "cuda"), "faces": ("cpu", "cuda"), "celeba64": ("cuda",)}
 COMPILED = {"cpu": (), "cuda": ("disks", "faces", "celeba64")}  # where our own compiled step is measured too: a CPU gains nothing by it
-TARGETS = {"cpp sweeps": 2.0}  # our own choice on a CPU, over the eager reference
+TARGETS = {"cpp sweeps": 2.0}  # our own choice on a CPU, over eager torch in channels-last
 UNITS = {"float32": 2**-23, "bfloat16": 2**-8}
 
 
 def contestants(step: Step, config: Config, name: str, tiny: bool, bf16: bool, part: str) -> Iterator[tuple[str, str, Callable[[], Run]]]:
     """Name, method that its FLOPs are counted by, and what makes its call."""
     device = step.device
-    yield BASELINE, BASELINE, lambda: step.reference(bf16=bf16)
+    yield BASELINE, REFERENCE, lambda: step.reference(bf16=bf16, layout=torch.channels_last)
+    yield REFERENCE, REFERENCE, lambda: step.reference(bf16=bf16)
     if part == "compiled":
-        yield "torch.compile", BASELINE, lambda: step.compiled_torch(bf16=bf16)
+        yield "torch.compile", REFERENCE, lambda: step.compiled_torch(bf16=bf16)
     backends = [b for b in AUTO[device] if b != "reference" and refusal(b, device, torch.bfloat16 if bf16 else torch.float32) is None]
     for backend in backends:
         for method in SCORE_METHODS if part == "eager" else ():

@@ -138,8 +138,9 @@ def test_the_chart_in_the_docs_is_of_the_committed_rows():
     assert digest(RESULTS / "cpu.jsonl") in (ROOT / "docs/performance.svg").read_text()
 
 
-def test_committed_rows_are_of_one_clean_commit():
-    rows = read([RESULTS / "cpu.jsonl"])
+@pytest.mark.parametrize("file", ["cpu.jsonl", "loops.jsonl"])
+def test_committed_rows_are_of_one_clean_commit(file):
+    rows = read([RESULTS / file])
     assert len({r["commit"] for r in rows}) == 1
     assert not rows[0]["commit"].endswith("+")
     assert not any(r.get("tiny") for r in rows)

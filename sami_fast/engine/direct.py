@@ -111,9 +111,7 @@ class Engine(BaseEngine):
         return self._measured(total)
 
     def _add_gradients(self, loss: Tensor, measured: Tensor, gradients: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Add those of one micro-batch: of the loss, or, where they are there already, of every trained parameter in the captured step's order, None for
-        0.
-        Returns what was measured."""
+        """Add those of one micro-batch: of the loss, or, of a captured step, those that came with it, None for 0. Returns what was measured."""
         micro_batches = self.config.engine.gradient_accumulation
         if gradients is None:
             (loss / micro_batches).backward()
