@@ -41,7 +41,7 @@ from sami_fast.data import Dataset, Feed
 from sami_fast.data.own import given
 from sami_fast.engine import checkpoints, deepspeed, direct, interruption
 from sami_fast.engine.bank import Bank
-from sami_fast.engine.base import BaseEngine, Measurement
+from sami_fast.engine.base import BaseEngine, Losses, Measurement
 from sami_fast.engine.capture import Captured, refusal
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.engine.memory import enough_memory, keep_freed_memory
@@ -378,7 +378,7 @@ class Trainer:
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
         return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))
 
-    def _losses(self, micro: int, kl_weight: float, phase: str) -> tuple[Tensor, Tensor]:
+    def _losses(self, micro: int, kl_weight: float, phase: str) -> Losses:
         shown = self.config.shown(self.step)
         x_0, place = self.feed.micro_batch(shown, micro)
         draw = Draw(self.config.seed, shown, place, self.config.train.batch_size, self.step)

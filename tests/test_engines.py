@@ -140,24 +140,20 @@ def test_weights_keep_their_layout_and_begin_where_kernels_want_them(tmp_path):
     trainer.feed.close()
 
 
-def test_gradients_may_come_ready_made(tmp_path):
-    """As from a step that was captured; what has none stays."""
+def test_a_captured_step_hands_its_gradients_over(tmp_path):
+    """The same as those of a loss; what has none stays."""
     config = tiny(tmp_path, "engine.gradient_accumulation=2", "optimizer.clip=0")
-    trainer = Trainer(config, resume=False, overwrite=False)
-    other = Trainer(replace(config, name="other"), resume=False, overwrite=False)
-    trained = list(other.engine._trained.values())
-
-    def ready(micro):
-        loss, measured = other._losses(micro, 0.1, "denoiser")
-        return loss, measured, torch.autograd.grad(loss, trained, allow_unused=True)
-
-    trainer.engine.update(0, lambda micro: trainer._losses(micro, 0.1, "denoiser"))
-    other.engine.update(0, ready)
-    for (name, one), two in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+    plain = Trainer(replace(config, name="plain", engine=replace(config.engine, capture="off")), resume=False, overwrite=False)
+    captured = Trainer(config, resume=False, overwrite=False)
+    captured.module.captured.wait = 0
+    for trainer, count in ((plain, 2), (captured, 3)):
+        assert len(trainer._losses(0, 0.1, "denoiser")) == count
+        trainer.engine.update(0, lambda micro: trainer._losses(micro, 0.1, "denoiser"))  # noqa: B023 (called at once)
+    for (name, one), two in zip(plain.model.named_parameters(), captured.model.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-5, atol=1e-7, msg=name)
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-7, msg=name)
-    assert other.model.denoiser.out.weight.grad.any()
-    assert not any(p.grad.any() for p in other.model.encoder.parameters())
+    assert captured.model.denoiser.out.weight.grad.any()
+    assert not any(p.grad.any() for p in captured.model.encoder.parameters())
 
 
 @pytest.mark.parametrize("launched", [False, True])

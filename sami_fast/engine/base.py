@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -63,6 +63,10 @@ class Measurement:
         return self._values.tolist()
 
 
+Losses = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[Tensor | None]]
+"""Loss to differentiate, measurements [M]; third, of a captured step in `direct`, the loss's gradients, None for 0."""
+
+
 class BaseEngine:
     """Both networks, their optimiser and what is kept of them; `direct` and `deepspeed` carry out the steps.
 
@@ -83,18 +87,16 @@ class BaseEngine:
         self.averaged: dict[str, Tensor] = {}  # of trained weights, by name: this rank's parts
         self._monitors = Monitors(config) if self.rank == 0 else None
 
-    def losses(
-        self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None) -> Losses:
         """What the step returns for these arguments; `update` takes the gradients. `denoiser` takes the place of its own."""
         raise NotImplementedError
 
-    def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Measurement:
+    def update(self, step: int, losses: Callable[[int], Losses]) -> Measurement:
         """One optimiser step over all micro-batches.
 
         Args:
             step: Optimiser step, for the learning rates.
-            losses: micro -> (loss to differentiate, measurements [M]).
+            losses: micro -> what `losses` returned.
         Returns:
             Measurements averaged over micro-batches and ranks. [M].
         """

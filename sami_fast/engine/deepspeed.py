@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
 from . import shards
-from .base import BaseEngine, Measurement, adam_arguments, torch_adam
+from .base import BaseEngine, Losses, Measurement, adam_arguments, torch_adam
 from .compiled import recomputing
 from .processes import join_group
 
@@ -170,14 +170,14 @@ class Engine(BaseEngine):
     ) -> tuple[Tensor, Tensor]:
         return self._around_step(x_0, draw, kl_weight, phase, denoiser=denoiser or self.denoiser)
 
-    def update(self, step: int, losses: Callable[[int], tuple[Tensor, Tensor]]) -> Measurement:
+    def update(self, step: int, losses: Callable[[int], Losses]) -> Measurement:
         for engine in self._learning:
             for group in engine.optimizer.param_groups:
                 group["lr"] = self.learning_rate(group["name"], step)
         total = torch.zeros(())
         micro_batches = self.config.engine.gradient_accumulation
         for micro in range(micro_batches):
-            loss, measured = losses(micro)
+            loss, measured, *_ = losses(micro)
             self._around_step.backward(loss)
             if self._remote is not None and self._remote.engine in self._learning:
                 self._remote.backward()

@@ -1,7 +1,7 @@
 """One process by itself: torch's fused Adam on weights that lie in one piece."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from . import shards
-from .base import BaseEngine, Measurement, torch_adam
+from .base import BaseEngine, Losses, Measurement, torch_adam
 from .capture import Captured
 
 LINE = 64  # bytes; every weight begins where torch would let it begin if it were alone, which kernels ask for
@@ -67,7 +67,8 @@ class Engine(BaseEngine):
     def __init__(self, step: nn.Module, networks: dict[str, nn.Module], config: Config) -> None:
         super().__init__(networks, config)
         self._step = step
-        self._captured: Captured | None = getattr(step, "captured", None)
+        captured = getattr(step, "captured", None)
+        self._captured = captured if isinstance(captured, Captured) else None
         alike: dict[tuple[str, torch.dtype], dict[str, nn.Parameter]] = defaultdict(dict)
         for name, parameter in self._trained.items():
             alike[name.partition(".")[0], parameter.dtype][name] = parameter
@@ -88,18 +89,15 @@ class Engine(BaseEngine):
             of_flat = dict(zip(map(id, flats), self._averages, strict=True))
             self.averaged = {name: flat.of(name, of_flat[id(flat)]) for name, flat in self._flat_of.items()}
 
-    def losses(
-        self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, ...]:
-        """As the base's; of a captured step, the gradients of the trained parameters come third."""
+    def losses(self, x_0: Tensor, draw: Any, kl_weight: float, phase: str, denoiser: Callable[..., Tensor] | None = None) -> Losses:
         step = self._step if self._captured is None else self._captured
         return step(x_0, draw, kl_weight, phase, denoiser=denoiser)
 
-    def update(self, step: int, losses: Callable[[int], tuple[Tensor, ...]]) -> Measurement:
+    def update(self, step: int, losses: Callable[[int], Losses]) -> Measurement:
         total = torch.zeros(())
         torch._foreach_zero_(self._gradients)
         for micro in range(self.config.engine.gradient_accumulation):
-            measured = self._add_gradients(*losses(micro))
+            measured = self._add_gradients(losses(micro))
             total = total + measured if micro else measured
         if self.config.optimizer.clip > 0:
             self._clip()
@@ -110,12 +108,14 @@ class Engine(BaseEngine):
             self._average(step, self._averages, self._weights)
         return self._measured(total)
 
-    def _add_gradients(self, loss: Tensor, measured: Tensor, gradients: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Add those of one micro-batch: of the loss, or, of a captured step, those that came with it, None for 0. Returns what was measured."""
+    def _add_gradients(self, losses: Losses) -> Tensor:
+        """Add those of one micro-batch, and return what was measured."""
         micro_batches = self.config.engine.gradient_accumulation
-        if gradients is None:
+        if len(losses) == 2:
+            loss, measured = losses
             (loss / micro_batches).backward()
             return measured
+        _, measured, gradients = losses
         assert self._captured is not None
         found = [(p.grad, g) for p, g in zip(self._captured.parameters, gradients, strict=True) if g is not None]
         torch._foreach_add_(*map(list, zip(*found, strict=True)), alpha=1 / micro_batches)
