@@ -227,7 +227,7 @@ class PlainLoop:
         self.feed = Feed(self.dataset, config.train.batch_size, 1, rank, ranks, config.seed, torch.device("cpu"), config.data.flip)
         self.sami = PlainSami(config, self.dataset.image_shape).to(memory_format=layout)
         self.parameters = list(self.sami.parameters())
-        self.loss = DistributedDataParallel(self.sami) if ranks > 1 else self.sami
+        self.loss = DistributedDataParallel(self.sami, broadcast_buffers=False, gradient_as_bucket_view=True) if ranks > 1 else self.sami
         self.sami.functional = compiled
         self.compiled = torch.compile(torch.func.grad_and_value(self._functional), fullgraph=True, dynamic=False) if compiled else None
         settings = config.optimizer

@@ -53,6 +53,7 @@ from sami_fast.engine.processes import (
     lost_rank,
     on_chief,
     set_arithmetic,
+    torch_as_it_was,
     wait_for_all,
 )
 from sami_fast.engine.run_folder import RunFolder
@@ -64,6 +65,7 @@ from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.methods.ranks import ranks
+from sami_fast.models.layers import lay_out_weights
 from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
@@ -89,7 +91,7 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model = model
         self.bf16 = config.engine.precision == "bf16"
-        self.captured = Captured(self, config.engine.cuda_graphs) if refusal(config, model.device.type) is None else None
+        self.captured = Captured(self, config.engine.cuda_graphs) if refusal(config, model.device.type, ranks()[1]) is None else None
         self.parts = {True: compiled_parts(model, config), False: eager_parts(model, config)}  # with gradients, and for validation
 
     def forward(
@@ -207,6 +209,8 @@ class Trainer:
         micro_batch(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
             self.model = _networks(config, self.dataset, model).to(self.device)
+            if self.device.type == "cuda":
+                lay_out_weights(self.model)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         for said in _checked(self.model, config, self.dataset, self.device):
             self.say(said)
@@ -221,7 +225,7 @@ class Trainer:
             on_chief(self._refuse_others)
         monitors = [name for name, wanted in (("tensorboard", config.log.tensorboard), ("csv", config.log.csv)) if wanted]
         on_chief(lambda: self.run_folder.claim(resume=resume, overwrite=overwrite, afresh=monitors))
-        if reason := refusal(config, self.device.type):
+        if reason := refusal(config, self.device.type, self.world_size):
             self.say(reason)
         self.engine = engine()
         denoiser = self.engine.denoiser or self.module.parts[True].denoiser
@@ -543,7 +547,7 @@ def train(
         CollapsedError: the latents carry nothing, and train.on_collapse is not to go on.
     """
     config = _settled(config, settings or {}, model, dataset)
-    with nullcontext() if dataset is None else given(dataset):
+    with nullcontext() if dataset is None else given(dataset), torch_as_it_was():
         folder = _train(config, model, resume=resume, overwrite=overwrite)
     if model is not None:
         model.load_state_dict({**model.state_dict(), **load_file(weight_files(folder / "model")[0])})  # extra state stays
@@ -656,6 +660,8 @@ def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
 def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentModel | None = None) -> budget.Pace:
     """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
     model = _networks(config, dataset, model).to(device)
+    if device.type == "cuda":
+        lay_out_weights(model)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
     module, count = TrainingModule(model, config), ranks()[1]
     with enough_memory("train.batch_size", LESS_MEMORY):
@@ -798,6 +804,7 @@ def _command(arguments: argparse.Namespace) -> int:
         from sami_fast.report import write_report
 
         print("writing the report", flush=True)
+        set_arithmetic()  # as every command that uses a trained model
         page = write_report(folder, trust_remote_code=True)  # of what this command has named
         if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
             print(Health(**health), flush=True)

@@ -48,7 +48,7 @@ VARIANTS = (
     | {f"encoder{stage}": ["engine.zero_stage=3", f"engine.encoder_zero_stage={stage}"] for stage in (0, 1, 3)}
     | {"encoder3_accumulated": ["engine.zero_stage=3", "engine.encoder_zero_stage=3", *ACCUMULATED]}
     | {"offload2": ["engine.zero_stage=2", "engine.offload=optimizer"], "offload3": ["engine.zero_stage=3", "engine.offload=parameters"]}
-    | {"captured2": ["engine.zero_stage=2"]}
+    | {"captured2": ["engine.zero_stage=2", "objective.free_bits=0"]}
     | {f"recomputed{stage}": [f"engine.zero_stage={stage}", "engine.checkpoint_activations=true"] for stage in (2, 3)}
 )
 

@@ -14,6 +14,7 @@ from sami_fast import ops
 from sami_fast.config import load_config
 from sami_fast.methods.build import build_model
 from sami_fast.models import Denoiser, Encoder
+from sami_fast.models.layers import lay_out_weights
 from sami_fast.schedule import UniformLogsnr
 from sami_fast.step import Draw, Objective, training_step
 
@@ -52,8 +53,9 @@ def step(
 
 
 def test_a_model_lies_channels_last():
-    """Weights as soon as the model is moved, and from the image on the results of every convolution."""
+    """Weights where training and commands lay them out, and from the image on the results of every convolution."""
     model = build_model(load_config(None, ["data.channels=3", "data.image_size=16"]), (3, 16, 16)).cuda()
+    lay_out_weights(model)
     layouts = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):

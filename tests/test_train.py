@@ -364,11 +364,6 @@ def test_two_ranks_equal_one_process(variant, two_ranks, alone):
     assert_same_run(two_ranks / variant, alone["objective.free_bits=0" not in VARIANTS[variant]])
 
 
-def test_two_ranks_capture_the_step_that_they_take_plain(two_ranks):
-    """Free bits are granted to the mean over ranks, a collective inside the step."""
-    assert_same_weights(two_ranks / "captured2", two_ranks / "zero2")
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_two_engines_equal_one_on_a_trained_denoiser(mode, two_ranks):
     assert_same_run(two_ranks / f"{mode}3", two_ranks / f"{mode}0")

@@ -207,10 +207,10 @@ struct Plan {
     for (int64_t key = 0; key < end; key += KEYS) f(key, std::min(KEYS, round_up(keys - key, ops.lanes)));
   }
 
-  // Logits that do not exist or are hidden become -infinity.
+  // Logits that do not exist or are hidden become -infinity, those of queries that do not exist, too: there 0 times an infinite key is NaN.
   void hide(int64_t query, int64_t key, int64_t rows, int64_t columns, T* s, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t seen = std::max<int64_t>(0, keys_seen(query + i, keys, causal) - key);
+      const int64_t seen = query + i < queries ? std::max<int64_t>(0, keys_seen(query + i, keys, causal) - key) : 0;
       if (seen < columns) std::fill(s + i * ld + seen, s + i * ld + columns, -std::numeric_limits<T>::infinity());
     }
   }

@@ -126,9 +126,9 @@ __device__ __forceinline__ void load_line(float* line, const float* from, int64_
 __device__ __forceinline__ float logit(float s, const Shape& shape) { return __fmul_rn(s, shape.scale); }
 
 // exp(scale s - lse) of a pair that is seen, else 0, from the two parts of lse, the second in base 2. It is infinity for rows that do not
-// exist, which makes their P zero.
+// exist, which makes their P zero, whatever 0 times a key may be.
 __device__ __forceinline__ float probability(float s, const Shape& shape, float top, float log_total, bool seen) {
-  return seen ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
+  return seen && log_total != INFINITY ? exp2f((logit(s, shape) - top) * LOG2_E - log_total) : 0.0f;
 }
 
 // Of each of the thread's rows, counted from the tile's first column: the end of the keys that the query sees.

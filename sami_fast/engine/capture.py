@@ -10,12 +10,14 @@ again. Every tensor is freed after its last use.
     weights                                            read where they are; optimisers change them in place
     seed, shapes, settings                             the same for a whole run, part of the line
 
-The first replays are compared with the plain step. What cannot be written down, or disagrees, stays plain.
+The first replays are compared with the plain step, and later one in 2000. What cannot be written down, or disagrees, stays plain.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from operator import getitem
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,9 +29,11 @@ from ..errors import one_line
 from ..ops.define import below_operators
 from ..step import Draw
 from .bank import Bank
+from .memory import give_back_memory
 
 WAIT = 30  # plain steps of a kind before it is written down, which takes as long as 20 steps and more
 COMPARED = 2  # first replays: they differ in the step number, and the second has weights that were updated
+AGAIN = 2000  # replays until the next comparison
 TOLERANCE = 1e-4  # of a tensor's largest value, where sums run in another order
 MOST_LINES = 8  # of a run: phases, and other sizes of batch
 STEP, LATENT_STEP = (1 << 58) + 0x5A31, (1 << 58) + 0x5A32  # stand for the two while a step is traced: valid, and no run comes so far
@@ -40,14 +44,18 @@ Result = tuple[Tensor, Tensor, list[Tensor | None]]
 """Loss, measured numbers, and the gradient of each trained parameter, None where it has none."""
 
 
-def refusal(config: Config, device_type: str) -> str | None:
+def refusal(config: Config, device_type: str, world_size: int = 1) -> str | None:
     """Why a run's steps stay plain from the start, empty where nobody need be told; None where they are captured."""
     engine = config.engine
     if engine.capture == "off" or engine.compile != "none" or engine.zero_stage == 3:
         return ""
     if device_type != "cpu" and not engine.cuda_graphs:  # where nothing has been measured
         return ""
-    return "engine.capture: with engine.checkpoint_activations steps stay plain" if engine.checkpoint_activations else None
+    if engine.checkpoint_activations:
+        return "engine.capture: with engine.checkpoint_activations steps stay plain"
+    if config.objective.free_bits and world_size > 1:  # ranks meet inside the step: each has to be where the others are
+        return "engine.capture: with objective.free_bits on several ranks steps stay plain"
+    return None
 
 
 class NotCapturedError(Exception):
@@ -69,7 +77,7 @@ class Captured:
 
     def __init__(self, module: nn.Module, cuda_graphs: bool = False) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self._plain: Callable[..., tuple[Tensor, Tensor]] = module.plain  # pyrefly: ignore[bad-assignment]
+        self._module = ref(module)  # which holds this object
         self._cuda_graphs = cuda_graphs
         self._lines: dict[tuple[Any, ...], _Line | None] = {}
 
@@ -90,6 +98,14 @@ class Captured:
             return self._plain(x_0, draw, kl_weight, phase, denoiser)
         loss, measured, gradients = replayed
         return _Differentiated.apply(loss, gradients, *self.parameters), measured
+
+    def _plain(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return self._inside().plain(*arguments)
+
+    def _inside(self) -> Any:
+        module = self._module()
+        assert module is not None, "a captured step of a module that is no more"
+        return module
 
     def _differentiated(
         self, x_0: Tensor, draw: Draw, kl_weight: float | Tensor, phase: str, denoiser: Denoiser | None, idle_gradients: bool = True
@@ -112,9 +128,12 @@ class Captured:
         beta = torch.full((), kl_weight, dtype=x_0.dtype, device=x_0.device)
         tensors = (x_0, draw.index, beta) if known is None else (x_0, draw.index, beta, known)
         numbers = draw.step, draw.step if draw.latent_step is None else draw.latent_step
-        if line.compared == COMPARED:
+        line.taken += 1
+        if line.taken > COMPARED and line.taken % AGAIN:
             return line(tensors, numbers, self.parameters)
         expected = self._differentiated(x_0, draw, kl_weight, phase, denoiser)
+        if not torch.isfinite(expected[0]):  # the run ends with its own words
+            return expected
         try:
             if line.run is None:
                 line.run = self._traced(tensors, draw, phase)
@@ -126,7 +145,6 @@ class Captured:
             if speaks():
                 print(f"engine.capture: this step stays plain ({one_line(error)})", flush=True)
             return expected
-        line.compared += 1
         return found
 
     def _traced(self, tensors: Sequence[Tensor], draw: Draw, phase: str) -> "StraightLine | CUDAGraph":
@@ -136,8 +154,18 @@ class Captured:
             loss, measured, gradients = self._differentiated(x_0, traced, kl_weight, phase, denoiser, idle_gradients=False)
             return [loss, measured, *gradients]
 
+        modules = list(self._inside().modules())[1:]  # without the one that engines wrap
+        for layer in modules:
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                raise NotCapturedError(f"{type(layer).__name__} has hooks, which a captured step would not call")
+        before = [_python_state(layer) for layer in modules]
         line = StraightLine(step, tensors, (STEP, LATENT_STEP))
-        return CUDAGraph(line) if self._cuda_graphs and tensors[0].is_cuda else line
+        for layer, state in zip(modules, before, strict=True):
+            if changed := [name for name, value in _python_state(layer).items() if state.get(name, layer) != value]:
+                raise NotCapturedError(f"{type(layer).__name__}.{changed[0]} changes from call to call")
+        run = CUDAGraph(line) if self._cuda_graphs and tensors[0].is_cuda else line
+        line.forget_graph()
+        return run
 
 
 class _Line:
@@ -146,7 +174,7 @@ class _Line:
     def __init__(self) -> None:
         self.run: Callable[..., list[Any]] | None = None
         self.idle: list[bool] = []  # parameters whose gradient is zero in the plain step; the line need not compute those
-        self.waited = self.compared = 0
+        self.waited = self.taken = 0  # steps before it was written down, and since
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[int], parameters: Sequence[Tensor]) -> Result:
         assert self.run is not None
@@ -220,6 +248,12 @@ class StraightLine:
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Any]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self._run(*tensors, *numbers)
+
+    def forget_graph(self) -> None:
+        """Free what the line was made from; it can still be called."""
+        del self._module, self._inputs, self._outputs, self._nodes
+        gc.collect()
+        give_back_memory()
 
     def parts(self) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Any]]]:
         """The line in two functions: (*tensors, *numbers) -> all that takes the numbers, with the tensors; and of these, the results.
@@ -304,10 +338,17 @@ class CUDAGraph:
             for _ in range(WARM):
                 self._rest(*read)
         torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads load images in the meantime
             written = self._rest(*read)
         return graph, read, written
+
+
+def _python_state(layer: nn.Module) -> dict[str, Any]:
+    """What a call of a layer may change without any operator: plain values, and which tensors are its buffers."""
+    plain = {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str)}
+    return plain | {name: id(value) for name, value in layer._buffers.items()}
 
 
 def _attribute(module: nn.Module, node: fx.Node) -> Tensor:

@@ -113,12 +113,18 @@ class Engine(BaseEngine):
         micro_batches = self.config.engine.gradient_accumulation
         if len(losses) == 2:
             loss, measured = losses
-            (loss / micro_batches).backward()
-            return measured
-        _, measured, gradients = losses
-        assert self._captured is not None
-        found = [(p.grad, g) for p, g in zip(self._captured.parameters, gradients, strict=True) if g is not None]
-        torch._foreach_add_(*map(list, zip(*found, strict=True)), alpha=1 / micro_batches)
+            loss = loss / micro_batches
+            if self.config.engine.checkpoint_activations:  # whose recomputing knows no other way
+                loss.backward()
+                return measured
+            parameters, share = list(self._trained.values()), 1.0
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        else:
+            assert self._captured is not None
+            parameters, share = self._captured.parameters, 1 / micro_batches
+            _, measured, gradients = losses
+        found = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        torch._foreach_add_(*map(list, zip(*found, strict=True)), alpha=share)  # one kernel where backward would start one for each
         return measured
 
     def _clip(self) -> None:

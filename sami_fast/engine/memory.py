@@ -31,6 +31,12 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
 
 
+def give_back_memory() -> None:
+    """Give freed memory back to the system after something that needed much of it once."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
     """Around something that may need more memory than there is.

@@ -50,6 +50,8 @@ class Monitors:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()  # or another run of this process would go on in this one
 
 
 def _append(file: Path, name: str, step: int, value: float) -> None:

@@ -6,7 +6,8 @@ A process that works alone needs no process group, and gets none; in a group of 
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -155,6 +156,18 @@ def end_run(words: str, status: int) -> None:
 def lost_rank() -> RankLostError | None:
     """The rank to blame for an error in this one, if there is one."""
     return _watch.explain() if _watch is not None else None
+
+
+@contextmanager
+def torch_as_it_was() -> Iterator[None]:
+    """Afterwards torch has the threads and the arithmetic that it had before."""
+    threads, matmul, cudnn = torch.get_num_threads(), torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 def set_arithmetic(tf32: bool = False, deterministic: bool = True) -> None:

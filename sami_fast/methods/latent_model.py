@@ -19,7 +19,6 @@ from ..adapters import named_classes
 from ..errors import UserError, one_line
 from ..hub import HubOptions, located, upload
 from ..models import Encoder
-from ..models.layers import lay_out_weights
 from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
@@ -223,13 +222,6 @@ class LatentModel(OwnLoop):
     def device(self) -> torch.device:
         """Where the weights are; the CPU when there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and the like do; on a GPU the weights of our convolutions go channels-last."""
-        super()._apply(fn, recurse)
-        if self.device.type == "cuda":
-            lay_out_weights(self)
-        return self
 
     @property
     def arithmetic(self) -> torch.dtype:

@@ -18,9 +18,10 @@ from .backend import choose
 from .define import asked_for, define
 from .launchers import Launcher, Launchers
 
-# Kernels that the core is faster with than torch; and how many results for each channel make up for rearranging the weights, where they
-# come in order and where strides lie between. Measured in channels-last on one thread of AVX-512.
-SIZES, RESULTS_PER_CHANNEL, STRIDED_RESULTS_PER_CHANNEL = (1, 3), 1 / 2, 4
+# Kernels that the core is faster with than torch; from how many channels on, of images or results; and how many results for each channel
+# make up for rearranging the weights, where they come in order and where strides lie between. Measured in channels-last on one thread of
+# AVX-512, all three products of a convolution together.
+SIZES, FEWEST_CHANNELS, RESULTS_PER_CHANNEL, STRIDED_RESULTS_PER_CHANNEL = (1, 3), 8, 1 / 2, 4
 WIDE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # with narrower registers only Winograd's algorithm is faster
 Pair = tuple[int, ...]  # two numbers; not tuple[int, int], for the settings of nn.Conv2d are not typed so
 
@@ -47,7 +48,7 @@ def conv2d(
     """`torch.nn.functional.conv2d`, whose result lies in channels-last memory on the compiled core; on a GPU where x or weight does.
 
     There a float32 convolution of 3x3 with stride 1 and padding 1 is Winograd's F(4x4, 3x3), 36 multiplications where there were 144, or
-    on small images F(2x2, 3x3), 16 where there were 36. One convolution has rounding errors of 1e-6 to 4e-6 of the largest value
+    on small images F(2x2, 3x3), 16 where there were 36. One convolution has rounding errors of 1e-6 to 5e-6 of the largest value
     (torch: 5e-7, in weights 9e-6); all gradients of a training step have no larger ones than with torch. It overflows from a hundredth of
     float32's range on, and an infinite or NaN pixel makes its neighbours NaN. One of 1x1, or of 3x3 with other strides or padding,
     is one matrix product. Everything else is torch's own.
@@ -62,7 +63,7 @@ def conv2d(
     Runs on: C++, reference (which is torch, on any device).
     Source: Lavin & Gray, arXiv:1509.09308.
     """
-    stride, dilation, padding = _pair(stride), _pair(dilation), padding if isinstance(padding, str) else _pair(padding)
+    stride, dilation, padding = _two(stride), _two(dilation), padding if isinstance(padding, str) else _two(padding)
     if not _on_core(x, backend):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if _is_ours(x, weight, stride, padding, dilation, groups):
@@ -83,7 +84,7 @@ def conv2d_backward(
     backend: str | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `conv2d` in x, weight and bias, those that the mask asks for: for callers that schedule the derivatives themselves."""
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    stride, padding, dilation = _two(stride), _two(padding), _two(dilation)
     if not _on_core(x, backend) or not _is_ours(x, weight, stride, padding, dilation, groups):
         settings = (stride, padding, dilation, False, (0, 0), groups)
         return torch.ops.aten.convolution_backward(grad_y, x, weight, weight.shape[:1], *settings, mask)
@@ -95,6 +96,12 @@ def conv2d_backward(
     grad_x = _conv2d_bwd_input(grad_y, weight, *steps, *x.shape[2:], "cpp") if to_input else None
     grad_weight, grad_bias = _conv2d_bwd_weight(grad_y, x, to_bias, *steps, size, "cpp") if to_weight or to_bias else (None, None)
     return grad_x, grad_weight if to_weight else None, grad_bias if to_bias else None
+
+
+def _two(value: int | Pair) -> Pair:
+    """A setting of both sides, which torch takes as one number, alone or in a sequence, or as two."""
+    pair = _pair(value)
+    return pair * 2 if len(pair) == 1 else pair
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -124,6 +131,8 @@ def _is_ours(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilat
     if not (x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and weight.dim() == 4 and x.shape[1] == weight.shape[1]):
         return False
     if isinstance(padding, str) or not takes(tuple(weight.shape[2:]), stride, padding, dilation, groups):
+        return False
+    if max(weight.shape[:2]) < FEWEST_CHANNELS:
         return False
     height, width = _results(x, weight, stride, padding)
     fewest = RESULTS_PER_CHANNEL if stride == (1, 1) else STRIDED_RESULTS_PER_CHANNEL
