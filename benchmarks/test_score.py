@@ -1,6 +1,6 @@
 """The ways to differentiate the encoder's score, within the whole training step: time and peak memory on each backend, `reverse` the base.
 
-pytest benchmarks/ -k score_methods --rows benchmarks/results/score.jsonl     # the rows of docs/performance.md
+pytest benchmarks/ -k score_methods --rows score.jsonl     # the rows of docs/performance.md, which lie in benchmarks/results/
 """
 
 from collections.abc import Callable

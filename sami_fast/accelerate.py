@@ -1,4 +1,4 @@
-"""Our ops inside a model that somebody else wrote: group norm with SiLU, attention, the 3x3 convolution, and channels-last memory.
+"""Our ops inside a model that somebody else wrote: group norm with SiLU, attention, convolutions of 1x1 and 3x3, and channels-last memory.
 
 report = sami_fast.accelerate(model)      # in place; parameters, their names and the numbers stay
 print(report)                             # what runs on our ops now, and what does not, and why
@@ -102,7 +102,7 @@ def accelerate(module: nn.Module) -> Report:
       - nn.GroupNorm and its subclasses, and F.group_norm in the code of a module; with the nn.SiLU or F.silu that directly follows in an
         nn.Sequential or in the code of the module that holds the norm, in one pass;
       - nn.MultiheadAttention, and modules whose own code or diffusers processor calls F.scaled_dot_product_attention;
-      - nn.Conv2d of 3x3 with stride 1 and padding 1, which is faster on the CPU and torch's own elsewhere. Shapes at which ours is slower
+      - nn.Conv2d of 1x1 and 3x3, which is faster on the CPU and torch's own elsewhere. Shapes at which ours is slower
         stay torch's, call by call;
       - the layout of images: weights of convolutions are laid out channels-last, and so are images that enter the model. What it returns
         lies as it would have. Code that calls `view` or `contiguous` on
