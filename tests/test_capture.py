@@ -315,6 +315,24 @@ def test_launchers_are_written_down(backend):
         assert not torch.equal(line([other], [6])[3], function(other)[3])
 
 
+def test_sums_go_into_memory_that_nobody_reads_again():
+    def function(x):
+        drawn = ops.random_normal(1, 5, 2, torch.arange(3), 4)
+        a, b, c = 2 * x, 3 * x, drawn + 1
+        kept = a[:, :2]  # a view that outlives the sum
+        into_b = a + b
+        whole = c + x.sum(0)  # into c, though x.sum(0) is smaller
+        return [into_b, kept + 1, whole, x + drawn, drawn.sum()]
+
+    x = torch.randn(3, 4)
+    before, line = x.clone(), StraightLine(function, [x], [5])
+    assert all(torch.equal(a, b) for a, b in zip(line([x], [5]), function(x), strict=True))
+    assert torch.equal(x, before)
+    in_place = [node.args[0] for node in line._nodes if node.target is torch.ops.aten.add_.Tensor]
+    assert len(in_place) >= 2
+    assert not any(node.op == "placeholder" for node in in_place)
+
+
 def test_sweeps_keep_images_as_convolutions_read_them(monkeypatch):
     """A gradient in a weight takes three to seven times as long where the image lies channel by channel."""
     layer, tape, read = Conv2d(3, 4, 3, 2, 1), Tape(), []

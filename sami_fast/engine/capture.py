@@ -243,6 +243,8 @@ class StraightLine:
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._outputs: Any = graph.output_node().args[0]
         self._nodes = _needed(graph)
+        outputs: Any = self._outputs
+        _add_in_place(self._nodes, _nodes_in(outputs))
         self._run = self._function(self._nodes, self._inputs, numbers, self._outputs)
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Any]:
@@ -398,6 +400,47 @@ def _refuse_side_effects(graph: fx.Graph) -> None:
             if argument.alias_info.is_write:
                 raise NotCapturedError(f"{operator} changes what lasts beyond the step, as batch norm does in training")
             foreign.add(node)
+
+
+def _add_in_place(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
+    """Sums of two tensors of which one is never used again go into its memory: the same bits, and less of it to fetch."""
+    place = {node: number for number, node in enumerate(nodes)}
+    end = {node: max((place[user] for user in node.users if user in place), default=-1) for node in nodes}
+    end |= {node: len(nodes) for node in outputs}
+    for node in reversed(nodes):  # a view is as long in use as what is viewed through it
+        if _is_view(node) and isinstance(of := node.args[0], fx.Node) and of in end:
+            end[of] = max(end[of], end[node])
+    for node in nodes:
+        if node.target is not torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
+            continue
+        pair: list[Any] = list(node.args)
+        for first, second in (pair, pair[::-1]):
+            if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and end.get(first) == place[node] and _owns(first)):
+                continue
+            into, other, out = (x.meta["val"] for x in (first, second, node))
+            if other.dtype == out.dtype and _alike(into, out):
+                node.target, node.args = torch.ops.aten.add_.Tensor, (first, second)
+                break
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target is getitem or (
+        isinstance(node.target, torch._ops.OpOverload)
+        and any(x.alias_info is not None and not x.alias_info.is_write for x in node.target._schema.returns)
+    )
+
+
+def _owns(node: fx.Node) -> bool:
+    """Whether a result has memory of its own, which the operator made."""
+    while node.target is getitem:
+        node = node.args[0]  # pyrefly: ignore[bad-assignment] (a node: of a tuple)
+    return isinstance(node.target, torch._ops.OpOverload) and not any(
+        x.alias_info is not None and not x.alias_info.is_write for x in node.target._schema.returns
+    )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device)
 
 
 SAME_PLACE = {"permute", "t", "transpose", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "detach", "alias"}
