@@ -1,7 +1,7 @@
 """grad_x log q(z|x_t), the encoder's own score, and its gradients: the one place where an inner gradient is taken.
 
     reverse   autograd, twice; any encoder                                                            6F
-    sweeps    four passes written out, no double backward; encoders made of the layers of sweeps.py  6F, least memory in a step
+    sweeps    four passes written out, no double backward; encoders made of the layers of sweeps.py  6F, what auto takes
     dual      the score as a constant, and its gradient through dual numbers: autograd once, so it    8F
               compiles as one graph and works where parameters are partitioned
 
