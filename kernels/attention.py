@@ -187,8 +187,8 @@ def _statistics(head_ptr, rows, num_stats, seen):
 
 @triton.jit
 def _probabilities(products, scale, top, log_total, seen):
-    """exp(scale products - lse) where seen, else 0; 0 for queries that do not exist, whatever 0 times a key may be."""
-    return tl.where(log_total == float("inf"), 0.0, tl.exp2((_logits(products, scale, seen) - top) * LOG2_E - log_total))
+    """exp(scale products - lse) where seen, else 0."""
+    return tl.exp2((_logits(products, scale, seen) - top) * LOG2_E - log_total)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import KERNELS, assert_same_gradients, gradients, normal
+from helpers import KERNELS, assert_same_gradients, gradients, normal, relative_error
 from torch import Tensor, nn
 
 from sami_fast import ops
@@ -17,6 +17,7 @@ from sami_fast.models import Denoiser, Encoder
 from sami_fast.models.layers import lay_out_weights
 from sami_fast.schedule import UniformLogsnr
 from sami_fast.step import Draw, Objective, training_step
+from sami_fast.train import TrainingModule
 
 pytestmark = pytest.mark.gpu
 SCHEDULE = UniformLogsnr(-7.0, 5.0)
@@ -110,3 +111,25 @@ def test_same_noise_as_on_the_cpu():
 def test_auto_takes_the_kernels():
     for op, devices in ops.describe().items():
         assert devices["cuda"].startswith("reference" if op == "conv2d" else "triton"), op
+
+
+def test_a_captured_step_replays_as_a_cuda_graph():
+    """Sweeps included; another step, other images and weights that were updated give what the plain step gives."""
+    config = load_config("disks", ["engine.cuda_graphs=true", "train.batch_size=16"])
+    module = TrainingModule(build_model(config, (1, 16, 16)).cuda(), config)
+    lay_out_weights(module.model)
+    assert module.captured is not None
+    module.captured.wait = 0
+    for step in range(5):
+        x_0 = normal(16, 1, 16, 16, seed=step).clamp(-1, 1).float().cuda()
+        draw = Draw(seed=1, step=step, index=torch.arange(16, device="cuda"), global_batch=16)
+        loss, measured, found = module.captured(x_0, draw, 0.3, "both")
+        expected, numbers = module.plain(x_0, draw, 0.3, "both")
+        wanted = torch.autograd.grad(expected, module.captured.parameters, allow_unused=True)
+        for a, b in zip((loss, measured, *found), (expected.detach(), numbers, *wanted), strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert relative_error(a, b) < 1e-4
+        with torch.no_grad():
+            for p in module.captured.parameters:
+                p.mul_(0.99)
