@@ -324,7 +324,9 @@ def test_inverted_start_implies_no_fresh_noise(sami):
     second = reconstruct(sami, x_0, seed=1, x_T="inverted", num_steps=6, solver="dpm2m")
     assert torch.allclose(second, reverse_process(sami, x_T, z, solver="dpm2m", num_steps=6), atol=1e-6)
     strip = traverse(sami, x_0[:1], 1, [-1.0, z[0, 1].item()], seed=0, x_T="inverted", num_steps=6)
-    assert torch.allclose(strip[1], found[0], atol=1e-4)
+    # In a batch of another size another algorithm may do a convolution, and guidance lets its rounding grow; another start would show at 1.
+    difference = (strip[1] - found[0]).abs().max().item()
+    assert difference < 1e-3, difference
 
 
 def test_a_denoiser_that_is_told_z_is_inverted_with_it():
