@@ -210,7 +210,7 @@ def trace(config: Config, model: LatentModel, image_shape: tuple[int, int, int],
         image_shape: (C, H, W).
         images: Of a micro-batch on this rank.
         method: How the score is differentiated.
-        laid_out: Whether weights lie channels-last, as `LatentModel` puts them on a GPU; DeepSpeed puts them back.
+        laid_out: Whether weights lie channels-last, as `LatentModel.placed` puts them; DeepSpeed puts them back.
     """
     engine, settings = config.engine, config.optimizer
     with FakeTensorMode(allow_non_fake_inputs=True):

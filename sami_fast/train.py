@@ -65,7 +65,6 @@ from sami_fast.kl_weight import KLWeight
 from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.methods.ranks import ranks
-from sami_fast.models.layers import lay_out_weights
 from sami_fast.metrics.latents import gaussian_information, live_dims
 from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
@@ -208,9 +207,7 @@ class Trainer:
         self.folder, self.checkpoints = self.run_folder.path, self.run_folder.checkpoints
         micro_batch(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
-            self.model = _networks(config, self.dataset, model).to(self.device)
-            if self.device.type == "cuda":
-                lay_out_weights(self.model)
+            self.model = _networks(config, self.dataset, model).placed(self.device)
         pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         for said in _checked(self.model, config, self.dataset, self.device):
             self.say(said)
@@ -659,9 +656,7 @@ def _opened(config: Config) -> tuple[Config, Dataset, torch.device]:
 
 def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentModel | None = None) -> budget.Pace:
     """How fast this machine takes a run's steps; every rank calls it, and hears the first's."""
-    model = _networks(config, dataset, model).to(device)
-    if device.type == "cuda":
-        lay_out_weights(model)
+    model = _networks(config, dataset, model).placed(device)
     denoiser = model.networks["denoiser"] if config.capabilities.warmup else None
     module, count = TrainingModule(model, config), ranks()[1]
     with enough_memory("train.batch_size", LESS_MEMORY):
@@ -692,7 +687,7 @@ def _train_denoiser(
     if resume:
         on_chief(lambda: stages.refuse_other_settings(config, dataset))
     if config.encoder.start == "fresh":
-        rehearsing = _networks(config, dataset, model).to(device)
+        rehearsing = _networks(config, dataset, model).placed(device)
         _checked(rehearsing, config, dataset, device)
         _rehearse(TrainingModule(rehearsing, config), config, device, ranks()[1])
     folder = RunFolder(stages.denoiser_stage(config, dataset, name).run_dir, patient=True)

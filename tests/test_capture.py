@@ -322,7 +322,11 @@ def test_sums_go_into_memory_that_nobody_reads_again():
         kept = a[:, :2]  # a view that outlives the sum
         into_b = a + b
         whole = c + x.sum(0)  # into c, though x.sum(0) is smaller
-        return [into_b, kept + 1, whole, x + drawn, drawn.sum()]
+        changed = 4 * x
+        shown = changed[:, :2]
+        changed.add_(x)  # what lies in one memory lives on as long as any view of it
+        once_more = changed + x
+        return [into_b, kept + 1, whole, x + drawn, drawn.sum(), once_more, 2 * shown]
 
     x = torch.randn(3, 4)
     before, line = x.clone(), StraightLine(function, [x], [5])

@@ -14,7 +14,6 @@ from sami_fast import ops
 from sami_fast.config import load_config
 from sami_fast.methods.build import build_model
 from sami_fast.models import Denoiser, Encoder
-from sami_fast.models.layers import lay_out_weights
 from sami_fast.schedule import UniformLogsnr
 from sami_fast.step import Draw, Objective, training_step
 from sami_fast.train import TrainingModule
@@ -55,8 +54,7 @@ def step(
 
 def test_a_model_lies_channels_last():
     """Weights where training and commands lay them out, and from the image on the results of every convolution."""
-    model = build_model(load_config(None, ["data.channels=3", "data.image_size=16"]), (3, 16, 16)).cuda()
-    lay_out_weights(model)
+    model = build_model(load_config(None, ["data.channels=3", "data.image_size=16"]), (3, 16, 16)).placed("cuda")
     layouts = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -116,8 +114,7 @@ def test_auto_takes_the_kernels():
 def test_a_captured_step_replays_as_a_cuda_graph():
     """Sweeps included; another step, other images and weights that were updated give what the plain step gives."""
     config = load_config("disks", ["engine.cuda_graphs=true", "train.batch_size=16"])
-    module = TrainingModule(build_model(config, (1, 16, 16)).cuda(), config)
-    lay_out_weights(module.model)
+    module = TrainingModule(build_model(config, (1, 16, 16)).placed("cuda"), config)
     assert module.captured is not None
     module.captured.wait = 0
     for step in range(5):

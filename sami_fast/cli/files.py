@@ -80,13 +80,9 @@ def open_model(arguments: argparse.Namespace) -> "LatentModel":
     device = _device(arguments.device)
     from ..engine.processes import set_arithmetic
     from ..methods.registry import load_model
-    from ..models.layers import lay_out_weights
 
     set_arithmetic()  # whatever the run was trained with
-    model = load_model(folder, device, trust_remote_code=arguments.trust)
-    if device.type == "cuda":
-        lay_out_weights(model)
-    return model
+    return load_model(folder, trust_remote_code=arguments.trust).placed(device)
 
 
 def open_sampler(arguments: argparse.Namespace) -> "LatentModel":

@@ -14,7 +14,7 @@ The first replays are compared with the plain step, and later one in 2000. What 
 """
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import getitem
 from typing import Any
 from weakref import ref
@@ -128,8 +128,8 @@ class Captured:
         beta = torch.full((), kl_weight, dtype=x_0.dtype, device=x_0.device)
         tensors = (x_0, draw.index, beta) if known is None else (x_0, draw.index, beta, known)
         numbers = draw.step, draw.step if draw.latent_step is None else draw.latent_step
-        line.taken += 1
-        if line.taken > COMPARED and line.taken % AGAIN:
+        if line.taken >= COMPARED and line.taken % AGAIN:
+            line.taken += 1
             return line(tensors, numbers, self.parameters)
         expected = self._differentiated(x_0, draw, kl_weight, phase, denoiser)
         if not torch.isfinite(expected[0]):  # the run ends with its own words
@@ -145,6 +145,7 @@ class Captured:
             if speaks():
                 print(f"engine.capture: this step stays plain ({one_line(error)})", flush=True)
             return expected
+        line.taken += 1
         return found
 
     def _traced(self, tensors: Sequence[Tensor], draw: Draw, phase: str) -> "StraightLine | CUDAGraph":
@@ -241,9 +242,9 @@ class StraightLine:
             raise NotCapturedError("its random numbers are drawn by plain torch, not by the compiled core")
         _drop_repeated_views(graph)
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self._outputs: Any = graph.output_node().args[0]
+        outputs: Any = graph.output_node().args[0]
+        self._outputs = outputs
         self._nodes = _needed(graph)
-        outputs: Any = self._outputs
         _add_in_place(self._nodes, _nodes_in(outputs))
         self._run = self._function(self._nodes, self._inputs, numbers, self._outputs)
 
@@ -382,61 +383,57 @@ def _needed(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node in needed and node.op in ("call_function", "get_attr")]
 
 
+def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """Tensors in whose memory a result may lie, and whether the operator writes to it."""
+    if node.target is getitem:
+        yield node.args[0], False  # pyrefly: ignore[invalid-yield] (of several results, one)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None:
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            for x in _nodes_in(value if isinstance(value, list | tuple) else (value,)):
+                yield x, argument.alias_info.is_write
+
+
 def _refuse_side_effects(graph: fx.Graph) -> None:
     """NotCapturedError where a tensor that is not the line's own is written to, or torch's own generator is asked."""
     foreign: set[fx.Node] = set()  # inputs, weights and views of them
     for node in graph.nodes:
-        operator = node.target
         if node.op in ("placeholder", "get_attr"):
             foreign.add(node)
-        if not isinstance(operator, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in operator.tags:
-            raise NotCapturedError(f"{operator} draws random numbers that are not the run's own, as dropout does")
-        for place, argument in enumerate(operator._schema.arguments):
-            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            if argument.alias_info is None or foreign.isdisjoint(_nodes_in(value if isinstance(value, list | tuple) else (value,))):
-                continue
-            if argument.alias_info.is_write:
-                raise NotCapturedError(f"{operator} changes what lasts beyond the step, as batch norm does in training")
-            foreign.add(node)
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise NotCapturedError(f"{node.target} draws random numbers that are not the run's own, as dropout does")
+        for x, written in _aliased(node):
+            if x in foreign:
+                if written:
+                    raise NotCapturedError(f"{node.target} changes what lasts beyond the step, as batch norm does in training")
+                foreign.add(node)
 
 
 def _add_in_place(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
     """Sums of two tensors of which one is never used again go into its memory: the same bits, and less of it to fetch."""
     place = {node: number for number, node in enumerate(nodes)}
-    end = {node: max((place[user] for user in node.users if user in place), default=-1) for node in nodes}
-    end |= {node: len(nodes) for node in outputs}
-    for node in reversed(nodes):  # a view is as long in use as what is viewed through it
-        if _is_view(node) and isinstance(of := node.args[0], fx.Node) and of in end:
-            end[of] = max(end[of], end[node])
+    memory: dict[fx.Node, fx.Node] = {}  # whose operator made the memory that a result lies in
+    end: dict[fx.Node, int] = {}  # by that node: the last use of anything that lies there
+    for node in nodes:
+        shown = next((x for x, _ in _aliased(node)), node)
+        base = memory.get(shown, shown)
+        memory[node] = node if node.target is getitem and base is shown else base  # of several new results, each has its own
+        last = len(nodes) if node in outputs else max((place[user] for user in node.users if user in place), default=-1)
+        end[memory[node]] = max(last, end.get(memory[node], -1))
     for node in nodes:
         if node.target is not torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
             continue
         pair: list[Any] = list(node.args)
         for first, second in (pair, pair[::-1]):
-            if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and end.get(first) == place[node] and _owns(first)):
+            made = memory.get(first) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+            if made is None or made.op != "call_function" or end[made] != place[node]:
                 continue
             into, other, out = (x.meta["val"] for x in (first, second, node))
             if other.dtype == out.dtype and _alike(into, out):
                 node.target, node.args = torch.ops.aten.add_.Tensor, (first, second)
                 break
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.target is getitem or (
-        isinstance(node.target, torch._ops.OpOverload)
-        and any(x.alias_info is not None and not x.alias_info.is_write for x in node.target._schema.returns)
-    )
-
-
-def _owns(node: fx.Node) -> bool:
-    """Whether a result has memory of its own, which the operator made."""
-    while node.target is getitem:
-        node = node.args[0]  # pyrefly: ignore[bad-assignment] (a node: of a tuple)
-    return isinstance(node.target, torch._ops.OpOverload) and not any(
-        x.alias_info is not None and not x.alias_info.is_write for x in node.target._schema.returns
-    )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

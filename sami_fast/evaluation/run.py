@@ -176,7 +176,7 @@ def open_run(
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
     objects = model is not None
     if model is None:
-        model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu", trust_remote_code=trust_remote_code)
+        model = load_model(folder, trust_remote_code=trust_remote_code).placed("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with nullcontext() if dataset is None else given(dataset):
             train, evaluation = (open_dataset(config.data, config.seed, split, trust_remote_code=trust_remote_code) for split in (0, 1))

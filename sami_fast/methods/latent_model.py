@@ -19,6 +19,7 @@ from ..adapters import named_classes
 from ..errors import UserError, one_line
 from ..hub import HubOptions, located, upload
 from ..models import Encoder
+from ..models.layers import lay_out_weights
 from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
 from ..schedule import Schedule, build_schedule
 from ..step import Draw, Objective, guided_terms
@@ -222,6 +223,14 @@ class LatentModel(OwnLoop):
     def device(self) -> torch.device:
         """Where the weights are; the CPU when there are none."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def placed(self, device: torch.device | str) -> Self:
+        """Moved to a device for training or a command: on a GPU with the weights of our convolutions channels-last. `to` alone leaves them
+        in the order of files, which is the only one that safetensors takes."""
+        self.to(device)
+        if self.device.type == "cuda":
+            lay_out_weights(self)
+        return self
 
     @property
     def arithmetic(self) -> torch.dtype:
