@@ -1,4 +1,4 @@
-"""Pages in a real browser: what they say on the console and what they ask of the network is kept, so that tests can hold both to nothing."""
+"""Pages in a real browser. What they say on the console and ask of the network is kept, so that tests can hold both to nothing."""
 
 import shutil
 from collections.abc import Iterator
