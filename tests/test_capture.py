@@ -210,16 +210,27 @@ def _foreign(what: str) -> Sami:
             mu, raw = self.head(h.flatten(1)).chunk(2, 1)
             return mu, nn.functional.softplus(raw) + 0.1
 
+    class Attending(nn.Module):
+        def __init__(self, denoiser: nn.Module, dropout: float) -> None:
+            super().__init__()
+            self.denoiser, self.dropout = denoiser, dropout
+
+        def forward(self, x_t: Tensor, logsnr: Tensor) -> Tensor:
+            return self.denoiser(x_t, logsnr) + 0.1 * nn.functional.scaled_dot_product_attention(x_t, x_t, x_t, dropout_p=self.dropout)
+
     config = load_config(TINY, ["schedule.logsnr_min=-8"])
     ours = build_model(config, (1, 8, 8))
     assert isinstance(ours, Sami)
-    return Sami(Encoder(), ours.denoiser, ours.schedule, image_shape=(1, 8, 8), latent_size=3)
+    denoiser = Attending(ours.denoiser, 0.5 * (what == "attention's dropout")) if what.startswith("attention") else ours.denoiser
+    return Sami(Encoder(), denoiser, ours.schedule, image_shape=(1, 8, 8), latent_size=3)
 
 
 @pytest.mark.parametrize(
     ("what", "line"),
     [
         ("smooth", ""),
+        ("attention", ""),
+        ("attention's dropout", "draws random numbers that are not the run's own"),
         ("dropout", "draws random numbers that are not the run's own"),
         ("batch norm", "changes what lasts beyond the step"),
         ("branch", "this step stays plain"),
@@ -234,13 +245,13 @@ def test_what_cannot_be_captured_stays_plain_with_one_line(what, line, capsys):
     for step in range(COMPARED + 2):
         torch.manual_seed(step)
         found = module.captured(images(), draw(step), 0.5, "both")
-        if what in ("dropout", "branch"):
+        if what in ("dropout", "attention's dropout", "branch"):
             torch.manual_seed(step)
             assert equal(found, plain(module, images(), draw(step), 0.5, "both"))
     said = capsys.readouterr().out.splitlines()
     assert len(said) == (line != "")
     assert all(s.startswith("engine.capture: this step stays plain (") and line in s for s in said)
-    assert trusted(module.captured) == (what == "smooth")
+    assert trusted(module.captured) == (line == "")
 
 
 def test_settings_that_leave_steps_plain():

@@ -402,13 +402,24 @@ def _refuse_side_effects(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             foreign.add(node)
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _draws(node):
             raise NotCapturedError(f"{node.target} draws random numbers that are not the run's own, as dropout does")
         for x, written in _aliased(node):
             if x in foreign:
                 if written:
                     raise NotCapturedError(f"{node.target} changes what lasts beyond the step, as batch norm does in training")
                 foreign.add(node)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator asks torch's own generator. Fused attention carries the tag of those that do, and does so with dropout alone."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    place = next((i for i, argument in enumerate(node.target._schema.arguments) if argument.name == "dropout_p"), None)
+    if place is None:
+        return True
+    default = node.target._schema.arguments[place].default_value
+    return (node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", default)) != 0
 
 
 def _add_in_place(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
