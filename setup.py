@@ -194,6 +194,7 @@ if __name__ == "__main__":
             "sami_fast.configs": ["*.yaml"],
             "sami_fast.kernels": ["README.md"],
             "sami_fast.report": ["templates/*"],
+            "sami_fast.explore": ["page/*"],
         },
         ext_modules=core() if platform.system() == "Linux" else [],
         cmdclass={"build_ext": BuildCore},

@@ -59,6 +59,7 @@ ALLOWED = {
     "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
     "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
     "evaluation": {"config", "data", "errors", "files", "methods", "metrics"},
+    "explore": {"data", "errors", "evaluation", "files", "latents", "methods", "metrics", "pictures"},
     "report": {"config", "environment", "errors", "evaluation", "files", "latents", "methods", "metrics", "schedule"},
 }
 

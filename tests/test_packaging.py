@@ -109,9 +109,10 @@ def test_wheel_contents(wheel: Path) -> None:
     assert modules <= names
     configs = {f"sami_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert configs <= names
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "sami_fast/report/templates").iterdir()}
-    assert templates
-    assert templates <= names
+    for folder in ("sami_fast/report/templates", "sami_fast/explore/page"):
+        templates = {str(path.relative_to(ROOT)) for path in (ROOT / folder).iterdir()}
+        assert templates
+        assert templates <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"sami_fast", f"sami_fast-{PROJECT['version']}.dist-info"}
     assert "sami-fast = sami_fast.cli:main" in entry_points

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError, printable
-from . import evaluation, facts, plan, sampling
+from . import evaluation, explore, facts, plan, sampling
 
 
 class _Command(argparse.ArgumentParser):
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_commands(command)
     evaluation.add_commands(command)
     plan.add_commands(command)
+    explore.add_commands(command)
     return parser
 
 

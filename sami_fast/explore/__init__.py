@@ -1,0 +1,1 @@
+"""A local page to play with a trained model: images in, latents moved by sliders, pictures out. It needs the extra `explore`."""
