@@ -63,14 +63,14 @@ class EncoderAdapter(Adapter):
 
     def outputs(self, x: Tensor, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """mu and the spread that the network returns, [B, Z] each; of a distribution, the spread that `returns` says."""
-        level = () if not self.told_level else (x.new_zeros(len(x)) if t is None else t.to(x.dtype),)
+        level = () if not self.told_level else (x.new_zeros(x.shape[0]) if t is None else t.to(x.dtype),)
         found = self.network(x, *level)
         if isinstance(found.base_dist if isinstance(found, Independent) else found, Normal):
             std = _full(found.stddev)
             mu, spread = _full(found.mean), {"mu_var": torch.square, "mu_logvar": lambda s: 2 * s.log(), "mu_std": _full}[self.returns](std)
         else:
             mu, spread = map(_full, _pair(found))
-        if mu.dim() != 2 or len(mu) != len(x) or mu.shape != spread.shape:
+        if mu.dim() != 2 or mu.shape[0] != x.shape[0] or mu.shape != spread.shape:
             raise ValueError(f"expected mu and its spread as [{len(x)}, Z] each, found {list(mu.shape)} and {list(spread.shape)}")
         return mu, spread
 

@@ -13,6 +13,7 @@ from .config import Config
 from .data import Dataset
 from .engine.bank import Bank
 from .errors import UserError
+from .progress import hms
 from .step import Draw
 
 TIMED, WARM = 5, 2  # steps of each kind
@@ -108,20 +109,20 @@ def laid_out(config: Config, pace: Pace) -> Config:
     return replace(config, train=replace(train, steps=steps, denoiser_steps=denoiser_steps))
 
 
-def course(config: Config, pace: Pace) -> list[str]:
-    """What a run does until when, a line per stage; `config` as `laid_out` gives it, or with steps that were asked for."""
+def course(config: Config, pace: Pace) -> tuple[list[str], float]:
+    """What a run does until when, a line per stage, and its seconds; `config` as `laid_out` gives it, or with steps that were asked for."""
     train, elapsed, lines = config.train, 0.0, []
 
     def stage(what: str, steps: int, seconds: float, note: str = "") -> None:
         nonlocal elapsed
         elapsed += OVERHEAD * seconds
         if steps:
-            lines.append(f"{what}: {steps} steps of {seconds / steps:.2g} s, until minute {elapsed / 60:.1f}{note}")
+            lines.append(f"{what}: {steps} steps of {seconds / steps:.2g} s, until {hms(elapsed)}{note}")
 
     alone = train.denoiser_steps if config.mode == "staged" else config.first_joint_step
     stage("the denoiser alone", alone, alone * pace.denoiser)
     if config.mode == "denoiser":
-        return lines
+        return lines, elapsed
     first = 0 if config.mode == "staged" else config.first_joint_step
     encoder = max(0, config.first_denoiser_step - first)
     new = min(encoder, train.bank_steps or encoder)
@@ -131,7 +132,7 @@ def course(config: Config, pace: Pace) -> list[str]:
     stage("the encoder beside it", encoder, encoder * pace.encoder + new * pace.outputs, found)
     both = train.steps - first - encoder
     stage("both networks", both, both * pace.both, "" if encoder else found)
-    return lines
+    return lines, elapsed
 
 
 def _enough(seconds: float, per_step: float, minutes: float) -> int:

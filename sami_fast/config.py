@@ -762,6 +762,17 @@ def load_config(path: str | None = None, overrides: Sequence[str] | Mapping[str,
     return config
 
 
+def steps_beside_minutes(path: str | None) -> str:
+    """A sentence for who wrote a config that asks for minutes and for steps, of which the steps do not count; empty of others."""
+    settings = {} if path is None else _read(_find(expanded(path)))
+    named = [key for key in ("train.steps", "train.denoiser_steps") if key in settings]
+    everything = setting_keys().keys() - _free_keys() <= settings.keys()  # in a run's own config
+    if not named or not settings.get("train.minutes") or everything:
+        return ""
+    verb = "has" if len(named) == 1 else "have"
+    return f"{path}: train.minutes is {settings['train.minutes']:g}, so {' and '.join(named)} beside it {verb} no effect"
+
+
 def _build(cls: type[Section], settings: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for item in fields(cls):

@@ -118,7 +118,7 @@ class UNetTrunk(nn.Module):
         accelerate(self)  # torch's fused attention has no second derivative
 
     def forward(self, x: Tensor) -> Tensor:
-        h, embedding = self.conv_in(2 * x - 1 if self.center else x), self.embedding.expand(len(x), -1)
+        h, embedding = self.conv_in(2 * x - 1 if self.center else x), self.embedding.expand(x.shape[0], -1)
         for block in self.down_blocks:
             h, _ = block(hidden_states=h, temb=embedding)
         return h if self.mid_block is None else self.mid_block(h, embedding)

@@ -2,6 +2,7 @@
 
 deepspeed -q sami_fast/train.py --config configs/disks.yaml
 python sami_fast/train.py --config disks train.steps=500 name=short
+sami-fast train --config disks train.steps=500 name=short
 """
 
 import os
@@ -23,6 +24,7 @@ import argparse
 import copy
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -35,8 +37,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sami_fast import __version__, budget, ops, score, stages
-from sami_fast.config import Config, DataConfig, ScheduleConfig, deepspeed_dicts, load_config, micro_batch, settings_table, to_yaml
+from sami_fast import __version__, budget, ops, preview, score, stages
+from sami_fast.cli.training import SEVERAL, add_arguments
+from sami_fast.config import (
+    Config,
+    DataConfig,
+    ScheduleConfig,
+    deepspeed_dicts,
+    load_config,
+    micro_batch,
+    settings_table,
+    steps_beside_minutes,
+    to_yaml,
+)
 from sami_fast.data import Dataset, Feed
 from sami_fast.data.own import given
 from sami_fast.engine import checkpoints, deepspeed, direct, interruption
@@ -53,6 +66,7 @@ from sami_fast.engine.processes import (
     lost_rank,
     on_chief,
     set_arithmetic,
+    take_device,
     torch_as_it_was,
     wait_for_all,
 )
@@ -66,6 +80,7 @@ from sami_fast.methods.build import build_model, fingerprint_of
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.methods.ranks import ranks
 from sami_fast.metrics.latents import gaussian_information, live_dims
+from sami_fast.progress import hms, shown
 from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
@@ -74,6 +89,7 @@ RESTART_SCALE, RESTARTS = 1 / 3, 3  # beta of a restart after a collapse, and ho
 REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start or set objective.free_bits"
 COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
+FIRST_LINE = 3.0  # seconds after which a first step is shown, however many steps log.every is
 KEPT_OF_DATA = ("holdout", "image_size", "channels", "flip", "range", "workers", "cache_gib")  # beside a dataset that is given
 LESS_MEMORY = "lower it, raise engine.gradient_accumulation, set engine.checkpoint_activations=true, or take smaller images or networks"
 
@@ -352,7 +368,8 @@ class Trainer:
             self.say(
                 f"noise levels: {len(schedule.levels)} of the denoiser's, logsnr {schedule.logsnr_min:.2f} to {schedule.logsnr_max:.2f}"
             )
-        interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
+        begun, first, told = time.perf_counter(), self.step, False
+        interval_start, interval_step, waited = begun, self.step, self.feed.waited
         while self.step < steps:
             kl_weight, measured = self.update()
             stop = self._settle() or (self.world_size == 1 and interruption.asked() > 0)
@@ -364,7 +381,12 @@ class Trainer:
                 self.seconds += now - interval_start
                 data_wait = (self.feed.waited - waited) / (now - interval_start)
                 self._log(kl_weight, measured, rate, data_wait)
+                told = True
                 interval_start, interval_step, waited = time.perf_counter(), self.step, self.feed.waited
+            elif not told and (passed := time.perf_counter() - begun) > FIRST_LINE:
+                told = True
+                pace = self._pace((self.step - first) * config.train.batch_size / passed)
+                self.say(f"step {self.step}/{steps} | loss {self._parts(measured.read())[0]:.2f} nats | {pace}")
             regular = self.step % config.checkpoint.every == 0 or self.step == steps
             if regular or stop:
                 self.seconds += time.perf_counter() - interval_start
@@ -447,7 +469,6 @@ class Trainer:
         self.engine.log(row, self.step)
         if self.chief:
             self.run_folder.append({**row, "kl_per_dim": kl_per_dim, "information_per_dim": information})
-        left = _duration((config.train.steps - self.step) * config.train.batch_size / rate)
         waits = f" | waits for data {data_wait:.0%}" if data_wait > 0.02 else ""
         state = (
             f"KL {kl:.2f} nats, information {told:.2f} in {live} of {len(kl_per_dim)} latents, beta {kl_weight:.3f}"
@@ -455,8 +476,7 @@ class Trainer:
             else "denoiser alone"
         )
         state = "deterministic encoder" if self.model.deterministic else state
-        pace = f"{rate:.0f} images/s | {left} left{waits}"
-        self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {pace}")
+        self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {self._pace(rate)}{waits}")
         if self.model.deterministic or self.warned or self.kl_weight.searching:  # auto begins with a beta that latents cannot live with
             return
         if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
@@ -465,6 +485,11 @@ class Trainer:
             if config.train.on_collapse != "go_on":
                 raise CollapsedError(f"step {self.step}: {collapsed}; {REMEDY}")
             self.say(f"warning: {collapsed}; {REMEDY}")
+
+    def _pace(self, rate: float) -> str:
+        """Images per second, and the time that is left at this rate."""
+        left = (self.config.train.steps - self.step) * self.config.train.batch_size / rate
+        return f"{rate:.0f} images/s | {hms(left)} left"
 
     def _checkpoint(self, validate: bool) -> None:
         bad = self.engine.not_finite()
@@ -505,13 +530,6 @@ class Trainer:
             loss, _ = self.module(x_0, draw, self.kl_weight.reference, "denoiser" if alone else "both", self.engine.denoiser)
             total += loss.item() * len(place)
         return total / count * math.prod(self.model.image_shape)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def train(
@@ -628,6 +646,8 @@ def _train(config: Config, model: LatentModel | None, *, resume: bool, overwrite
         config, dataset, device = _opened(config)  # what is left to the data is settled once for all that follows
         if config.train.minutes:
             before = stages.begun(config) if resume else None
+            if before is None and ranks()[0] == 0:
+                print("measuring how long steps take here", flush=True)
             config = (
                 budget.laid_out(config, _pace(config, dataset, device, model)) if before is None else stages.with_steps_of(config, before)
             )
@@ -666,16 +686,20 @@ def _pace(config: Config, dataset: Dataset, device: torch.device, model: LatentM
         return agreed(budget.measure(module, denoiser, config, dataset, device, count))
 
 
-def _course(config: Config) -> str:
-    """What a run will have done when, measured on this machine; or why that cannot be said."""
-    try:
-        config, dataset, device = _opened(config)
-        pace = _pace(config, dataset, device)
-        config = budget.laid_out(config, pace) if config.train.minutes else config
-    except UserError as error:
-        return f"not measured ({error})"
-    leave_distributed()
-    return "\n".join((f"by the speed of {torch.get_num_threads()} CPU threads or a GPU, as measured", *budget.course(config, pace)))
+def _preview(config: Config, world_size: int) -> str:
+    """The page of a run that is not started; of one process, with what a few steps here have shown."""
+    measured = None
+    if world_size == 1:
+        try:
+            config, dataset, device = _opened(config)
+            pace = _pace(config, dataset, device)
+            config = budget.laid_out(config, pace) if config.train.minutes else config
+            model = _networks(config, dataset, None).placed(device)
+            _rehearse(TrainingModule(model, config), config, device, 1)
+            measured = preview.Measured(config, dataset, model, pace, device, _kept_bytes(model, config, weights=True))
+        finally:
+            leave_distributed()
+    return preview.page(config, world_size, measured, checkpoints.list_checkpoints(config.run_dir / "checkpoints") != [])
 
 
 def _train_denoiser(
@@ -708,27 +732,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sami_fast/train.py",
         description="Train SAMI and write a run folder: config, log, checkpoints, model, report.",
-        epilog="example: deepspeed -q --num_accelerators 2 sami_fast/train.py --config configs/disks.yaml train.steps=50 name=short",
+        epilog="example: deepspeed -q --num_accelerators 2 sami_fast/train.py --config disks train.steps=50 name=short",
     )
     parser.add_argument("--version", action="version", version=f"sami-fast {__version__}")
-    parser.add_argument("--config", help="a YAML file, or the name of a config that comes with the package (disks)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ, dotted keys: train.steps=50")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run folder")
-    parser.add_argument("--no-report", action="store_true", help="end with the model; `sami-fast report` writes the report later")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the DeepSpeed settings, if any, and stop")
-    parser.add_argument("--settings", action="store_true", help="print every setting with its meaning, unit and default, and stop")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    add_arguments(parser)
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command.
+    """The command; as `run`."""
+    return run(parse(sys.argv[1:] if argv is None else argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """What the arguments of `parse`, or of `sami-fast train`, ask for.
 
     Exit status: 0 done, 1 stopped by bad numbers or a lost rank, 2 something the user gave cannot work, 130 Ctrl-C, 143 SIGTERM.
     """
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    with interruption.handled():
+    if arguments.cpu_threads:
+        arguments.overrides = [*arguments.overrides, f"engine.threads={arguments.cpu_threads}"]
+    with interruption.handled(), shown() if speaks() else nullcontext():
         try:
             return _command(arguments)
         except (Exception, Interrupted) as error:
@@ -771,6 +794,13 @@ def _way_on(arguments: argparse.Namespace, kept: str = "") -> str:
     return "nothing was kept yet; the same command with --resume starts again"
 
 
+def _for_ranks(arguments: argparse.Namespace, count: int) -> str:
+    """The command that does the same in several processes."""
+    config = ["--config", arguments.config] if arguments.config else []
+    flags = [f"--{name.replace('_', '-')}" for name in ("resume", "overwrite", "no_report", "dry_run") if getattr(arguments, name)]
+    return f"{SEVERAL.format(ranks=count)} {shlex.join([*config, *arguments.overrides, *flags])}"
+
+
 def _command(arguments: argparse.Namespace) -> int:
     """What the arguments ask for."""
     if arguments.settings:
@@ -778,7 +808,13 @@ def _command(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite: choose one")
+    if (arguments.ranks or 1) > 1:
+        raise UserError(f"--num_accelerators: this is one process; several are started by {_for_ranks(arguments, arguments.ranks)}")
+    if arguments.device:
+        take_device(arguments.device)
     config = load_config(arguments.config, arguments.overrides)
+    if (ignored := steps_beside_minutes(arguments.config)) and speaks():
+        print(printable(ignored), file=sys.stderr, flush=True)
     if arguments.dry_run:
         world_size = max(1, whole_number("WORLD_SIZE", 1))
         if whole_number("RANK", 0) == 0:
@@ -786,9 +822,12 @@ def _command(arguments: argparse.Namespace) -> int:
             if not config.direct(world_size):
                 given = f"# DeepSpeed\n{json.dumps(deepspeed_dicts(config, world_size), indent=2)}"
             micro_batch(config, world_size)
-            course = _course(config) if world_size == 1 else "of one process is measured, and these are more"
-            print(f"{to_yaml(config)}\n# Course: {course}\n\n{given}")
+            print(_preview(config, world_size))
+            if arguments.verbose:
+                print(f"\n{to_yaml(config)}\n{given}")
         return 0
+    if not arguments.device and not os.environ.get("RANK") and (count := torch.cuda.device_count()) > 1:
+        print(f"one process trains on one of {count} GPUs; on all of them: {_for_ranks(arguments, count)}", flush=True)
     folder = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     chief = ranks()[0] == 0
     leave_distributed()
@@ -800,7 +839,7 @@ def _command(arguments: argparse.Namespace) -> int:
 
         print("writing the report", flush=True)
         set_arithmetic()  # as every command that uses a trained model
-        page = write_report(folder, trust_remote_code=True)  # of what this command has named
+        page = write_report(folder, trust_remote_code=True, device=arguments.device)  # of what this command has named
         if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
             print(Health(**health), flush=True)
         print(page, flush=True)

@@ -115,7 +115,7 @@ def test_deepspeed_dicts_set_what_deepspeed_would_guess():
 
 
 def test_dry_run_prints_config_and_deepspeed_settings(capsys):
-    arguments = ["--config", "disks", "train.steps=777", "engine.threads=1", "--dry-run"]
+    arguments = ["--config", "disks", "train.steps=777", "engine.threads=1", "--dry-run", "--verbose"]
     assert main([*arguments, "engine.kind=deepspeed"]) == 0
     text = capsys.readouterr().out
     head, _, tail = text.partition("# DeepSpeed")

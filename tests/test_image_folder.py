@@ -1165,7 +1165,7 @@ def test_progress_is_told(folder, monkeypatch, caplog):
     monkeypatch.setattr(index, "PROGRESS", 0.0)
     with caplog.at_level(logging.WARNING, "sami_fast.data"):
         opened(folder)
-    assert re.search(r"images: looked at 2 of 6 new or changed images, \d+ s to go", caplog.text)
+    assert re.search(r"images: looked at 2 of 6 new or changed images, \d+:\d\d:\d\d left", caplog.text)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ ALLOWED = {
     "kl_weight": set(),
     "named": {"errors"},
     "pictures": set(),
+    "progress": set(),
     "reference": set(),
     "kernels": set(),
     "ops": {"_C", "errors", "kernels", "reference"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "pretrained": {"accelerate", "adapters", "errors", "hub", "models", "saved", "schedule"},
     "files": {"errors"},
     "config": {"adapters", "capabilities", "errors", "files", "models", "named", "schedule", "score"},
-    "data": {"config", "environment", "errors", "files", "named", "ops", "pictures"},
+    "data": {"config", "environment", "errors", "files", "named", "ops", "pictures", "progress"},
     "methods": {
         "adapters",
         "config",
@@ -52,14 +53,15 @@ ALLOWED = {
         "step",
     },
     "engine": {"config", "environment", "errors", "files", "methods", "ops", "saved", "step"},
-    "budget": {"config", "data", "engine", "errors", "step"},
+    "budget": {"config", "data", "engine", "errors", "progress", "step"},
+    "preview": {"budget", "config", "data", "methods", "progress", "stages"},
     "stages": {"config", "data", "engine", "errors", "methods", "named"},
     "gpu_step": {"config", "kernels", "methods", "models", "ops", "step"},
     "plan": {"config", "data", "errors", "gpu_step", "methods", "score"},
-    "metrics": {"methods", "ops", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
-    "latents": {"errors", "files", "methods", "metrics", "ops", "schedule"},
-    "evaluation": {"config", "data", "errors", "files", "methods", "metrics"},
-    "explore": {"data", "errors", "evaluation", "files", "latents", "methods", "metrics", "pictures"},
+    "metrics": {"methods", "ops", "progress", "schedule"},  # only `bound`, `scale_profile` and `guidance` run networks
+    "latents": {"errors", "files", "methods", "metrics", "ops", "progress", "schedule"},
+    "evaluation": {"config", "data", "errors", "files", "methods", "metrics", "progress"},
+    "explore": {"data", "errors", "evaluation", "files", "latents", "methods", "metrics", "pictures", "progress"},
     "report": {"config", "environment", "errors", "evaluation", "files", "latents", "methods", "metrics", "schedule"},
 }
 

@@ -190,9 +190,8 @@ def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     assert Path(configs) == site / "sami_fast" / "configs"
     assert (Path(configs) / "disks.yaml").is_file()
 
-    printed = succeed(
-        sys.executable, "-m", "sami_fast.train", "--config", "disks", "--dry-run", "engine.threads=1", cwd=elsewhere, pythonpath=site
-    )
+    command = [sys.executable, "-m", "sami_fast.train", "--config", "disks", "--dry-run", "--verbose", "engine.threads=1"]
+    printed = succeed(*command, cwd=elsewhere, pythonpath=site)
     assert "name: disks" in printed
     assert "# Direct: no DeepSpeed" in printed
     assert not any(elsewhere.iterdir())

@@ -24,7 +24,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from pages import ROOT, Block, split
+from pages import ROOT, SMALL, TRAINING, Block, shorter_training, split
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,48 +39,8 @@ FIRST_OF_GENERATED = re.compile(
 
 PHOTOS = 160
 
-SMALL = {  # networks of one small layer, two steps
-    "data.image_size": "8",
-    "encoder.channels": "[8]",
-    "denoiser.channels": "[4]",
-    "train.mode": "joint",
-    "train.minutes": "0",
-    "train.steps": "2",
-    "train.batch_size": "8",
-    "train.bank_steps": "0",
-    "kl_weight.kind": "constant",
-    "engine.precision": "fp32",
-    "checkpoint.validation_images": "4",
-}
-OF_A_CONFIG = {  # sets that are rendered, and a denoiser that would be fetched
-    "rooms": {"data.rooms.images": "16", "data.rooms.clips": "2"},
-    "avatars": {"data.avatars.images": "16"},
-    "celeba64": {f"{network}.{key}": value for network in ("encoder", "denoiser") for key, value in (("attention", "[]"), ("groups", "4"))},
-    "celebahq256": {"denoiser.pretrained": "my_ddpm", "encoder.attention": "[]", "encoder.groups": "4"},
-}
-
-
-def shorter_training(command: re.Match[str]) -> str:
-    """Settings of a training command that it does not have itself, and no report."""
-    words = command[0].split()
-    config = words[words.index("--config") + 1]
-    settings = SMALL | OF_A_CONFIG.get(config, {})
-    printed = {word.partition("=")[0] for word in words}
-    if "denoiser.pretrained" in printed | settings.keys():
-        for key in ("data.image_size", "denoiser.channels", "train.mode"):
-            settings.pop(key)
-    if config == "examples/own_networks.yaml" or "data.class" in printed:  # sizes are the classes' own
-        for key in ("data.image_size", *(("encoder.channels", "denoiser.channels") if config.endswith(".yaml") else ())):
-            settings.pop(key)
-    if "method=diffae" in words:  # which has no KL
-        settings.pop("kl_weight.kind")
-    if config == "celebahq256":
-        settings["data.image_size"] = "8"
-    return " ".join([command[0], *(f"{key}={value}" for key, value in settings.items() if key not in printed), "--no-report"])
-
-
 SHORTER = [
-    (r"sami_fast/train\.py [^#\n']*?(?= *(?:#|'|$))", shorter_training),
+    (TRAINING, shorter_training),
     (r"^make train\b", 'make train ARGS="' + " ".join(f"{key}={value}" for key, value in SMALL.items()) + ' --no-report"'),
     # One seed is as good as three.
     (r"for seed in 0 1 2;", "for seed in 0;"),

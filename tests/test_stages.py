@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import TINY, assert_same_weights, rows, tiny, weights
 
-from sami_fast import budget, stages
+from sami_fast import budget, progress, stages
 from sami_fast.budget import Pace
 from sami_fast.config import load_config, to_yaml
 from sami_fast.data import Dataset
@@ -283,9 +283,9 @@ def test_steps_that_fit_into_minutes(settings, denoiser_steps, steps):
     minutes = 100 * budget.OVERHEAD / 60
     config = budget.laid_out(load_config(None, [f"train.minutes={minutes}", *settings]), PACE)
     assert (config.train.denoiser_steps, config.train.steps) == (denoiser_steps, steps)
-    *_, last = budget.course(config, PACE)
-    reached = float(last.split("until minute ")[1].split(";")[0])
-    assert 0.85 * minutes < reached <= minutes + 0.05
+    stages, seconds = budget.course(config, PACE)
+    assert 0.85 * minutes < seconds / 60 <= minutes + 0.05
+    assert f"until {progress.hms(seconds)}" in stages[-1]
 
 
 def test_too_few_minutes_are_refused():
@@ -309,7 +309,7 @@ def test_a_run_of_minutes_goes_on_with_the_steps_it_began_with(tmp_path, monkeyp
 def test_a_dry_run_says_what_will_be_when(tmp_path, capsys):
     arguments = ["--config", str(ROOT / "tests/tiny.yaml"), "--dry-run", f"runs_dir={tmp_path}", *BY_MINUTES, "train.minutes=1"]
     assert main(arguments) == 0
-    course = capsys.readouterr().out.split("# Course: ")[1].split("\n\n")[0].splitlines()[1:]
-    assert [line.split(":")[0] for line in course] == ["the denoiser alone", "the encoder beside it", "both networks"]
+    course = capsys.readouterr().out.split("stages")[1].split("time ")[0].strip().splitlines()
+    assert [line.split(":")[0].strip() for line in course] == ["the denoiser alone", "the encoder beside it", "both networks"]
     assert "beta halves every" in course[1]
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ..environment import cores
 from ..errors import UserError, printable
 from ..latents import DISCOVERY_METHODS
-from .files import output_file, write_bytes
-from .options import AddCommand, at_least, number, path, trust_option
+from .files import chosen_device, output_file, write_bytes
+from .options import AddCommand, at_least, device_options, number, path, trust_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,24 +25,24 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, (".md", ".json")) if arguments.output else None
     if len({Path(folder).resolve() for folder in arguments.run}) < len(arguments.run):
         raise UserError(f"expected each run once, found {max(arguments.run, key=arguments.run.count)} more than once")
-    from tqdm import tqdm
-
     from ..config import settings_of
     from ..evaluation import evaluate_run, num_stages, open_run, tables
+    from ..progress import bar
 
+    device = chosen_device(arguments)
     runs = [
-        open_run(Path(folder), arguments.images, trust_remote_code=arguments.trust) for folder in arguments.run
+        open_run(Path(folder), arguments.images, trust_remote_code=arguments.trust, device=device) for folder in arguments.run
     ]  # what is wrong with any is found before work is done
     # Runs on the same images, whose encoders began with the same weights, share what does not depend on training.
     shares = [(run.config.data, run.config.encoder, run.config.seed) for run in runs]
     first = [arguments.baselines and share not in shares[:place] for place, share in enumerate(shares)]
     evaluated = []
-    with tqdm(total=sum(map(num_stages, first)), unit="stage", leave=False) as bar:
+    with bar(sum(map(num_stages, first)), "evaluating", "stages") as progress:
         for run, baselines in zip(runs, first, strict=True):
 
             def say(stage: str, run: "Run" = run) -> None:
-                bar.set_description(f"{run.folder.name}: {stage}")
-                bar.update()
+                progress.set_description(f"{printable(run.folder.name)}, {stage}")
+                progress.update()
 
             evaluated.append(evaluate_run(run, jobs=arguments.jobs, baselines=baselines, say=say))
     text = tables(evaluated)
@@ -68,31 +68,20 @@ def run_axes(arguments: argparse.Namespace) -> None:
     picture = output.with_suffix(".png")
     if picture.exists() and not arguments.overwrite:
         raise UserError(f"--output: {picture}, where the pictures go, exists; choose another name or add --overwrite")
-    from tqdm import tqdm
-
     from ..evaluation import encode, known_factors, open_run
-    from ..latents.discovery import NUM_LEVELS, discover
+    from ..latents.discovery import discover
     from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png
 
-    run = open_run(Path(arguments.run), trust_remote_code=arguments.trust)
+    run = open_run(Path(arguments.run), trust_remote_code=arguments.trust, device=chosen_device(arguments))
     if not run.model.guides:
         raise UserError(f"{arguments.run}: expected a SAMI run, whose denoiser can be asked, found one of method {run.model.method}")
     count = min(arguments.images, run.count)
-    with tqdm(total=count * NUM_LEVELS, desc="draws", unit="image", leave=False) as bar:
-        try:
-            found = discover(
-                run.model,
-                run.images,
-                count,
-                encoded=run.count,
-                draws=arguments.draws,
-                seed=arguments.seed,
-                batch_size=run.batch_size,
-                progress=bar.update,
-            )
-        except ValueError as error:
-            raise UserError(f"{arguments.run}: {error}") from None
+    options = {"encoded": run.count, "draws": arguments.draws, "seed": arguments.seed, "batch_size": run.batch_size}
+    try:
+        found = discover(run.model, run.images, count, **options)
+    except ValueError as error:
+        raise UserError(f"{arguments.run}: {error}") from None
     latents, (factors, names, _) = encode(run, run.model), known_factors(run)
     print("undecided at logsnr", " ".join(f"{level:.1f}" for level in found[0].logsnr))
     for axes in found:
@@ -130,7 +119,7 @@ def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray 
 def run_report(arguments: argparse.Namespace) -> None:
     from ..report import write_report
 
-    print(write_report(Path(arguments.run), trust_remote_code=arguments.trust))
+    print(write_report(Path(arguments.run), trust_remote_code=arguments.trust, device=chosen_device(arguments)))
 
 
 def add_commands(command: AddCommand) -> None:
@@ -138,8 +127,9 @@ def add_commands(command: AddCommand) -> None:
         "evaluate",
         run_evaluate,
         "score runs side by side: factors recovered, rates, bound, noise levels, straightness of clips; seeds of one method are averaged",
-        "evaluate runs/disks_seed0 runs/disks_seed1 runs/vae_seed0 runs/vae_seed1 --output table.md",
+        "evaluate runs/disks_seed0 runs/disks_seed1 --output table.md",
         trust_option(),
+        device_options(),
     )
     evaluate.add_argument("run", type=path, nargs="+", help="run folders")
     evaluate.add_argument("--images", type=at_least(16), metavar="N", help="evaluation images; as each run's report when left out")
@@ -160,6 +150,7 @@ def add_commands(command: AddCommand) -> None:
         "find axes of the latent space without labels, coarse to fine, and write them with a strip of pictures each",
         "axes runs/disks --output axes.npz",
         trust_option(),
+        device_options(),
     )
     axes.add_argument("run", type=path, help="a run folder of SAMI")
     axes.add_argument("--output", type=path, required=True, metavar="FILE", help=".npz for --axes of other commands; pictures go beside it")
@@ -179,5 +170,7 @@ def add_commands(command: AddCommand) -> None:
     )
     axes.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
 
-    report = command("report", run_report, "score a finished run and write its report/ folder", "report runs/disks", trust_option())
+    report = command(
+        "report", run_report, "score a finished run and write its report/ folder", "report runs/disks", trust_option(), device_options()
+    )
     report.add_argument("run", type=path, help="a run folder")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import absent, read_json
+from ..progress import bar
 from .files import open_images, open_model, run_config
-from .options import AddCommand, at_least, data_options, path, trust_option
+from .options import AddCommand, at_least, data_options, device_options, path, trust_option
 
 if TYPE_CHECKING:
     from ..methods.latent_model import LatentModel
@@ -22,8 +23,6 @@ def run_explore(arguments: argparse.Namespace) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
         raise UserError(f"explore needs {error.name}: `pip install 'sami-fast[explore]'`") from None
-    from tqdm import tqdm
-
     from ..explore.explorer import REFERENCE_IMAGES, Explorer
 
     if not (run := Path(arguments.run)).is_dir():
@@ -34,14 +33,14 @@ def run_explore(arguments: argparse.Namespace) -> None:
     port = PORT if arguments.port is None else arguments.port
     with listen(arguments.host, port, another=arguments.port is None) as sock:
         model = open_model(arguments)
-        with tqdm(total=REFERENCE_IMAGES, desc="held-out images", unit="image", leave=False, delay=2, disable=None) as bar:
+        with bar(REFERENCE_IMAGES, "held-out images", "images") as seen:
             explorer = Explorer(
                 model,
                 run.resolve().name,
                 axes_file,
                 information=_information(run, model),
                 steps=arguments.steps,
-                progress=bar.update,
+                progress=seen.update,
                 **_data(arguments, model),
             )
         if port and sock.getsockname()[1] != port:
@@ -84,6 +83,7 @@ def add_commands(command: AddCommand) -> None:
         "explore runs/disks --port 8765",
         trust_option(),
         data_options(),
+        device_options(),
     )
     explore.add_argument("run", type=path, help="a run folder, or a saved model (config.json, model.safetensors)")
     explore.add_argument("--port", type=at_least(0, 65535), metavar="N", help=f"{PORT}, or another where it is in use, when left out")
@@ -96,4 +96,3 @@ def add_commands(command: AddCommand) -> None:
     explore.add_argument(
         "--steps", type=at_least(1, 1000), default=50, metavar="N", help="denoising steps of a finished picture (%(default)s)"
     )
-    explore.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")

@@ -1,4 +1,4 @@
-"""Commands that say or write facts: env, data, encode."""
+"""Commands that say or write facts: env, data, encode, export."""
 
 import argparse
 import json
@@ -6,8 +6,19 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from .files import by_name, image_count, open_axes, open_images, open_model, output_file, run_config, write_arrays, write_pictures
-from .options import AddCommand, at_least, axes_options, data_options, model_options, non_negative, path
+from .options import (
+    AddCommand,
+    at_least,
+    axes_options,
+    data_options,
+    model_options,
+    non_negative,
+    path,
+    saved_model_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +26,8 @@ if TYPE_CHECKING:
     from ..data import Dataset
     from ..methods.latent_model import LatentModel
 
+EXPORTS = ("onnx", "torchscript", "torch.export")
+TABLES = ("npz", "parquet", "csv")  # what encode writes
 CONTACTS = 64  # images of a contact sheet
 
 
@@ -67,8 +80,11 @@ def run_data(arguments: argparse.Namespace) -> None:
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
-    output = output_file(arguments, (".npz",))
+    output = output_file(arguments, () if arguments.format else tuple(f".{form}" for form in TABLES))
+    form = arguments.format or output.suffix[1:]
     import torch
+
+    from .tables import columns_of, write_csv, write_parquet
 
     model = open_model(arguments)
     axes = open_axes(arguments, model)
@@ -87,10 +103,28 @@ def run_encode(arguments: argparse.Namespace) -> None:
         arrays |= {"axes": axes.coordinates(arrays["mu"]), "axis_names": list(axes.names)}
     if missing := sum(map(bool, absent)):
         arrays["absent"] = absent
-    write_arrays(output, **arrays)
+    if form == "npz":
+        write_arrays(output, **arrays)
+    else:
+        (write_csv if form == "csv" else write_parquet)(output, columns_of(arrays))
     rows, latents = arrays["mu"].shape
     why = f"; {missing} cannot be read: their rows are NaN, and absent says why" if missing else ""
     print(f"{output}: {', '.join(arrays)} of {rows} images, {latents} latent dimensions{why}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    output = output_file(arguments)
+    from ..methods.export import FORMATS, export_encoder
+
+    if output.suffix != FORMATS[arguments.format]:
+        raise UserError(f"--output: expected a name ending in {FORMATS[arguments.format]} for {arguments.format}, found {output}")
+    arguments.device = "cpu"
+    model = open_model(arguments)
+    difference = export_encoder(model, output, arguments.format)
+    shape = ", ".join(map(str, model.image_shape))
+    print(
+        f"{output}: images [B, {shape}] in [-1, 1] to mu, var [B, {model.latent_size}]; differs from the model by {difference:.1e} at most"
+    )
 
 
 def _encoded(model: "LatentModel", dataset: "Dataset", index: "Tensor", batch_size: int) -> tuple[dict[str, Any], list[str]]:
@@ -98,16 +132,19 @@ def _encoded(model: "LatentModel", dataset: "Dataset", index: "Tensor", batch_si
     import torch
 
     from ..latents.sampling import encode
+    from ..progress import bar
 
     rows, absent = {name: torch.full((len(index), model.latent_size), math.nan) for name in ("mu", "var")}, [""] * len(index)
-    for place in torch.arange(len(index)).split(batch_size):
-        images, gone = dataset.read(index[place])
-        for slot, reason in gone.items():
-            absent[int(place[slot])] = reason
-        there = torch.tensor([slot not in gone for slot in range(len(place))])
-        if there.any():
-            posterior = encode(model, images[there.to(images.device)], batch_size)
-            rows["mu"][place[there]], rows["var"][place[there]] = posterior.mu.float().cpu(), posterior.var.float().cpu()
+    with bar(len(index), "encoding", "images") as progress:
+        for place in torch.arange(len(index)).split(batch_size):
+            images, gone = dataset.read(index[place])
+            for slot, reason in gone.items():
+                absent[int(place[slot])] = reason
+            there = torch.tensor([slot not in gone for slot in range(len(place))])
+            if there.any():
+                posterior = encode(model, images[there.to(images.device)], batch_size)
+                rows["mu"][place[there]], rows["var"][place[there]] = posterior.mu.float().cpu(), posterior.var.float().cpu()
+            progress.update(len(place))
     return {name: values.numpy() for name, values in rows.items()}, absent
 
 
@@ -137,7 +174,7 @@ def add_commands(command: AddCommand) -> None:
         "data",
         run_data,
         "show what a config will feed: counts, sizes, codecs, who decodes each file and why, the feed's speed, a contact sheet",
-        "data video data.path=clips --output contact_sheet.png",
+        "data photos_small data.path=photos --output contact_sheet.png",
     )
     data_command.add_argument("config", type=path, help="a YAML file, or the name of a config that comes with the package")
     data_command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: data.path=photos")
@@ -150,12 +187,28 @@ def add_commands(command: AddCommand) -> None:
     encode = command(
         "encode",
         run_encode,
-        "write mu and var [N, Z] of images, their places along --axes [N, A], and their factors where they are known; a row for each "
+        "write mu and var [N, Z] of images, their places along --axes [N, A], and their factors where they are known, as arrays (.npz) or "
+        "as columns of a table, with standard deviations in place of var (.parquet, .csv); a row for each "
         "image, NaN where it cannot be read, as they lie in a file, by name in a folder, by name and time in one of videos: row n is "
         "--image n of other commands",
-        "encode runs/disks --data photos.npy --output latents.npz",
+        "encode runs/disks --data photos.npy --output latents.csv",
         model_options(),
         data_options(),
         axes_options(),
     )
     encode.add_argument("--count", type=at_least(1), metavar="N", help="the first N images; all of a file when left out")
+    encode.add_argument("--format", choices=TABLES, help="what to write; as the ending of the file says, when left out")
+
+    export = command(
+        "export",
+        run_export,
+        "write the encoder as a program for other runtimes: images [B, C, H, W] float32 in [-1, 1], which is pixel / 127.5 - 1, any B, to "
+        "mu and var, both [B, Z] float32; its weights are inside the file. The program is made and compared with the model on the CPU, and "
+        "kept only if they agree to 1e-5; onnx needs `pip install 'sami-fast[export]'`",
+        "export runs/disks --output encoder.onnx",
+        saved_model_options(),
+        threads_option(),
+    )
+    export.add_argument(
+        "--format", choices=EXPORTS, default="onnx", help="onnx (.onnx), torchscript (.pt), torch.export (.pt2) (%(default)s)"
+    )

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..methods.latent_model import LatentModel
 
 
-def output_file(arguments: argparse.Namespace, endings: tuple[str, ...]) -> Path:
-    """The file to write, checked before any work is done."""
+def output_file(arguments: argparse.Namespace, endings: tuple[str, ...] = ()) -> Path:
+    """The file to write, checked before any work is done; its name ends in one of these, if there are any."""
     path = Path(arguments.output)
-    if path.suffix not in endings:
+    if endings and path.suffix not in endings:
         raise UserError(f"--output: expected a name ending in {' or '.join(endings)}, found {path}")
     if not path.parent.is_dir():
         raise UserError(f"--output: {absent(path.parent, 'folder')}")
@@ -62,22 +62,20 @@ def write_pictures(path: Path, grid: "Tensor", columns: int, **arrays: Any) -> N
         _write(path, lambda stream: write_png(stream, image_grid(grid, columns)))
 
 
-def _device(name: str | None) -> "torch.device":
+def chosen_device(arguments: argparse.Namespace) -> "torch.device":
+    """That of --device; the first GPU, if there is one, when left out."""
     import torch
 
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # unknown name, no such device, a torch built without it: every backend has its own kind
-        raise UserError(f"--device: {name} cannot be used here ({str(error).splitlines()[0][:120]})") from None
-    return device
+    from ..engine.processes import usable_device
+
+    return usable_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def open_model(arguments: argparse.Namespace) -> "LatentModel":
     folder = Path(arguments.run)
     if not folder.is_dir():
         raise UserError(f"{absent(folder, 'folder')}; expected a run folder or a saved model")
-    device = _device(arguments.device)
+    device = chosen_device(arguments)
     from ..engine.processes import set_arithmetic
     from ..methods.registry import load_model
 

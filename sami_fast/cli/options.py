@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ..errors import UserError
@@ -14,7 +15,7 @@ class AddCommand(Protocol):
     """Adds a command with the options of its parents."""
 
     def __call__(
-        self, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str, *parents: argparse.ArgumentParser
+        self, name: str, run: Callable[[argparse.Namespace], int | None], help: str, example: str, *parents: argparse.ArgumentParser
     ) -> argparse.ArgumentParser: ...
 
 
@@ -52,6 +53,35 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def threads_option() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads; as many as there are cores when left out")
+    return options
+
+
+@contextmanager
+def threads(arguments: argparse.Namespace) -> Iterator[None]:
+    """Inside, torch has the threads of --threads, where a command has that option and it was given."""
+    if not getattr(arguments, "threads", None):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_options() -> argparse.ArgumentParser:
+    """Where a command's model runs: of every command that runs one."""
+    options = argparse.ArgumentParser(add_help=False, parents=[threads_option()])
+    options.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
+    return options
+
+
 def trust_option() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
@@ -60,15 +90,19 @@ def trust_option() -> argparse.ArgumentParser:
     return options
 
 
-def model_options() -> argparse.ArgumentParser:
+def saved_model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, parents=[trust_option()])
     options.add_argument("run", type=path, help="a run folder, or a saved model (config.json, model.safetensors)")
     options.add_argument("--output", type=path, required=True, metavar="FILE", help="file to write; refused if it exists")
     options.add_argument("--overwrite", action="store_true", help="replace the output file")
+    return options
+
+
+def model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, parents=[saved_model_options(), device_options()])
     options.add_argument(
         "--batch-size", type=at_least(1), default=64, metavar="N", help="images at a time (%(default)s); bounds the memory"
     )
-    options.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
     return options
 
 

@@ -111,7 +111,7 @@ def add_commands(command: AddCommand) -> None:
         run_plan,
         "say what a run would cost: parameters, FLOPs, memory of a GPU and bytes on the wire at every ZeRO stage, an estimate of the time; "
         "needs neither the data nor a GPU",
-        "plan disks train.batch_size=512 --gpus 1 8 64",
+        "plan disks train.batch_size=512 --gpus 1 8 64 --mfu 0.4",
     )
     added.add_argument("config", type=path, help="a YAML file, or the name of a config that comes with the package")
     added.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: train.batch_size=4096")

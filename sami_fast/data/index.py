@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import absent, locked, open_regular, write_text_whole
+from ..progress import bar, hms
 from . import cache
 from .cache import tell_once
 from .decode import HEIC_HINT, HEIC_SUFFIXES, BadFile
@@ -193,14 +194,15 @@ def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], An
 
     begin = told = time.monotonic()
     waiting = list(stats)
-    with ThreadPoolExecutor(INSPECTORS) as pool:
+    with ThreadPoolExecutor(INSPECTORS) as pool, bar(len(waiting), f"looking at {plain(folder.name)}", what) as progress:
         for first in range(0, len(waiting), PIECE):
             names = waiting[first : first + PIECE]
             yield dict(zip(names, pool.map(one, names), strict=True))
+            progress.update(len(names))
             done, now = first + len(names), time.monotonic()
-            if now - told > PROGRESS:
+            if progress.disable and now - told > PROGRESS:
                 told, left = now, (now - begin) / done * (len(waiting) - done)
-                log.warning("%s: looked at %d of %d new or changed %s, %.0f s to go", folder, done, len(waiting), what, left)
+                log.warning("%s: looked at %d of %d new or changed %s, %s left", folder, done, len(waiting), what, hms(left))
 
 
 def left_out(others: Mapping[str, int]) -> str:

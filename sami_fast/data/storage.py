@@ -23,6 +23,7 @@ import numpy as np
 from .. import ops
 from ..errors import UserError, one_line
 from ..files import absent, locked, write_whole
+from ..progress import bar
 from . import cache
 from .cache import in_words
 
@@ -209,7 +210,7 @@ def rendered(kind: str, name: str, shape: tuple[int, ...], pieces: Callable[[], 
         kind: A `DataConfig.kind`, whose folder in the cache it is.
         name: Of the file there; another one for every other content.
         shape: Of the array.
-        pieces: Renders its bytes, in order.
+        pieces: Renders its bytes, in order, an image at a time.
         cache_dir: `DataConfig.cache_dir`.
     Returns:
         The array, uint8 and read-only.
@@ -220,8 +221,12 @@ def rendered(kind: str, name: str, shape: tuple[int, ...], pieces: Callable[[], 
     file = cache.base_dir(cache_dir) / kind / f"{name}.npy"
 
     def render() -> Iterator[bytes]:
-        log.warning("data.kind %s: rendering %d images into %s, once", kind, math.prod(shape[:-3]), file)
-        yield from pieces()
+        count = math.prod(shape[:-3])
+        log.warning("data.kind %s: rendering %d images into %s, once", kind, count, file)
+        with bar(count, "rendering", "images") as progress:
+            for image in pieces():
+                yield image
+                progress.update()
 
     try:
         return _made_once(file, packed, render)

@@ -119,6 +119,35 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: there is none, or torch cannot use it here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # unknown name, no such device, a torch built without it: every backend has its own kind
+        raise UserError(f"--device: {name} cannot be used here ({str(error).splitlines()[0][:120]})") from None
+    return device
+
+
+def take_device(name: str) -> None:
+    """Let this process train on a device: said as a launcher would say it, for `init_distributed`.
+
+    Raises:
+        UserError: as `usable_device`; or a launcher has given this process a GPU.
+    """
+    device = usable_device(name)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    elif os.environ.get("RANK"):
+        raise UserError(f"--device: a launcher gives each process a GPU of its own; leave it out, found {name}")
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+
+
 def _device(local_rank: int) -> torch.device:
     """This rank's own."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

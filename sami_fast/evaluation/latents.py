@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..methods.latent_model import LatentModel
 from ..metrics.checks import as_table
 from ..metrics.latents import information_per_dim, kl_per_dim, live_dims
+from ..progress import bar
 from .run import Run
 
 
@@ -40,11 +41,13 @@ def encode(run: Run, model: LatentModel) -> Latents:
         UserError: its latents are no numbers that one could score.
     """
     mu, var, z = [], [], []
-    for index in run.index():
-        posterior = model.encode(run.images(index))
-        z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
-        mu.append(posterior.mu)
-        var.append(posterior.var)
+    with bar(run.count, "encoding", "images") as progress:
+        for index in run.index():
+            posterior = model.encode(run.images(index))
+            z.append(posterior.draw(index.to(posterior.mu.device), run.config.seed))
+            mu.append(posterior.mu)
+            var.append(posterior.var)
+            progress.update(len(index))
     try:
         mu, var, z = (as_table(name, torch.cat(parts).double().cpu().numpy()) for name, parts in (("mu", mu), ("var", var), ("z", z)))
     except ValueError as error:

@@ -17,6 +17,7 @@ from ..files import open_regular, parse_json
 from ..methods.latent_model import LatentModel
 from ..methods.registry import load_model
 from ..metrics.checks import LARGEST
+from ..progress import bar
 
 TRAIN_IMAGES = 4000
 READ_TOGETHER = 256  # images
@@ -95,9 +96,11 @@ def readable(dataset: Dataset, index: Tensor) -> Tensor:
     if len(index) and dataset.complete:
         return index
     there = []
-    for part in index.split(READ_TOGETHER):
-        _, absent = dataset.read(part)
-        there.append(part[[place not in absent for place in range(len(part))]])
+    with bar(len(index), "reading", "images") as progress:
+        for part in index.split(READ_TOGETHER):
+            _, absent = dataset.read(part)
+            there.append(part[[place not in absent for place in range(len(part))]])
+            progress.update(len(part))
     if not sum(map(len, there)):
         raise UserError(f"data.path: none of the {len(index)} evaluation images can be read")
     return torch.cat(there)
@@ -149,7 +152,13 @@ def _is_row(row: Any, model: LatentModel) -> bool:
 
 
 def open_run(
-    folder: Path, images: int | None = None, *, trust_remote_code: bool = False, model: LatentModel | None = None, dataset: Any = None
+    folder: Path,
+    images: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+    model: LatentModel | None = None,
+    dataset: Any = None,
+    device: torch.device | str | None = None,
 ) -> Run:
     """Read a run folder.
 
@@ -159,6 +168,7 @@ def open_run(
         trust_remote_code: Whether classes that its model and its config name may be imported, which runs their code.
         model, dataset: Of a run of `sami_fast.train` that was given them: the same again, the model with its weights, which is left in eval
             mode. An iterable begins anew; of a generator that training has used up nothing is left, so make it again.
+        device: Where a model that is loaded goes; the first GPU, if there is one, when None.
     Raises:
         UserError: not a run folder, a run without a model yet, no log, files that do not fit together, or a dataset beside a run whose
             config names its data.
@@ -176,7 +186,8 @@ def open_run(
         raise UserError(f"{folder}/environment.json: not what training writes there") from None
     objects = model is not None
     if model is None:
-        model = load_model(folder, trust_remote_code=trust_remote_code).placed("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(folder, trust_remote_code=trust_remote_code).placed(device)
     try:
         with nullcontext() if dataset is None else given(dataset):
             train, evaluation = (open_dataset(config.data, config.seed, split, trust_remote_code=trust_remote_code) for split in (0, 1))

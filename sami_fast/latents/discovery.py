@@ -37,6 +37,7 @@ from ..metrics.bound import Images
 from ..metrics.checks import as_table
 from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims
 from ..metrics.scale_profile import as_levels, half_point
+from ..progress import bar
 from ..schedule import Schedule, alpha_sigma
 from .axes import Axes
 
@@ -383,10 +384,12 @@ def discover(
     if count <= len(live):
         raise ValueError(f"count: expected more images than the {len(live)} live dimensions, found {count}")
     total = _covariance(mu[:, live])
-    common: Any = {"seed": seed, "num_steps": num_steps, "clip_x_0": clip_x_0, "batch_size": batch_size, "progress": progress}
-    withins = np.stack(
-        [within_covariance(posterior_draws(model, images, count, level, draws, **common)[:, :, live]) for level in levels.tolist()]
-    )
+    with bar(count * len(levels), "drawing", "images") as seen:
+        common: Any = {"seed": seed, "num_steps": num_steps, "clip_x_0": clip_x_0, "batch_size": batch_size}
+        common["progress"] = progress or seen.update
+        withins = np.stack(
+            [within_covariance(posterior_draws(model, images, count, level, draws, **common)[:, :, live]) for level in levels.tolist()]
+        )
 
     def expanded(
         method: str, label: str, score_name: str, score: np.ndarray, readouts: np.ndarray, chosen: slice = slice(None)

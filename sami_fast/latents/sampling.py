@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..methods.inputs import ImageLike, as_images
 from ..methods.latent_model import LatentModel, Posterior
+from ..progress import bar
 from ..schedule import alpha_sigma
 from . import SOLVERS, STARTS, Solver, Start
 from .axes import Axes
@@ -134,6 +135,7 @@ def reverse_process(
         before = None
         for step in range(num_steps - 1):
             x_0, eps_hat = levels.estimate(step, x_t, z)
+            progress.update(len(x_t))
             estimate = x_0
             if solver == "dpm2m" and before is not None:
                 estimate = x_0 + 0.5 * (x_0 - before)
@@ -143,9 +145,12 @@ def reverse_process(
             if eta > 0:
                 noise = noise + fresh[step] * _noise(model, seed, step + 1, index).to(noise)
             x_t = levels.alpha[step + 1] * estimate + levels.sigma[step + 1] * noise
-        return levels.estimate(num_steps - 1, x_t, z)[0]
+        x_0, _ = levels.estimate(num_steps - 1, x_t, z)
+        progress.update(len(x_t))
+        return x_0
 
-    return _in_batches(model, reverse, "x_T", x_T, z, index, batch_size)
+    with bar(len(x_T) * num_steps, "drawing", "steps of images") as progress:
+        return _in_batches(model, reverse, "x_T", x_T, z, index, batch_size)
 
 
 @torch.no_grad()
@@ -193,9 +198,11 @@ def invert(
             _, eps_hat = levels.estimate(step, shrink * x_t + share * eps_hat, z)
             x_t = shrink * x_t + share * eps_hat
             alpha_s, sigma_s = levels.alpha[step], levels.sigma[step]
+            progress.update(len(x_t))
         return x_t
 
-    return _in_batches(model, forward, "x_0", x_0, z, torch.arange(len(x_0)), batch_size)
+    with bar(len(x_0) * num_steps, "finding the noise of images", "steps of images") as progress:
+        return _in_batches(model, forward, "x_0", x_0, z, torch.arange(len(x_0)), batch_size)
 
 
 def _decoded(model: LatentModel, x_T: Tensor, z: Tensor | None, clip_x_0: bool, batch_size: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from ..methods.latent_model import LatentModel
+from ..progress import bar
 from ..schedule import alpha_sigma
 from .bound import RECONSTRUCTION_STEP, Images
 from .checks import as_finite
@@ -85,7 +86,7 @@ def scale_profile(
     logsnr: Sequence[float] | np.ndarray,
     seed: int,
     batch_size: int = 256,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> ScaleProfile:
     """Information, characteristic scale and calibration of every latent dimension.
 
@@ -108,17 +109,17 @@ def scale_profile(
     if count < 2:
         raise ValueError(f"count: expected at least 2 images, found {count}")
     clean, information, residual = [], [], []
-    for index in torch.arange(count).split(batch_size):
-        x_0 = images(index)
-        index = index.to(x_0.device)
-        posterior = model.encode(x_0)
-        z, mu, var = posterior.draw(index, seed).double(), posterior.mu.double(), posterior.var.double()
-        at_levels = [_at_level(model, x_0, index, level, seed, z, mu, var) for level in levels.tolist()]
-        clean.append(posterior.kl.double().cpu())
-        information.append(torch.stack([nats for nats, _ in at_levels]))
-        residual.append(torch.stack([deviation for _, deviation in at_levels]))
-        if progress is not None:
-            progress(len(index))
+    with bar(count, "noise levels", "images") as seen:
+        for index in torch.arange(count).split(batch_size):
+            x_0 = images(index)
+            index = index.to(x_0.device)
+            posterior = model.encode(x_0)
+            z, mu, var = posterior.draw(index, seed).double(), posterior.mu.double(), posterior.var.double()
+            at_levels = [_at_level(model, x_0, index, level, seed, z, mu, var) for level in levels.tolist()]
+            clean.append(posterior.kl.double().cpu())
+            information.append(torch.stack([nats for nats, _ in at_levels]))
+            residual.append(torch.stack([deviation for _, deviation in at_levels]))
+            (progress or seen.update)(len(index))
     clean, information, residual = torch.cat(clean).numpy(), torch.cat(information, 1).numpy(), torch.cat(residual, 1).numpy()
 
     root, height, mean = math.sqrt(count), clean.mean(0), information.mean(1)

@@ -24,7 +24,7 @@ class DenoiserTrunk(nn.Module):
         self.requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return way_down(self, x, self.embedding.expand(len(x), -1))[0]
+        return way_down(self, x, self.embedding.expand(x.shape[0], -1))[0]  # not len(x), which exporting would take for a constant
 
 
 class HalfUNet(nn.Module):

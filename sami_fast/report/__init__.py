@@ -69,7 +69,12 @@ def _figures(
 
 
 def write_report(
-    run_folder: str | os.PathLike[str], *, trust_remote_code: bool = False, model: LatentModel | None = None, dataset: Any = None
+    run_folder: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    model: LatentModel | None = None,
+    dataset: Any = None,
+    device: torch.device | str | None = None,
 ) -> Path:
     """Score a finished run and write its report/ folder.
 
@@ -79,13 +84,13 @@ def write_report(
     Args:
         run_folder: With config.yaml, environment.json, metrics.jsonl and model/.
         trust_remote_code: Whether classes that its model names may be imported, which runs their code.
-        model, dataset: As in `open_run`.
+        model, dataset, device: As in `open_run`.
     Returns:
         Path of report/index.html.
     Raises:
         UserError: not a run folder, no model in it yet, no log, data gone, or the disk refuses.
     """
-    run = open_run(Path(run_folder), trust_remote_code=trust_remote_code, model=model, dataset=dataset)
+    run = open_run(Path(run_folder), trust_remote_code=trust_remote_code, model=model, dataset=dataset, device=device)
     latents = encode(run, run.model)
     factors, names, _ = known_factors(run)
     measured = profile(run)
