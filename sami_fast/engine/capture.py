@@ -419,7 +419,7 @@ def _draws(node: fx.Node) -> bool:
     if place is None:
         return True
     default = node.target._schema.arguments[place].default_value
-    return (node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", default)) != 0
+    return bool((node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", default)) != 0)
 
 
 def _add_in_place(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> None:
