@@ -40,11 +40,12 @@ def recording(note: Callable[[Launch], Any] = lambda launch: launch) -> Iterator
     """Collects this thread's launches, or what `note` makes of each, instead of running them; launchers may then be called with meta or
     fake tensors. A launch keeps its tensors alive."""
     record: list[Any] = []
+    before = getattr(_state, "record", None)
     _state.record = lambda launch: record.append(note(launch))
     try:
         yield record
     finally:
-        _state.record = None
+        _state.record = before
 
 
 def launch(

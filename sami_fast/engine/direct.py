@@ -94,11 +94,8 @@ class Engine(BaseEngine):
         return step(x_0, draw, kl_weight, phase, denoiser=denoiser)
 
     def update(self, step: int, losses: Callable[[int], Losses]) -> Measurement:
-        total = torch.zeros(())
         torch._foreach_zero_(self._gradients)
-        for micro in range(self.config.engine.gradient_accumulation):
-            measured = self._add_gradients(losses(micro))
-            total = total + measured if micro else measured
+        first, *more = [self._add_gradients(losses(micro)) for micro in range(self.config.engine.gradient_accumulation)]
         if self.config.optimizer.clip > 0:
             self._clip()
         for group in self.optimizer.param_groups:
@@ -106,7 +103,7 @@ class Engine(BaseEngine):
         self.optimizer.step()
         if self._averages:
             self._average(step, self._averages, self._weights)
-        return self._measured(total)
+        return self._measured(sum(more, start=first))
 
     def _add_gradients(self, losses: Losses) -> Tensor:
         """Add those of one micro-batch, and return what was measured."""

@@ -70,7 +70,10 @@ def _as_operator(twin: Callable[..., Any], file: str) -> Callable[..., Any]:
 
     def launch(*args: Any, **options: Any) -> Any:
         out = launcher(*args, **options)
-        return tuple(torch.empty(0) if x is None else x for x in out) if results else out  # operators cannot give None
+        if not results:
+            return out
+        like = next(x for x in out if x is not None)
+        return tuple(like.new_empty(0) if x is None else x for x in out)  # operators cannot give None
 
     of_operator: Any = tuple.__class_getitem__((Tensor,) * results) if results else Tensor
     launch.__signature__ = signature.replace(return_annotation=of_operator)  # pyrefly: ignore[missing-attribute] (`inspect` reads it)
