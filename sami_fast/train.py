@@ -834,12 +834,14 @@ def _command(arguments: argparse.Namespace) -> int:
     if chief and (arguments.no_report or config.mode == "denoiser"):
         print(folder, flush=True)
     elif chief:
+        from sami_fast.engine.monitors import show_report
         from sami_fast.evaluation import Health
         from sami_fast.report import write_report
 
         print("writing the report", flush=True)
         set_arithmetic()  # as every command that uses a trained model
         page = write_report(folder, trust_remote_code=True, device=arguments.device)  # of what this command has named
+        show_report(folder)
         if health := json.loads((page.parent / "metrics.json").read_text()).get("health"):
             print(Health(**health), flush=True)
         print(page, flush=True)

@@ -14,18 +14,27 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.write_video import write_video
-from sami_fast.cli import main, parser
+from sami_fast.cli import files, main, parser
 from sami_fast.cli.options import SOLVERS, STARTS, sampler_arguments
 from sami_fast.config import load_config, to_yaml
 from sami_fast.latents import sampling
 from sami_fast.latents.axes import Axes
 from sami_fast.latents.sampling import Solver, Start, encode, reverse_process
 from sami_fast.methods.baselines import BetaVAE, DiffAE
+from sami_fast.methods.latent_model import Posterior
 from sami_fast.methods.registry import load_model
 from sami_fast.methods.sami import Sami
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--steps", "3"]
+TICKS = 40  # pixels below a row with words under its images
+
+
+def picture_size(columns: int, below: list[int], labels: bool = True) -> tuple[int, int]:
+    """Of a PNG of rows of 8 x 8 images, each enlarged to 160 pixels; `below` is what stands under each row."""
+    return 24 + 300 * labels + 168 * columns - 8 + 24, 24 + sum(160 + high + 24 for high in below)
+
+
 DIRECTIONS = np.array([[1.0, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
 AXES = Axes(("size", "tilt"), DIRECTIONS, np.linalg.pinv(DIRECTIONS).T, np.array([0.1, 0.0, 0.0, 0.0]))
 
@@ -202,7 +211,7 @@ def test_sample(run, tmp_path, source):
     assert ("z" in first.files) == (source != "none")
     assert np.allclose(first["images"], second["images"], atol=1e-4)
     assert main([*arguments, "--output", str(tmp_path / "a.png")]) == 0
-    assert Image.open(tmp_path / "a.png").size == (3 * 64 + 4, 2 * 64 + 2)
+    assert Image.open(tmp_path / "a.png").size == picture_size(3, [TICKS, TICKS], labels=False)
 
 
 def test_samples_can_be_encoded_again(run, tmp_path):
@@ -213,7 +222,7 @@ def test_samples_can_be_encoded_again(run, tmp_path):
 
 def test_reconstruct(run, inputs, tmp_path, capsys):
     assert main(["reconstruct", str(run), "--count", "14", *QUICK, "--output", str(tmp_path / "r.png")]) == 0
-    assert Image.open(tmp_path / "r.png").size == (12 * 66 - 2, 4 * 66 - 2)
+    assert Image.open(tmp_path / "r.png").size == picture_size(12, 2 * [TICKS, 0])  # 12 pairs, and 2 below
     assert "14 images and their reconstructions, mean squared error" in capsys.readouterr().out
     data = ["--data", str(inputs / "good.npy")]
     assert main(["reconstruct", str(run), *data, *QUICK, "--output", str(tmp_path / "r.npz")]) == 0
@@ -234,7 +243,7 @@ def test_traverse_live_axes(run, tmp_path, capsys):
 def test_traverse_named_axes(run, tmp_path):
     arguments = ["traverse", str(run), "--axis", "3", "0", "2", "--image", "5", "--guidance-clip", "off", "--eta", "0", *QUICK]
     assert main([*arguments, "--output", str(tmp_path / "t.png")]) == 0
-    assert Image.open(tmp_path / "t.png").size == (9 * 66 - 2, 3 * 66 - 2)
+    assert Image.open(tmp_path / "t.png").size == picture_size(9, 3 * [TICKS])
 
 
 def test_encode_along_axes(run, inputs, tmp_path):
@@ -252,9 +261,11 @@ def test_traverse_saved_axes(run, inputs, tmp_path, capsys):
     assert written["axes"].tolist() == [0, 1]
     assert written["images"].shape == (2, 3, 1, 8, 8)
     assert "row 1: axis 1 (tilt), from" in capsys.readouterr().out
-    shared = ["--axes", str(inputs / "axes.npz"), "--count", "1000"]  # as many as the traversal takes its range from
+    shared = ["--axes", str(inputs / "axes.npz"), "--count", "30"]  # as many as the traversal takes its range from
     assert main(["encode", str(run), *shared, "--output", str(tmp_path / "z.npz")]) == 0
-    low, high = np.quantile(np.load(tmp_path / "z.npz")["axes"], [0.01, 0.99], axis=0)
+    encoded = {name: torch.from_numpy(values) for name, values in np.load(tmp_path / "z.npz").items() if name in ("mu", "var")}
+    z = Posterior(**encoded).draw(torch.arange(30), load_config(str(run / "config.yaml")).seed)
+    low, high = np.quantile(AXES.coordinates(z.numpy()), [0.025, 0.975], axis=0)
     np.testing.assert_allclose(written["values"][:, [0, -1]], np.stack((low, high), 1), rtol=1e-4)
 
 
@@ -281,7 +292,7 @@ def test_interpolate(run, inputs, tmp_path, capsys):
     assert written["images"].shape == (3, 1, 8, 8)
     assert np.allclose(written["ends"][:, 0], np.load(inputs / "good.npy")[[1, 4]] / 127.5 - 1, atol=1e-6)
     assert main([*arguments, "--x-T", "random", "--output", str(tmp_path / "i.png")]) == 0
-    assert Image.open(tmp_path / "i.png").size == (5 * 66 - 2, 64)
+    assert Image.open(tmp_path / "i.png").size == picture_size(5, [TICKS], labels=False)
 
 
 def test_edit(run, inputs, tmp_path, capsys):
@@ -294,7 +305,7 @@ def test_edit(run, inputs, tmp_path, capsys):
     assert main(["reconstruct", str(run), "--x-T", "inverted", *QUICK, "--output", str(tmp_path / "r.npz")]) == 0
     assert np.allclose(written["edits"][:, 1], np.load(tmp_path / "r.npz")["reconstructions"][[3, 0]], atol=1e-4)
     assert main([*arguments, "--axes", str(inputs / "axes.npz"), "--output", str(tmp_path / "e.png")]) == 0
-    assert Image.open(tmp_path / "e.png").size == (4 * 66 - 2, 2 * 66 - 2)
+    assert Image.open(tmp_path / "e.png").size == picture_size(4, 2 * [TICKS])
     assert "along axis 1 (tilt)" in capsys.readouterr().out
 
 
@@ -322,9 +333,25 @@ def test_env(capsys):
     assert json.loads(capsys.readouterr().out)["python"]
 
 
+def test_a_contact_sheet_is_a_random_sample_with_names(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(60):
+        Image.fromarray(np.full((8, 8, 3), 4 * number, np.uint8)).save(photos / f"{number:02}$.png")
+    settings = [f"data.path={photos}", "data.image_size=8", "data.holdout=0", f"data.cache_dir={tmp_path}/cache", "seed=3"]
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "images", *settings, "--count", "4", "--seconds", "0", "--output", str(sheet)]) == 0
+    assert "4 images of training, a random sample" in capsys.readouterr().out
+    drawn = np.asarray(Image.open(sheet).convert("L")).astype(int)
+    shown = [drawn[24 + 80 + 224 * (n // 2), 24 + 80 + 168 * (n % 2)] / 4 for n in range(4)]
+    expected = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:4]
+    assert shown == pytest.approx(expected.tolist(), abs=0.5)
+    assert (drawn[24 + 160 + 4 : 24 + 160 + TICKS - 4, 24:184] < 128).any()  # its name
+
+
 def test_report_prints_where_it_lies(run, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("sami_fast.report.write_report", lambda folder, **trust: asked.append(folder) or folder / "report" / "index.html")
+    monkeypatch.setattr("sami_fast.report.write_report", lambda folder, **options: asked.append(folder) or folder / "report" / "index.html")
     assert main(["report", str(run)]) == 0
     assert asked == [run]
     assert capsys.readouterr().out.strip() == str(run / "report" / "index.html")
@@ -336,7 +363,7 @@ def test_overwrite(run, tmp_path):
     assert main(["sample", str(run), "--count", "1", *QUICK, "--output", str(output)]) == 2
     assert output.read_text() == "old"
     assert main(["sample", str(run), "--count", "1", *QUICK, "--output", str(output), "--overwrite"]) == 0
-    assert Image.open(output).size == (64, 64)
+    assert Image.open(output).size == picture_size(1, [TICKS], labels=False)
 
 
 @pytest.mark.parametrize(("error", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
@@ -344,11 +371,11 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch, capsys, 
     output = tmp_path / "s.png"
     output.write_text("old")
 
-    def fail(stream, grid):
+    def fail(stream):
         stream.write(b"half")
         raise error
 
-    monkeypatch.setattr("sami_fast.latents.images.write_png", fail)
+    monkeypatch.setattr(files, "write_bytes", lambda path, content: files._write(path, fail))
     arguments = ["sample", str(run), "--count", "1", *QUICK, "--output", str(output), "--overwrite"]
     assert main(arguments) == status
     assert ("No space left on device" if status == 2 else "interrupted") in capsys.readouterr().err

@@ -1,5 +1,7 @@
-"""The report of small runs: what metrics.json holds, what the page is made of, what a user is told when it cannot be written."""
+"""The report of small runs: what metrics.json holds, what the page is made of and does, what a user is told when it cannot be written."""
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -7,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -16,26 +17,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import SIZES, open_page
 from helpers import log_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sami_fast.cli import parser
+from sami_fast.cli import main, parser
 from sami_fast.config import load_config, to_yaml
+from sami_fast.engine.monitors import show_report
 from sami_fast.errors import UserError
 from sami_fast.evaluation import Latents, encode, known_factors, open_run, profile
 from sami_fast.evaluation.latents import untrained
+from sami_fast.latents.axes import Axes
 from sami_fast.latents.discovery import discover
+from sami_fast.latents.extremes import extremes
 from sami_fast.methods.build import build_model
 from sami_fast.methods.registry import load_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
 from sami_fast.report import write_report
-from sami_fast.report.charts import COLOURS, MATRIX_ROWS, calibration, correlations, information, line, scatter_fits
+from sami_fast.report.advice import mended
+from sami_fast.report.cards import latent_names
+from sami_fast.report.charts import (
+    COLOURS,
+    DARK,
+    INK,
+    MATRIX_ROWS,
+    calibration,
+    correlations,
+    information,
+    line,
+    literal,
+    scatter_fits,
+    svg,
+)
 from sami_fast.report.discoveries import axis_scores, discoveries
 from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
-from sami_fast.report.page import TEMPLATES, command_line
-from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips
+from sami_fast.report.page import BESIDE, TEMPLATES, command_line
+from sami_fast.report.sheets import MOST_BYTES, sheet
+from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips, traversals
 
 LATENTS = 3
 SMALL = [
@@ -57,10 +78,10 @@ NUMBERS = {
 WHOLE = {"active_dims", "steps", "seed", "num_images"}
 OF_FACTORS = {"mcc", "mig", "mig_ceiling"}
 BY_FACTOR = {"linear_r2", "linear_r2_mu", "mcc_per_factor", "mig_per_factor"}
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 RUNS = ("disks", "array", "collapsed", "vae", "diffae")
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'"
+HOSTILE = "<img src=x onerror=alert(1)>$x"  # of a file, a factor, an axis
 
 
 def make_run(folder: Path, *overrides: str, kl: str = "informative") -> Path:
@@ -141,6 +162,23 @@ def diffae(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Files whose names, as that of a factor and of an axis, are markup and mathematics."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "photos").mkdir()
+    rows = ["file," + HOSTILE]
+    for number, pixels in enumerate(np.load(save_images(runs, 40))):
+        Image.fromarray(pixels).save(runs / "photos" / f"{HOSTILE}{number}.png")
+        rows.append(f"{HOSTILE}{number}.png,{pixels.mean():.3f}")
+    (runs / "labels.csv").write_text("\n".join(rows))
+    data = [f"data.path={runs / 'photos'}", f"data.labels={runs / 'labels.csv'}", f"data.cache_dir={runs / 'cache'}"]
+    folder = make_run(runs / "run", "data.kind=image_folder", *data, "data.channels=1", "data.holdout=0.5")
+    Axes((HOSTILE,), np.array([[0.01, -2.0, 0.0]]), np.array([[0.0, -0.5, 0.0]]), np.zeros(3)).save(folder / "axes.npz")
+    write_report(folder)
+    return folder
+
+
 def scores_of(folder: Path) -> dict:
     def refuse(constant: str) -> None:
         raise AssertionError(f"metrics.json holds {constant}, which is not JSON")
@@ -178,13 +216,14 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        self.text += "\n" if tag == "pre" else ""
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
         self.text += "\n" if tag == "pre" else ""
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in {"style", "script"}:
             self.text += data if "pre" in self.open else shown(data)
 
     def images(self) -> list[dict]:
@@ -220,10 +259,15 @@ def test_metrics_agree_with_each_other(disks):
     assert scores["mig"] == pytest.approx(sum(scores["mig_per_factor"].values()) / 3)
 
 
-def test_metrics_of_the_untrained_encoder(disks):
-    before = scores_of(disks)["untrained"]
-    assert set(before) >= {"kl_nats", "kl_per_dim", "active_dims", "mcc", "mig"} | BY_FACTOR
-    assert before["kl_nats"] < scores_of(disks)["kl_nats"]
+def test_metrics_of_what_a_run_is_compared_with(disks):
+    scores = scores_of(disks)
+    assert set(scores["untrained"]) >= {"kl_nats", "kl_per_dim", "active_dims", "mcc", "mig"} | BY_FACTOR
+    assert scores["untrained"]["kl_nats"] < scores["kl_nats"]
+    assert set(scores["pca"]) >= {"mcc", "mig", "sap"} | BY_FACTOR
+    run = open_run(disks)
+    pixels, (factors, *_) = run.images(torch.arange(96)).flatten(1).numpy(), known_factors(run)
+    assert scores["pixels"]["mcc"] == pytest.approx(mcc(pixels, factors)[0])
+    assert scores["pca"]["linear_r2"]["background"] > 0.9  # a straight line through pixels tells how bright it is
 
 
 def test_untrained_is_the_network_before_the_first_step(disks):
@@ -304,18 +348,20 @@ def test_the_page_says_how_the_run_is_doing(disks, collapsed, vae, diffae):
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        ("disks", {"traversals", "correlations", "latents", "information", "calibration", "guidance", "axes"}),
-        ("array", {"traversals", "information", "calibration", "guidance"}),
+        ("disks", {"correlations", "latents", "information", "calibration", "guidance"}),
+        ("array", {"information", "calibration", "guidance"}),
         ("collapsed", set()),
-        ("vae", {"traversals", "correlations", "latents", "information", "calibration", "trajectories", "curvature"}),
-        ("diffae", {"traversals", "correlations", "latents"}),
+        ("vae", {"correlations", "latents", "information", "calibration", "trajectories", "curvature"}),
+        ("diffae", {"correlations", "latents"}),
     ],
 )
 def test_pictures(run, expected, request):
-    folder, expected = request.getfixturevalue(run), expected | {"reconstructions", "samples", "training"}
+    folder, charts = request.getfixturevalue(run), expected | {"training"}
+    rows = {"reconstructions", "samples"} | ({"axes"} if run == "disks" else set()) | ({"traversals"} if run != "collapsed" else set())
     files = {file.name for file in (folder / "report").iterdir()}
-    assert files == {f"{name}.png" for name in expected} | {"index.html", "metrics.json"}  # nothing partial stays
-    assert len(Page(folder).images()) == len(expected)
+    written = {f"{name}.png" for name in rows} | {f"{name}.svg" for name in charts}
+    assert files == written | {"index.html", "metrics.json"}  # nothing partial stays
+    assert len(Page(folder).images()) == len(charts)
 
 
 def test_pictures_of_an_earlier_report_go(collapsed):
@@ -347,7 +393,7 @@ def test_large_images_are_shrunk():
     canvas = FigureCanvasAgg(strips([Strip("", torch.full((2, 3, 400, 400), 0.2))]))
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())
-    assert drawn.shape[:2] == (24 + 160 + 24, 24 + 300 + 160 + 8 + 160 + 24)
+    assert drawn.shape[:2] == (24 + 160 + 24, 24 + 160 + 8 + 160 + 24)  # no room for labels where there are none
     assert (drawn[24:184, -184:-24, 0] == 153).all()
 
 
@@ -418,11 +464,11 @@ def test_axis_strips_go_through_the_range_of_the_data(disks):
     run = open_run(disks)
     latents = encode(run, run.model)
     found = discover(run.model, run.images, 32, draws=2, num_steps=4, logsnr=[-2.0, 2.0])[0]
-    figure = axis_strips(run, found, latents)
+    figure = strips(axis_strips(run, found, latents))
     assert len(figure.images) == 9 * LATENTS
     texts = [text.get_text() for text in figure.texts]
     assert [text.split("\n")[0].split(" · ")[0] for text in texts if text.startswith("scale")] == list(found.names)
-    coordinates = (latents.mu - found.center) @ found.readouts[0]
+    coordinates = (latents.z - found.center) @ found.readouts[0]
     first = texts.index(next(text for text in texts if text.startswith(found.names[0])))
     assert [float(text) for text in texts[first + 1 : first + 10]] == pytest.approx(
         np.linspace(*np.quantile(coordinates, (0.025, 0.975)), 9), abs=0.051
@@ -494,18 +540,17 @@ def test_fitted_latents_have_the_moments_of_the_data():
 def test_page_needs_nothing_else(run, request):
     page = Page(request.getfixturevalue(run))
     for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
-        for name in {"src", "href", "srcset", "style"} & attributes.keys():
-            if tag == "a":
-                assert attributes["href"][0] == "#"
-                assert ("section", {"id": attributes["href"][1:]}) in page.tags
-            else:
-                assert (tag, name) == ("img", "src")
-                assert attributes[name].startswith("data:image/png;base64,")
+        assert tag not in {"link", "iframe", "object", "embed", "base", "a"}
+        for name in {"src", "href", "srcset"} & attributes.keys():
+            assert (tag, name) == ("img", "src")
+            assert attributes[name].startswith("data:image/svg+xml;base64,")
         assert not any(name.startswith("on") for name in attributes)
     assert all(attributes.get("alt", "").strip() for attributes in page.images())
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in page.tags
-    assert "url(" not in page.html
+    scripts = re.findall("<script>(.*?)</script>", page.html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY.format(digest)}) in page.tags
+    assert len(scripts) == 1
+    assert all(place.startswith("data:image/") for place in re.findall(r"url\((.{11})", page.html))
     assert "@import" not in page.html
     assert len(page.html) < 3_000_000
 
@@ -529,11 +574,12 @@ def test_page_shows_command_config_and_environment(disks):
 @pytest.mark.parametrize("run", RUNS)
 def test_commands_of_the_page_are_commands(run, request):
     folder = request.getfixturevalue(run)
-    commands = re.findall("^sami-fast (.*)$", Page(folder).text, re.MULTILINE)
+    first, _, made = Page(folder).text.rpartition("How it was made")
+    commands = re.findall("^sami-fast (.*)$", made, re.MULTILINE)
     along = {"disks": ["axes", "traverse", "traverse"], "collapsed": []}.get(run, ["traverse"])
     names = ["report", "evaluate", *along, "encode"]
     assert [command.split()[0] for command in commands] == names
-    for command in commands:
+    for command in commands + re.findall("^sami-fast (.*)$", first, re.MULTILINE):
         arguments = parser().parse_args(shlex.split(command))
         assert arguments.run in (str(folder), [str(folder)])
 
@@ -563,15 +609,18 @@ def test_every_score_is_explained():
     numbers |= {"sap": 0.34, "factor_vae": 0.35, "beta_vae": 0.36, "modularity": 0.37, "explicitness": 0.38, "irs": None}
     numbers |= {"linear_r2": {"x": 0.9, "y": 0.7}, "nonlinear_r2": {"x": 0.95, "y": 0.75}, "total_correlation": 0.2}
     untrained = {"linear_r2_mu": {"x": 0.5, "y": 0.6}}
-    _, *rows = rows_of(part("scores", scores=numbers | {"untrained": untrained}, names=("x", "y")).partition("The same by factor")[0])
+    others = {"untrained": untrained, "pca": {"linear_r2": {"x": 0.6, "y": 0.8}}, "pixels": {}}
+    _, *rows = rows_of(part("scores", scores=numbers | others, names=("x", "y")).partition("The same by factor")[0])
     explained = {name: cells for name, *cells in rows}
     assert [explained[name][0] for name in ("Linear R²", "Nonlinear R²", "DCI completeness", "BetaVAE score")] == [
         "0.800", "0.850", "0.320", "0.360",
     ]  # fmt: skip
+    assert [explained["Linear R²"][column] for column in range(4)] == ["0.800", "0.700", "\N{EN DASH}", "\N{EN DASH}"]
     assert "IRS" not in explained
     assert "0.93" in explained["MIG"][-1]
     assert all(words.endswith(".") and len(words) > 20 for *_, words in explained.values())
     assert explained["BetaVAE score"][1] == "\N{EN DASH}"
+    assert list(BESIDE) == ["pca", "pixels", "untrained"]  # the columns after the run's own
 
     attributes = {"kl_nats": 9.0, "active_dims": 3, "tad_nashae": 0.21, "attributes_captured_nashae": 4, "latent_quality": 0.8}
     section = part("scores", scores=attributes | {"untrained": attributes}, names=("smiling", "hat"))
@@ -582,7 +631,7 @@ def test_every_score_is_explained():
 
 def test_page_shows_the_scores(disks):
     page, scores = Page(disks), scores_of(disks)
-    for value in (scores["mcc"], scores["untrained"]["mcc"], scores["mig"], scores["linear_r2"]["y"]):
+    for value in (scores["mcc"], *(scores[other]["mcc"] for other in BESIDE), scores["mig"], scores["linear_r2"]["y"]):
         assert f"{value:.3f}" in page.text
     assert "blind to scale" in page.text
     assert "bounds a density" in page.text
@@ -599,7 +648,10 @@ def test_page_without_factors(array):
 def test_page_says_that_the_posterior_collapsed(collapsed):
     page = Page(collapsed)
     assert "The posterior has collapsed" in page.text
-    assert ("p", {"class": "alarm"}) in page.tags
+    assert ("p", {"id": "health", "class": "verdict alarm"}) in page.tags
+    (command,) = re.findall(r"^sami-fast train --config (.*)$", page.text.partition("How it was made")[0], re.MULTILINE)
+    config = load_config(*(lambda file, *settings: (file, settings))(*shlex.split(command)))
+    assert (config.kl_weight.kind, config.train.mode, config.name) == ("auto", "staged", "collapsed_next")
 
 
 def test_report_of_a_single_held_out_image(tmp_path):
@@ -621,42 +673,286 @@ def test_report_of_images_that_training_saw(tmp_path):
 # The page in a browser
 
 
-def opened(page: Path, scratch: Path) -> tuple[list[str], set[str]]:
-    """What a page writes to the console, and the addresses it asks the network for."""
-    log = scratch / "net.json"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch / 'profile'}", "--dump-dom"]
-    command += ["--enable-logging=stderr", "--v=0", f"--log-net-log={log}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "</html>" in done.stdout
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    # The browser's own requests have no origin.
-    asked = {event["url"] for event in events if "url" in event and event.get("initiator", "not an origin") != "not an origin"}
-    return re.findall(r":CONSOLE[^\]]*\] (.*)", done.stderr), {url for url in asked if url.split(":")[0] in {"http", "https", "ws", "wss"}}
+def address(folder: Path) -> str:
+    return (folder / "report" / "index.html").as_uri()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("run", ["disks", "vae"])
-def test_page_in_a_browser_is_silent_and_asks_for_nothing(run, request, tmp_path):
-    assert opened(request.getfixturevalue(run) / "report" / "index.html", tmp_path) == ([], set())
+def overflow(page) -> int:
+    """How much wider the page is than its window, with everything that is folded shown. Pixels."""
+    page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
+    return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
+@pytest.mark.parametrize("run", ["disks", "array", "collapsed", "vae"])
+def test_page_in_a_browser_is_silent_and_fits(run, size, scheme, request):
+    file = address(request.getfixturevalue(run))
+    with open_page(size, scheme) as (page, seen):
+        page.goto(file)
+        assert page.locator("#health").bounding_box()["y"] < SIZES[size][1]  # on the first screen
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (int(re.search(r"\d+", paper)[0]) < 64) == (scheme == "dark")
+        assert overflow(page) <= 0
+        assert (seen.console, seen.requests) == ([], [file])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_slider_moves_its_latent(disks, size):
+    """By key and by pointer, each slider its own picture."""
+    with open_page(size) as (page, seen):
+        page.goto(address(disks))
+        player, other = page.locator(".player").nth(0), page.locator(".player").nth(1).locator(".picture")
+        slider, picture, output = player.locator("input"), player.locator(".picture"), player.locator("output")
+        values = [float(value) for value in slider.get_attribute("data-values").split()]
+        before = other.evaluate("it => getComputedStyle(it).backgroundPosition")
+        shown = []
+        slider.focus()
+        page.keyboard.press("Home")
+        for place in (0, 1):
+            assert output.text_content() == f"{values[place]:.2f}".replace("-", "\N{MINUS SIGN}")
+            shown.append(picture.evaluate("it => getComputedStyle(it).backgroundPosition"))
+            page.keyboard.press("ArrowRight")
+        box = slider.bounding_box()
+        where = box["x"] + box["width"] - 2, box["y"] + box["height"] / 2
+        page.touchscreen.tap(*where) if size == "phone" else page.mouse.click(*where)
+        assert output.text_content() == f"{values[-1]:.2f}".replace("-", "\N{MINUS SIGN}")
+        shown.append(picture.evaluate("it => getComputedStyle(it).backgroundPosition"))
+        assert [position.split()[0] for position in shown] == ["0%", "6.25%", "100%"]  # of 17 images in a row
+        assert other.evaluate("it => getComputedStyle(it).backgroundPosition") == before
+        assert seen.console == []
+
+
+def test_frames_are_the_traversal(disks):
+    """What a slider shows is the picture of the report folder, and its values are those of `sami-fast traverse`."""
+    run = open_run(disks)
+    moved = traversals(run, encode(run, run.model))
+    values = [list(map(float, row.split())) for row in re.findall('data-values="([^"]*)"', Page(disks).html)]
+    assert values == [pytest.approx(each.values, rel=1e-3) for each in moved]
+    output = disks.parent / "traversed.npz"
+    assert main(["traverse", str(disks), "--steps", "2", "--output", str(output)]) == 0
+    with np.load(output) as written:
+        assert written["axes"].tolist() == [each.axis for each in moved]
+        assert written["values"] == pytest.approx(np.array([each.values[::2] for each in moved]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_thumbnails_enlarge_and_the_map_takes_other_latents(photos, size):
+    with open_page(size) as (page, seen):
+        page.goto(address(photos))
+        lens, thumbs = page.locator("#lens"), page.locator(".map .thumb")
+        assert lens.is_hidden()
+        for thumb in (thumbs.last, page.locator(".ends .thumb").first):
+            thumb.scroll_into_view_if_needed()
+            small = thumb.locator(".picture").bounding_box()["width"]
+            thumb.dispatch_event("click") if size == "desktop" else thumb.tap(force=True)
+            assert lens.locator(".picture").bounding_box()["width"] > 2 * small
+            assert lens.locator("figcaption").text_content().startswith(thumb.get_attribute("data-caption"))
+            assert HOSTILE in lens.text_content()
+            page.keyboard.press("Escape")
+            assert lens.is_hidden()
+        data = json.loads(page.locator(".gallery script").text_content())
+        across = page.locator(".gallery select").first
+        for row in (1, 2):
+            across.select_option(str(row))
+            left = [float(place.removesuffix("%")) for place in thumbs.evaluate_all("all => all.map(it => it.style.left)")]
+            assert np.corrcoef(left, data["positions"][row])[0, 1] == pytest.approx(1.0, abs=1e-6)
+        thumbs.first.focus()
+        page.keyboard.press("ArrowRight")
+        order = np.argsort(data["positions"][2], kind="stable").tolist()
+        focused = thumbs.evaluate_all("all => all.indexOf(document.activeElement)")
+        assert focused == order[min(order.index(0) + 1, len(order) - 1)]
+        assert seen.console == []
+
+
+def test_hostile_names_are_text(photos):
+    assert known_factors(open_run(photos))[1] == (HOSTILE,)
+    with open_page("phone") as (page, seen):
+        page.goto(address(photos))
+        assert overflow(page) <= 0
+        assert page.locator(".card", has_text="z1").locator("h3").text_content() == f"{HOSTILE} z1"
+        assert page.locator(".card .facts b").first.text_content() == HOSTILE
+        assert page.locator("img[src=x]").count() == 0
+        assert (seen.console, seen.requests) == ([], [address(photos)])
+
+
+def test_without_scripts_the_page_shows_strips(disks):
+    with open_page("phone", scripts=False) as (page, _):
+        page.goto(address(disks))
+        assert page.locator(".card .strip li:visible").count() == 9 * LATENTS
+        assert page.locator(":is(.player, .choose, .moving, .command button):visible").count() == 0
+        assert page.locator(".map .thumb:visible").count() == 96
+
+
+def test_on_paper_everything_is_unfolded(disks):
+    with open_page() as (page, _):
+        page.goto(address(disks))
+        assert page.locator("#bound-part table").is_hidden()
+        page.emulate_media(media="print")
+        assert page.locator(".card .strip li").first.is_visible()
+        assert page.locator(".player").first.is_hidden()
+        assert page.locator("#bound-part table").bounding_box()["height"] > 0
+
+
+def test_a_command_is_copied(disks):
+    with open_page() as (page, _):
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.goto(address(disks))
+        command = page.locator(".command").first
+        command.locator("button").click()
+        assert command.locator("button").text_content() == "Copied"
+        assert page.evaluate("navigator.clipboard.readText()") == command.locator("pre").text_content()
+
+
 def test_a_page_that_is_not_silent_would_be_noticed(tmp_path):
-    address, page = "http://127.0.0.1:9/x.png", tmp_path / "page.html"
-    image = f'<img src="{address}">'
-    page.write_text(f"<!DOCTYPE html><html><body>{image}<script>console.error('a complaint')</script></body></html>")
-    console, asked = opened(page, tmp_path)
-    assert any("a complaint" in text for text in console)
-    assert asked == {address}
+    """Nor does another script run than the report's own, or a picture come from elsewhere."""
+    page_file, script = tmp_path / "page.html", '<script>console.error("a complaint")</script><img src="http://127.0.0.1:9/x.png">'
+    guarded = TEMPLATES.get_template("base.html").render(views=[]).replace("<main>", "<main>" + script)
+    for content, complaint, times in ((script, "a complaint", 1), (guarded, "Content Security Policy", 2)):
+        page_file.write_text(content)
+        with open_page() as (page, seen):
+            page.goto(page_file.as_uri())
+            page.wait_for_timeout(200)
+            assert sum(complaint in said for said in seen.console) == times, seen.console
+            assert "http://127.0.0.1:9/x.png" in seen.requests  # asked for, if not allowed
 
-    page.write_text(
-        TEMPLATES.from_string(
-            f"{{% extends 'page.html' %}}{{% block title %}}a title{{% endblock %}}{{% block main %}}{image}{{% endblock %}}"
-        ).render()
-    )
-    console, asked = opened(page, tmp_path)
-    assert any("Content Security Policy" in text for text in console)
-    assert asked == set()
+
+# Runs side by side
+
+
+def test_runs_side_by_side(disks, collapsed, tmp_path, capsys):
+    output = tmp_path / "compare.html"
+    assert main(["report", str(disks), str(collapsed), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    scores = [scores_of(run) for run in (disks, collapsed)]
+    with open_page() as (page, seen):
+        page.goto(output.as_uri())
+        assert page.locator("h1").all_text_contents() == ["SAMI run “disks”", "SAMI run “collapsed”"]
+        assert all(each["health"]["reason"][1:] in page.locator("main").text_content() for each in scores)
+        row = page.locator("tr", has_text="MCC, rank correlation").locator("td").all_text_contents()
+        assert row[:2] == [f"{each['mcc']:.3f}" for each in scores]
+        assert row[2] == f"{scores[0]['pca']['mcc']:.3f}"
+        assert page.locator(".card").count() == LATENTS
+        left, right = (page.locator(".side").first.locator("> div").nth(place).bounding_box() for place in (0, 1))
+        assert left["y"] == right["y"]
+        assert left["x"] + left["width"] <= right["x"]
+        assert (seen.console, seen.requests) == ([], [output.as_uri()])
+    with open_page("phone") as (page, _):
+        page.goto(output.as_uri())
+        assert overflow(page) <= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{0}", "{1}"], "--output: expected for several runs"),
+        (["{0}", "--output", "x.html"], "--output: expected for several runs"),
+        (["{0}", "{0}", "--output", "x.html"], "expected each run once"),
+        (["{0}", "{1}", "--output", "x.png"], "expected a name ending in .html"),
+        (["{0}", "--axes", "nowhere.npz"], "nowhere.npz: no such file of axes"),
+    ],
+)
+def test_what_report_refuses(disks, collapsed, capsys, arguments, sentence):
+    assert main(["report", *(each.format(disks, collapsed) for each in arguments)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+# Where the numbers of a run are watched, its pictures are too
+
+
+def test_pictures_in_tensorboard(collapsed):
+    show_report(collapsed)
+    watched = EventAccumulator(str(collapsed / "tensorboard")).Reload()
+    assert sorted(watched.Tags()["images"]) == ["report/reconstructions", "report/samples"]
+    (event,) = watched.Images("report/samples")
+    shown = Image.open(io.BytesIO(event.encoded_image_string))
+    assert np.array_equal(shown, Image.open(collapsed / "report" / "samples.png").convert("RGB"))
+    assert event.step == 30
+
+
+def test_pictures_in_wandb(collapsed, tmp_path, monkeypatch):
+    """Of a stand-in for the package, which needs an account: what it is given, and in which order."""
+    lines = ["calls = []", "init = lambda **settings: calls.append(settings)", "log = calls.append", "finish = lambda: log('end')"]
+    (tmp_path / "wandb.py").write_text("\n".join([*lines, "Image = str"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = make_run(tmp_path / "run", "log.wandb=true", "log.tensorboard=false")
+    shutil.copytree(collapsed / "report", folder / "report")
+    show_report(folder)
+    from wandb import calls  # pyrefly: ignore[missing-import]
+
+    files = [{f"report/{name}": str(folder / "report" / f"{name}.png")} for name in ("reconstructions", "samples")]
+    assert calls == [{"project": "sami-fast", "group": "run"}, *files, "end"]
+    assert not (folder / "tensorboard").exists()
+
+
+# What the first screen and the cards are made of
+
+
+@pytest.mark.parametrize(
+    ("word", "live", "settings", "expected"),
+    [
+        ("healthy", 3, [], []),
+        ("collapsed", 0, [], ["kl_weight.kind=auto", "train.mode=staged"]),
+        ("collapsed", 0, ["kl_weight.kind=auto"], ["kl_weight.start=0.0625"]),
+        ("undertrained", 3, [], ["train.steps=60"]),
+        ("undertrained", 3, ["train.minutes=10"], ["train.minutes=20"]),
+        ("redundant", 2, [], ["encoder.latent_size=2"]),
+        ("redundant", 3, ["kl_weight.kind=auto"], ["kl_weight.sharpest=3"]),
+        ("tilted", 3, [], []),
+        ("repairing the denoiser", 3, ["train.mode=staged"], ["train.denoiser_steps=3000"]),
+    ],
+)
+def test_what_mends_a_run_is_a_setting(tmp_path, word, live, settings, expected):
+    folder = make_run(tmp_path / "run", *settings)
+    assert mended(open_run(folder).config, word, live) == expected
+    load_config(str(folder / "config.yaml"), expected)
+
+
+def test_extremes():
+    low, high = extremes(np.array([3.0, -1.0, 2.0, 5.0, 2.0]), 2)
+    assert (low.tolist(), high.tolist()) == ([1, 2], [0, 3])
+    assert [part.tolist() for part in extremes(np.array([1.0, 0.0, 2.0]), 9)] == [[1], [2]]  # no image stands at both ends
+    with pytest.raises(ValueError, match="finite"):
+        extremes(np.array([1.0, np.nan]), 1)
+
+
+def test_cards_show_the_images_at_the_ends(array):
+    run = open_run(array)
+    latents = encode(run, run.model)
+    page = Page(array)
+    ends = [tag["data-caption"] for name, tag in page.tags if tag.get("class") == "thumb" and "style" not in tag]
+    for rank, dim in enumerate(latents.live[:12]):
+        low, high = extremes(latents.mu[:, dim], 6)
+        shown = ends[12 * rank : 12 * rank + 12]
+        assert [text.partition(",")[0] for text in shown] == [f"image {run.chosen[place]}" for place in (*low, *high)]
+        assert shown[-1].endswith(f"z{dim} {latents.mu[high[-1], dim]:.2f}".replace("-", "\N{MINUS SIGN}"))
+
+
+def test_names_of_latents():
+    directions = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, -3.0]])
+    axes = Axes(("size", "mixed", "side"), directions, np.linalg.inv(directions).T, np.zeros(3))
+    assert latent_names(axes, 3) == {0: "size", 2: "side"}
+    assert latent_names(axes, 4) == latent_names(None, 3) == latent_names(Axes.of_latents(3), 3) == {}
+
+
+def test_sheets_hold_their_images():
+    levels = torch.randint(0, 256, (5, 3, 4, 6), generator=torch.Generator().manual_seed(0))
+    made = sheet(levels / 127.5 - 1.0, 2, 64)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(made.source.partition(",")[2]))))
+    column, row = made.place(4)
+    assert (made.columns, made.rows, column, row) == (2, 3, 0, 2)
+    assert np.array_equal(drawn[row * 4 : row * 4 + 4, column * 6 : column * 6 + 6], levels[4].permute(1, 2, 0))
+    noise = torch.rand(300, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1  # which no photograph is
+    assert len(sheet(noise, 20, 64).source) < 1.4 * MOST_BYTES
+
+
+def test_charts_follow_the_paper():
+    """Every ink of a chart is one of those that change with the reader's scheme, and names are no mathematics."""
+    generator = np.random.default_rng(0)
+    drawn = svg(correlations(latents_of(generator.normal(size=(50, 2))), generator.normal(size=(50, 2)), [literal("$x"), literal("y$_")]))
+    assert INK.lower() not in drawn.partition("</style>")[2].lower()
+    assert f":root{{--c0:{DARK[COLOURS[0]]}" in drawn
+    assert "figure.facecolor" not in drawn
+    assert "$x" in drawn
 
 
 # What a user is told

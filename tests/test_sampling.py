@@ -461,7 +461,7 @@ def test_files_that_hold_no_axes(tmp_path):
 
 def test_axis_values():
     mu = torch.stack((torch.linspace(-5, 5, 101), torch.zeros(101)), 1)
-    assert torch.allclose(axis_values(mu, 0, 3), torch.tensor([-4.9, 0.0, 4.9]))
+    assert torch.allclose(axis_values(mu, 0, 3), torch.tensor([-4.75, 0.0, 4.75]))
     assert torch.equal(axis_values(mu, 1, 2), torch.zeros(2))
 
 

@@ -10,7 +10,7 @@ from ..environment import cores
 from ..errors import UserError, printable
 from ..latents import DISCOVERY_METHODS
 from .files import chosen_device, output_file, write_bytes
-from .options import AddCommand, at_least, device_options, number, path, trust_option
+from .options import AddCommand, at_least, axes_options, device_options, number, path, trust_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..latents.discovery import Discovered
 
 DISCOVERY_IMAGES = 256
+MOST_BESIDE = 4  # runs on one page
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -71,7 +72,7 @@ def run_axes(arguments: argparse.Namespace) -> None:
     from ..evaluation import encode, known_factors, open_run
     from ..latents.discovery import discover
     from ..metrics.identifiability import correlation_matrix
-    from ..report.strips import axis_strips, png
+    from ..report.strips import axis_strips, png, strips
 
     run = open_run(Path(arguments.run), trust_remote_code=arguments.trust, device=chosen_device(arguments))
     if not run.model.guides:
@@ -88,7 +89,7 @@ def run_axes(arguments: argparse.Namespace) -> None:
         print("\n".join(_lines(axes, names, correlation_matrix(axes.axes.coordinates(latents.mu), factors) if names else None)))
     chosen = _chosen(found, arguments.method, arguments.logsnr)
     chosen.axes.save(output)
-    write_bytes(picture, png(axis_strips(run, chosen, latents)))
+    write_bytes(picture, png(strips(axis_strips(run, chosen, latents))))
     print(f"{output}, {picture}: {len(chosen.names)} axes by {chosen.method}, for --axes of encode, traverse and edit")
 
 
@@ -117,9 +118,27 @@ def _lines(axes: "Discovered", names: tuple[str, ...], correlation: "np.ndarray 
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from ..report import write_report
+    folders = [Path(folder) for folder in arguments.run]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"expected each run once, found {max(arguments.run, key=arguments.run.count)} more than once")
+    if len(folders) > MOST_BESIDE:
+        raise UserError(f"expected at most {MOST_BESIDE} runs side by side, found {len(folders)}")
+    if bool(arguments.output) != (len(folders) > 1):
+        raise UserError("--output: expected for several runs side by side, and for them alone; the report of one lies in its folder")
+    if arguments.output and arguments.axes:
+        raise UserError("--axes: expected with a single run; of several each has an axes.npz of its own, or none")
+    output = output_file(arguments, (".html",)) if arguments.output else None
+    from ..report import write_comparison, write_report
 
-    print(write_report(Path(arguments.run), trust_remote_code=arguments.trust, device=chosen_device(arguments)))
+    device = chosen_device(arguments)
+    if output:
+        print(write_comparison(folders, output, trust_remote_code=arguments.trust, device=device))
+        return
+    page = write_report(folders[0], trust_remote_code=arguments.trust, axes=arguments.axes, device=device)
+    from ..engine.monitors import show_report
+
+    show_report(folders[0])
+    print(page)
 
 
 def add_commands(command: AddCommand) -> None:
@@ -171,6 +190,14 @@ def add_commands(command: AddCommand) -> None:
     axes.add_argument("--seed", type=at_least(0, 2**63 - 1), default=0, help="of all noise (%(default)s)")
 
     report = command(
-        "report", run_report, "score a finished run and write its report/ folder", "report runs/disks", trust_option(), device_options()
+        "report",
+        run_report,
+        "score a finished run and write its report/ folder, or show several runs side by side on one page",
+        "report runs/disks",
+        trust_option(),
+        device_options(),
+        axes_options("whose names the latents get, where one runs along a latent; axes.npz of the run, if there is one, when left out"),
     )
-    report.add_argument("run", type=path, help="a run folder")
+    report.add_argument("run", type=path, nargs="+", help="a run folder, or several to compare")
+    report.add_argument("--output", type=path, metavar="FILE", help="the page of several runs (.html)")
+    report.add_argument("--overwrite", action="store_true", help="replace that page")

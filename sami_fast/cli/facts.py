@@ -7,7 +7,19 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .files import by_name, image_count, open_axes, open_images, open_model, output_file, run_config, write_arrays, write_pictures
+from .files import (
+    by_name,
+    image_count,
+    image_names,
+    in_rows,
+    open_axes,
+    open_images,
+    open_model,
+    output_file,
+    run_config,
+    write_arrays,
+    write_pictures,
+)
 from .options import (
     AddCommand,
     at_least,
@@ -74,9 +86,11 @@ def run_data(arguments: argparse.Namespace) -> None:
             print("\n".join(f"{name if not row else '':<18} {line}" for row, line in enumerate(lines)))
     if output:
         count = image_count(dataset, arguments.count, CONTACTS)
-        images = dataset.training_images(torch.arange(count))
-        write_pictures(output, images, math.ceil(math.sqrt(count)), images=images)
-        print(f"{output}: {count} images of training", file=sys.stderr if arguments.json else sys.stdout)
+        # A folder's files in their order show one camera, or one day; an endless source has no order.
+        generator = torch.Generator().manual_seed(config.seed)
+        index = torch.arange(count) if dataset.size is None else torch.randperm(dataset.size, generator=generator)[:count]
+        write_pictures(output, in_rows(dataset.training_images(index), image_names(dataset, index)))
+        print(f"{output}: {count} images of training, a random sample", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def run_encode(arguments: argparse.Namespace) -> None:
@@ -178,7 +192,7 @@ def add_commands(command: AddCommand) -> None:
     )
     data_command.add_argument("config", type=path, help="a YAML file, or the name of a config that comes with the package")
     data_command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: data.path=photos")
-    data_command.add_argument("--output", type=path, metavar="FILE", help="PNG of the first training images")
+    data_command.add_argument("--output", type=path, metavar="FILE", help="PNG of some training images, a random sample by seed")
     data_command.add_argument("--overwrite", action="store_true", help="replace the PNG")
     data_command.add_argument("--count", type=at_least(1), metavar="N", help=f"images on it ({CONTACTS})")
     data_command.add_argument("--seconds", type=non_negative, default=3.0, metavar="S", help="time the feed alone so long (%(default)s)")

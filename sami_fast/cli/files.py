@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..data import Dataset
     from ..latents.axes import Axes
     from ..methods.latent_model import LatentModel
+    from ..report.strips import Strip
+
+MANY = 144  # images of a picture from which each gets less room
 
 
 def output_file(arguments: argparse.Namespace, endings: tuple[str, ...] = ()) -> Path:
@@ -52,14 +55,37 @@ def write_arrays(path: Path, **arrays: Any) -> None:
     _write(path, lambda stream: np.savez(stream, **written))
 
 
-def write_pictures(path: Path, grid: "Tensor", columns: int, **arrays: Any) -> None:
-    """A PNG of the grid, or an NPZ of the arrays, as the name says."""
-    from ..latents.images import image_grid, write_png
-
+def write_pictures(path: Path, rows: "Sequence[Strip]", **arrays: Any) -> None:
+    """A PNG of the rows with their labels, or an NPZ of the arrays, as the name says."""
     if path.suffix == ".npz":
         write_arrays(path, **arrays)
-    else:
-        _write(path, lambda stream: write_png(stream, image_grid(grid, columns)))
+        return
+    from ..report.strips import CELL, png, strips
+
+    cell = CELL if sum(len(row.images) for row in rows) <= MANY else CELL // 2
+    try:
+        picture = png(strips(rows, cell, shrink=False), most=math.inf)
+    except ValueError as error:  # more pixels than a figure may have
+        raise UserError(f"--output: {path}: so many images make no picture ({error}); name an .npz") from None
+    write_bytes(path, picture)
+
+
+def in_rows(images: "Tensor", names: Sequence[str]) -> "list[Strip]":
+    """Images with a name each, in about as many rows as columns."""
+    from ..report.strips import Strip
+
+    columns = math.ceil(math.sqrt(len(images)))
+    return [Strip("", images[first : first + columns], names[first : first + columns]) for first in range(0, len(images), columns)]
+
+
+def image_names(dataset: "Dataset", index: "Tensor", numbers: Sequence[int] | None = None) -> list[str]:
+    """What images are called: their files, with the frame of a video, or their numbers; by default those of `index`."""
+    sources = dataset.sources(index)
+    if "files" not in sources:
+        return [str(number) for number in (index.tolist() if numbers is None else numbers)]
+    if "frames" not in sources:
+        return sources["files"]
+    return [f"{name} {frame}" for name, frame in zip(sources["files"], sources["frames"], strict=True)]
 
 
 def chosen_device(arguments: argparse.Namespace) -> "torch.device":

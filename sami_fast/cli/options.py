@@ -118,9 +118,9 @@ def data_options() -> argparse.ArgumentParser:
     return options
 
 
-def axes_options() -> argparse.ArgumentParser:
+def axes_options(what: str = "the latent dimensions when left out") -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--axes", type=path, metavar="FILE", help="named directions (.npz); the latent dimensions when left out")
+    options.add_argument("--axes", type=path, metavar="FILE", help=f"named directions (.npz); {what}")
     return options
 
 

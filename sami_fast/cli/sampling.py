@@ -1,11 +1,22 @@
 """Commands that draw images: sample, reconstruct, traverse, interpolate, edit."""
 
 import argparse
-import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, printable
-from .files import image_count, numbered, open_axes, open_images, open_sampler, output_file, write_pictures
+from .files import (
+    image_count,
+    image_names,
+    in_rows,
+    numbered,
+    open_axes,
+    open_images,
+    open_sampler,
+    output_file,
+    run_config,
+    write_pictures,
+)
 from .options import (
     AddCommand,
     at_least,
@@ -24,7 +35,6 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".npz")
 RECONSTRUCTIONS = 16  # images, unless --count says otherwise
-REFERENCE_IMAGES = 1000  # of the aggregated posterior behind a traversal: enough for its live axes and their ranges
 ROW = 12  # images in a row of reconstructions
 
 
@@ -56,29 +66,29 @@ def run_sample(arguments: argparse.Namespace) -> None:
         arrays["z"] = sampling.posterior_latents(model, x_0, seed=seed)
     images = sampling.sample(model, count, seed=seed, z=arrays.get("z"), **options)
     arrays = {name: value.cpu() for name, value in {"images": images, **arrays}.items()}
-    write_pictures(output, images, math.ceil(math.sqrt(count)), **arrays)
+    write_pictures(output, in_rows(arrays["images"], [str(number) for number in range(count)]), **arrays)
     print(f"{output}: {count} image(s)")
 
 
 def run_reconstruct(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
-    from einops import rearrange
-    from torch.nn.functional import pad
 
     from ..latents import sampling
+    from ..report.strips import Strip
 
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
     dataset = open_images(arguments, model)
     count = image_count(dataset, arguments.count, RECONSTRUCTIONS)
-    x_0 = dataset.images(torch.arange(count))
+    index = torch.arange(count)
+    x_0, names = dataset.images(index), image_names(dataset, index)
     images = sampling.reconstruct(model, x_0, seed=arguments.seed, **options).cpu()
-    # Each row of inputs stands above the row of their reconstructions; the last pair of rows is filled up with white.
-    columns = min(count, ROW)
-    padded = pad(torch.stack((x_0, images)), (0, 0, 0, 0, 0, 0, 0, -count % columns), value=1.0)
-    grid = rearrange(padded, "pair (rows columns) c h w -> (rows pair columns) c h w", columns=columns)
-    write_pictures(output, grid, columns, images=x_0, reconstructions=images)
+    rows = []
+    for first in range(0, count, ROW):
+        part = slice(first, first + ROW)
+        rows += [Strip("input", x_0[part], names[part]), Strip("reconstruction", images[part])]
+    write_pictures(output, rows, images=x_0, reconstructions=images)
     print(f"{output}: {count} images and their reconstructions, mean squared error {(images - x_0).square().mean():.4f}")
 
 
@@ -86,8 +96,10 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
+    from ..evaluation.run import places
     from ..latents import sampling
     from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims
+    from ..report.strips import Strip
 
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
@@ -95,15 +107,18 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     dataset = open_images(arguments, model)
     _known_axes(arguments.axis or [], model, axes)
     (image,) = numbered(arguments, dataset, [arguments.image]).split(1)
-    reference = torch.arange(image_count(dataset, None, REFERENCE_IMAGES))
-    x_0, absent = dataset.read(reference)
+    # Those that the report looks at first, with its noise, so that both go through the same range.
+    known = run_config(arguments) if (Path(arguments.run) / "config.yaml").is_file() else None
+    seed, count = (known.seed, min(sampling.RANGE_IMAGES, known.report.images)) if known else (arguments.seed, sampling.RANGE_IMAGES)
+    x_0, absent = dataset.read(places(dataset, count))
     posterior = sampling.encode(model, x_0[[place not in absent for place in range(len(x_0))]])
-    mu, var = posterior.mu.cpu(), posterior.var.cpu()
+    z = posterior.draw(torch.arange(len(posterior.mu), device=posterior.mu.device), seed).double().cpu()
     if axes:
-        picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(mu.numpy()))
+        picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(z.numpy()))
     else:
-        live = range(model.latent_size) if model.deterministic else live_dims(information_per_dim(mu.numpy(), var.numpy())).tolist()
-        picked, coordinates = arguments.axis or list(live), mu
+        mu, var = posterior.mu.cpu().numpy(), posterior.var.cpu().numpy()
+        live = range(model.latent_size) if model.deterministic else live_dims(information_per_dim(mu, var)).tolist()
+        picked, coordinates = arguments.axis or list(live), z
     if not picked:
         raise UserError(f"--axis: no latent dimension is live ({LIVE_RULE}) on these images; name those to move")
     x_0 = dataset.images(image)
@@ -113,9 +128,15 @@ def run_traverse(arguments: argparse.Namespace) -> None:
         for axis, moved in zip(picked, values, strict=True)
     ]
     images = torch.stack(strips)  # [axes, values, C, H, W]
-    write_pictures(output, images.flatten(0, 1), arguments.values, images=images, axes=picked, values=torch.stack(values))
+    names = [axes.names[axis] if axes else f"z{axis}" for axis in picked]
+    rows = [
+        Strip(name, strip, [f"{value:.2f}" for value in moved.tolist()]) for name, strip, moved in zip(names, strips, values, strict=True)
+    ]
+    write_pictures(output, rows, images=images, axes=picked, values=torch.stack(values))
     for row, (axis, moved) in enumerate(zip(picked, values, strict=True)):
         print(f"row {row}: axis {axis}{f' ({printable(axes.names[axis])})' if axes else ''}, from {moved[0]:.2f} to {moved[-1]:.2f}")
+    what = "z" if model.deterministic else "sampled z"
+    print(f"range: the middle {sampling.COVERAGE:.0%} of {what} over {len(z)} images, as in the report")
     print(f"{output}: {len(picked)} row(s) of {arguments.values} values")
 
 
@@ -124,14 +145,17 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..latents import sampling
+    from ..report.strips import Strip
 
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
     dataset = open_images(arguments, model)
-    a, b = dataset.images(numbered(arguments, dataset, arguments.image)).split(1)
+    index = numbered(arguments, dataset, arguments.image)
+    a, b = dataset.images(index).split(1)
     images = sampling.interpolate(model, a, b, arguments.count, seed=arguments.seed, **options).cpu()
-    shown = torch.cat((a, images, b))
-    write_pictures(output, shown, len(shown), images=images, ends=torch.cat((a, b)))
+    first, last = image_names(dataset, index, arguments.image)
+    ticks = [first, *(f"{weight:.2f}" for weight in torch.linspace(0, 1, arguments.count).tolist()), last]
+    write_pictures(output, [Strip("", torch.cat((a, images, b)), ticks)], images=images, ends=torch.cat((a, b)))
     print(f"{output}: image {arguments.image[0]}, {arguments.count} pictures on the way, image {arguments.image[1]}")
 
 
@@ -140,17 +164,24 @@ def run_edit(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..latents import sampling
+    from ..report.strips import Strip
 
     options = sampler_arguments(arguments)
     model = open_sampler(arguments)
     axes = open_axes(arguments, model)
     dataset = open_images(arguments, model)
     _known_axes([arguments.axis], model, axes)
-    x_0, amounts = dataset.images(numbered(arguments, dataset, arguments.image)), arguments.amount
+    index, amounts = numbered(arguments, dataset, arguments.image), arguments.amount
+    x_0 = dataset.images(index)
     images = sampling.edit(model, x_0, arguments.axis, amounts, seed=arguments.seed, axes=axes, **options).cpu()  # [N, V, C, H, W]
-    shown = torch.cat((x_0[:, None], images), 1)
-    write_pictures(output, shown.flatten(0, 1), shown.shape[1], images=x_0, edits=images, axis=arguments.axis, amounts=amounts)
-    name = f" ({printable(axes.names[arguments.axis])})" if axes else ""
+    called = axes.names[arguments.axis] if axes else f"z{arguments.axis}"
+    ticks = ["image", *(f"{amount:+g}" for amount in amounts)]
+    rows = [
+        Strip(f"{name}\n{called}", shown, ticks)
+        for name, shown in zip(image_names(dataset, index, arguments.image), torch.cat((x_0[:, None], images), 1), strict=True)
+    ]
+    write_pictures(output, rows, images=x_0, edits=images, axis=arguments.axis, amounts=amounts)
+    name = f" ({printable(called)})" if axes else ""
     moves = ", ".join(f"{amount:+g}" for amount in amounts)
     print(f"{output}: {len(x_0)} image(s), each followed by its edits along axis {arguments.axis}{name}: {moves}")
 
@@ -179,7 +210,7 @@ def add_commands(command: AddCommand) -> None:
     traverse = command(
         "traverse",
         run_traverse,
-        "move one latent dimension, or one of --axes, over the range it has on images, all else and the noise held fixed; a row each",
+        "move one latent dimension, or one of --axes, over its range on images (sampled z), all else and the noise held fixed; a row each",
         "traverse runs/disks --axis 2 5 --output traversals.png",
         *drawing,
         start_options("random"),

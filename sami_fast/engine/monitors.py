@@ -5,7 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+import numpy as np
+from PIL import Image
+
+from ..config import Config, load_config
+from ..errors import UserError
 
 
 class Monitors:
@@ -13,17 +17,18 @@ class Monitors:
 
     Args:
         config: The run's; TensorBoard and CSV are folders of these names in its folder.
+        folder: Of the run, where it is no longer where the config says.
     """
 
-    def __init__(self, config: Config) -> None:
-        log = config.log
-        self._csv = config.run_dir / "csv" if log.csv else None
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
+        log, folder = config.log, folder or config.run_dir
+        self._csv = folder / "csv" if log.csv else None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(config.run_dir / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         if log.wandb:
             import wandb  # pyrefly: ignore[missing-import] (optional; settings are checked for it)
 
@@ -35,6 +40,15 @@ class Monitors:
         self.write_files([(step, values)])
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def write_pictures(self, pictures: Mapping[str, Path], step: int) -> None:
+        """PNG files by name, into TensorBoard and W&B; a CSV holds none."""
+        for name, file in pictures.items():
+            if self._tensorboard is not None:
+                with Image.open(file) as image:
+                    self._tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            if self._wandb is not None:
+                self._wandb.log({name: self._wandb.Image(str(file))})
 
     def write_files(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """Numbers of many steps, into TensorBoard and CSV alone."""
@@ -52,6 +66,28 @@ class Monitors:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()  # or another run of this process would go on in this one
+
+
+def show_report(folder: Path) -> None:
+    """The pictures of a run's report, shown where its numbers can be watched.
+
+    Args:
+        folder: Of a finished run with a report. W&B gets them as a run of its own in the group of the run's name.
+    Raises:
+        UserError: a picture cannot be read, or the monitors cannot be written.
+    """
+    config = load_config(str(folder / "config.yaml"))
+    pictures = {f"report/{file.stem}": file for file in sorted((folder / "report").glob("*.png"))}
+    if not (pictures and (config.log.tensorboard or config.log.wandb)):
+        return
+    try:
+        monitors = Monitors(config, folder)
+        try:
+            monitors.write_pictures(pictures, config.train.steps)
+        finally:
+            monitors.close()
+    except OSError as error:
+        raise UserError(f"{folder}: its report is written, but its pictures cannot be shown in TensorBoard or W&B ({error})") from None
 
 
 def _append(file: Path, name: str, step: int, value: float) -> None:

@@ -22,6 +22,7 @@ from .run import Run
 from .table import mean_of
 
 CORRELATED_IMAGES = 512  # from which it is told whether two latents say the same
+QUICK_PIXEL_VALUES, QUICK_PIXEL_IMAGES = 2_000_000, 500  # pixels, of this many images at least, that are scored in a second or two
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
 
 
@@ -79,25 +80,31 @@ def latent_scores(run: Run, latents: Latents, *, quick: bool = False, jobs: int 
 
 
 def baseline_scores(
-    run: Run, baselines: Baselines, *, jobs: int = 1, say: Callable[[str], object] = lambda stage: None
+    run: Run, baselines: Baselines, *, quick: bool = False, jobs: int = 1, say: Callable[[str], object] = lambda stage: None
 ) -> dict[str, dict[str, Any]]:
     """What the same scores say of the untrained encoder, of principal components of the pixels and of the pixels themselves.
 
     Pixels and principal components are noiseless codes, as those of a deterministic encoder. Of pixels, which are many, only linear R2
-    and MCC are taken.
+    and MCC are taken; with `quick`, as in `latent_scores`, from fewer images where these are large.
     """
     say("untrained encoder")
-    scores = {"untrained": latent_scores(run, baselines.untrained_latents, jobs=jobs)}
+    scores = {"untrained": latent_scores(run, baselines.untrained_latents, quick=quick, jobs=jobs)}
     say("pca")
     components = baselines.components.transform(baselines.pixels).astype(np.float64)
     noiseless = np.broadcast_to(0.0, components.shape)
-    scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, np.arange(components.shape[1])), jobs=jobs)
+    live = np.arange(components.shape[1])
+    scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, live), quick=quick, jobs=jobs)
     say("pixels")
     factors, names, periods = known_factors(run, attributes=False)
     scores["pixels"] = {}
     if names:
-        scores["pixels"] = of_factors.matched_scores(baselines.pixels, factors, names) | {
-            "linear_r2": of_factors.linear_scores(baselines.pixels, factors, names, periods)
+        count = max(QUICK_PIXEL_VALUES // baselines.pixels.shape[1], QUICK_PIXEL_IMAGES) if quick else run.count
+        first, second = np.array_split(factors[:count], 2)
+        if not (np.ptp(first, axis=0).all() and np.ptp(second, axis=0).all()):
+            count = run.count
+        pixels, factors = baselines.pixels[:count], factors[:count]
+        scores["pixels"] = of_factors.matched_scores(pixels, factors, names) | {
+            "linear_r2": of_factors.linear_scores(pixels, factors, names, periods)
         }
     return scores
 

@@ -31,8 +31,8 @@ def mean_of(by_factor: dict[str, float] | None) -> float | None:
     return mean(by_factor.values()) if by_factor else None
 
 
-def _lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
-    """Label, how to read the number, and digits. Factors are those of these scores."""
+def lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
+    """Every number that runs are compared by: label, how to read it, and digits. Factors are those of these scores."""
     factors = list(scores.get("linear_r2", {}))
 
     def of(key: str) -> Callable[[Scores], Any]:
@@ -176,7 +176,7 @@ def _dataset_table(runs: Sequence[Evaluated], axes: bool) -> str:
     for label, (key, owners) in _baselines(runs).items():
         groups[label] = [run.baselines[key] for run in owners]
     rows = []
-    for label, read, digits in _lines(runs[0].scores):
+    for label, read, digits in lines(runs[0].scores):
         cells = [spread([read(scores) for scores in group], digits) for group in groups.values()]
         if any(cells):
             rows.append([label, *cells])

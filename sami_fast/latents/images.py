@@ -1,4 +1,4 @@
-"""Images side by side, as an array of pixels or a PNG."""
+"""Images as pixels, alone or side by side, and as a PNG."""
 
 from typing import BinaryIO
 
@@ -8,6 +8,12 @@ from torch import Tensor
 
 GAP = 2  # pixels between two images of a grid
 SMALLEST_SIDE = 64  # smaller images are enlarged to about this side, so that single pixels can be seen
+
+
+def pixels(images: Tensor) -> np.ndarray:
+    """[N, C, H, W] in [-1, 1], values outside clipped -> [N, H, W, 3] uint8: the first three channels, or of fewer the first in grey."""
+    shown = images[:, :3] if images.shape[1] >= 3 else repeat(images[:, :1], "n 1 h w -> n 3 h w")
+    return rearrange(((shown.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte(), "n c h w -> n h w c").numpy()
 
 
 def image_grid(images: Tensor, columns: int, scale: int | None = None) -> np.ndarray:
@@ -25,13 +31,11 @@ def image_grid(images: Tensor, columns: int, scale: int | None = None) -> np.nda
     """
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"images: expected [N, C, H, W] with no empty axis, found {list(images.shape)}")
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     scale = max(1, SMALLEST_SIDE // max(height, width)) if scale is None else scale
     if min(columns, scale) < 1:
         raise ValueError(f"columns, scale: expected at least 1, found {columns} and {scale}")
-    shown = images[:, :3] if channels >= 3 else repeat(images[:, :1], "n 1 h w -> n 3 h w")
-    pixels = ((shown.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    enlarged = repeat(pixels, "n c h w -> n (h down) (w right) c", down=scale, right=scale).numpy()
+    enlarged = repeat(pixels(images), "n h w c -> n (h down) (w right) c", down=scale, right=scale)
     # Each image gets its gap below and to the right, and the last row is filled up with empty places.
     padded = np.pad(enlarged, ((0, -count % columns), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     return rearrange(padded, "(row column) h w c -> (row h) (column w) c", column=columns)[:-GAP, :-GAP]

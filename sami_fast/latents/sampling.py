@@ -25,6 +25,8 @@ from .axes import Axes
 UNGUIDED_ETA = 1.0  # with more, what the denoiser draws on its own varies less than the data
 GUIDANCE_CLIP = 4.0  # of 16x16 disks: below 3 images miss their latents, without a limit 4 to 7 % of latents far from the data give no disk
 NUM_STEPS = 50
+COVERAGE = 0.95  # of the data, by the range of a traversal
+RANGE_IMAGES = 1000  # that this range is taken from: enough for its ends
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -556,11 +558,12 @@ def interpolate(
     return reverse_process(model, noise, latents, **options | {"eta": eta})
 
 
-def axis_values(mu: Tensor, axis: int, count: int, coverage: float = 0.98) -> Tensor:
+def axis_values(z: Tensor, axis: int, count: int, coverage: float = COVERAGE) -> Tensor:
     """Equally spaced values over the range that a latent takes on the data.
 
     Args:
-        mu: Means of q(z|x_0) over the data. [N, Z].
+        z: Latents of the data, or coordinates along axes: sampled from q(z|x_0), as those are that training shows the denoiser. The means
+            alone of a latent that tells little lie close together, and going from one end of them to the other shows nothing. [N, Z].
         axis: Dimension.
         count: Values.
         coverage: Share of the images within the range.
@@ -568,5 +571,5 @@ def axis_values(mu: Tensor, axis: int, count: int, coverage: float = 0.98) -> Te
         [count] increasing.
     """
     tail = (1 - coverage) / 2
-    low, high = torch.quantile(mu[:, axis], torch.tensor([tail, 1 - tail], dtype=mu.dtype, device=mu.device)).tolist()
-    return torch.linspace(low, high, count, dtype=mu.dtype, device=mu.device)
+    low, high = torch.quantile(z[:, axis], torch.tensor([tail, 1 - tail], dtype=z.dtype, device=z.device)).tolist()
+    return torch.linspace(low, high, count, dtype=z.dtype, device=z.device)

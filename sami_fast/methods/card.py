@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 NAME = "README.md"
 MOST_CONFIG = 2**20  # bytes
 PLACES = ("runs_dir", "path", "labels", "cache_dir")  # settings that only say where files lie on the machine of the run
-SKIPPED = ("untrained", "axes")  # scores of something else
+BESIDE = {"untrained": "Untrained encoder", "pca": "PCA", "pixels": "Pixels"}  # what the same scores say of these
+SKIPPED = (*BESIDE, "axes")  # scores of something else
 
 
 def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: str | None = None, variant: str | None = None) -> None:
@@ -77,7 +78,9 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: s
         yield f"**Health of the run:** {escaped(health.get('word', ''))}: {escaped(health.get('reason', ''))}"
     if table := list(_table(scores)):
         yield from ("", "## Scores", "", "On held-out images where there are any. What each means: the documentation of sami-fast.", "")
-        yield from ("| Score | Value |", "| --- | --- |", *table)
+        yield f"| Score | This model | {' | '.join(BESIDE.values())} |"
+        yield "| --- |" + " --- |" * (1 + len(BESIDE))
+        yield from table
     if config:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))
         yield from ("", "## Config", "", f"{fence}yaml", config, fence)
@@ -85,16 +88,19 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: s
 
 
 def _table(scores: Mapping[str, Any]) -> Iterator[str]:
-    """Every single number of a report, and the mean of those by factor."""
+    """Every single number of a report, and the mean of those by factor, beside what the untrained encoder, PCA and pixels score."""
     for name, value in scores.items():
-        what = name
-        if isinstance(value, dict) and name not in SKIPPED:
-            known = [each for each in value.values() if _is_number(each)]
-            if not known or len(known) < len(value):
-                continue
-            what, value = f"{name}, mean", sum(known) / len(known)
-        if _is_number(value):
-            yield f"| {escaped(what)} | {value:.4g} |"
+        if name not in SKIPPED and (own := _mean(value)) is not None:
+            others = [scores[key] if isinstance(scores.get(key), dict) else {} for key in BESIDE]
+            cells = [own, *(_mean(each.get(name)) for each in others)]
+            shown = [escaped(name + (", mean" if isinstance(value, dict) else "")), *("" if n is None else f"{n:.4g}" for n in cells)]
+            yield f"| {' | '.join(shown)} |"
+
+
+def _mean(value: Any) -> float | None:
+    """A number, or the mean of one for each factor; None of anything else."""
+    known = list(value.values()) if isinstance(value, dict) else [value]
+    return sum(known) / len(known) if known and all(map(_is_number, known)) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,12 +1,15 @@
-"""Charts: the training's curves, the latents against the factors, and the latents over noise levels."""
+"""Charts: the training's curves, the latents against the factors, and the latents over noise levels. On paper, light or dark."""
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -19,9 +22,14 @@ from ..schedule import alpha_sigma
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#5A5A5A")
-INK, SOFT, FAINT = "#333333", "#777777", "#C4C4C4"
+INK, SOFT, FAINT, GRID, SHADE = "#333333", "#777777", "#C4C4C4", "#EEEEEE", "#F4F4F4"
+# What stands for these on dark paper; colours that are not named here are seen on both.
+ON_DARK = ("#4DA6E0", "#EE8A4A", "#2DBB93", "#DDA0C4", "#EDB84D", "#7CC6F0", "#C08A7E", "#A3A3A3")
+DARK = dict(zip((*COLOURS, INK, SOFT, FAINT, GRID, SHADE), (*ON_DARK, "#DFE2E6", "#9AA2AC", "#565C64", "#2A2E33", "#212529"), strict=True))
+BLUE = (0.0, 0.447, 0.698)
+STRENGTH = LinearSegmentedColormap.from_list("strength", [(*BLUE, 0.0), (*BLUE, 1.0)])  # of a correlation: where it is 0 the paper shows
 DASHED = (0, (4, 3))
-DPI = 200  # twice what the page shows, for sharp screens
+DPI = 200  # of what an SVG holds as pixels
 RHO = "\N{GREEK SMALL LETTER RHO}"
 SCATTER_POINTS = 1500
 SCATTER_PANELS = 24  # with more, the matrix of correlations says it all
@@ -49,6 +57,27 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def literal(text: str) -> str:
+    """Text that Matplotlib shows as it is: between two dollar signs it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG without a background, whose lines and words follow the reader's light or dark paper: the same for the same."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "sami-fast"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn = buffer.getvalue()
+    light, dark = [], []
+    for place, (colour, on_dark) in enumerate(DARK.items()):
+        drawn = drawn.replace(f": {colour.lower()}", f": var(--c{place})")
+        light.append(f"--c{place}:{colour}")
+        dark.append(f"--c{place}:{on_dark}")
+    style = f"<style>:root{{{';'.join(light)}}}@media(prefers-color-scheme:dark){{:root{{{';'.join(dark)}}}}}</style>"
+    attributes, _, content = drawn[drawn.index("<svg") :].partition(">")
+    return f"{attributes}>{style}{content}"
+
+
 def tidy(axes: Axes, title: str, ylabel: str) -> None:
     """The look of every chart."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
@@ -56,7 +85,7 @@ def tidy(axes: Axes, title: str, ylabel: str) -> None:
     axes.tick_params(labelsize=8, colors=INK, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(color="#EEEEEE", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
@@ -83,7 +112,7 @@ def training_curves(run: Run, latents: Latents) -> Figure:
     if rated:
         errors.plot(joint_steps, [max(row["kl_nats"], 1e-4) for row in joint], color=INK, linewidth=1.1, linestyle=DASHED, label="KL of z")
     errors.set_yscale("log")
-    errors.legend(frameon=False, fontsize=8)
+    errors.legend(frameon=False, fontsize=8, labelcolor=INK)
     tidy(errors, "Terms of the loss", "nats per image")
     if rated:
         _rates(panels[1], joint, joint_steps, latents.live)
@@ -95,7 +124,7 @@ def training_curves(run: Run, latents: Latents) -> Figure:
         axes.set_xlim(0, steps[-1])
         axes.set_xlabel("step", fontsize=8.5, color=INK)
         if first_joint_step:
-            axes.axvspan(0, first_joint_step, color="#F4F4F4", zorder=0)
+            axes.axvspan(0, first_joint_step, color=SHADE, zorder=0)
     if first_joint_step:
         place = {"transform": errors.get_xaxis_transform(), "ha": "center"}
         errors.text(first_joint_step / 2, 0.04, "denoiser\nalone", fontsize=7, color=SOFT, **place)
@@ -111,7 +140,7 @@ def _rates(axes: Axes, rows: Sequence[dict[str, Any]], steps: Sequence[int], liv
             axes.plot(steps, nats[:, d], color=FAINT, linewidth=0.9, label="dead" if place == 0 else None)
         for rank, d in enumerate(live):
             axes.plot(steps, nats[:, d], label=f"z{d}" if rank < LEGEND_ENTRIES else None, **line(rank))
-        axes.legend(fontsize=8, ncols=2, loc="lower right", framealpha=0.85, edgecolor="none")
+        axes.legend(fontsize=8, ncols=2, loc="lower right", frameon=False, labelcolor=INK)
     axes.axhline(LIVE_NATS, color=INK, linewidth=0.8, linestyle=DASHED)
     axes.text(0.01, LIVE_NATS * 1.1, f"live above {LIVE_NATS:g}", transform=axes.get_yaxis_transform(), fontsize=7, color=INK)
     axes.set_yscale("log")
@@ -130,7 +159,7 @@ def correlations(latents: Latents, factors: np.ndarray, names: Sequence[str]) ->
     matrix = correlation_matrix(latents.z[:, rows], factors).T  # [L, F]
     figure = new_figure(1.6 + max(1.6, 0.34 * len(names) if len(names) > 8 else 0.8 * len(names)), 0.9 + 0.34 * len(rows))
     axes = figure.subplots()
-    shown = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shown = axes.imshow(matrix, cmap=STRENGTH, vmin=0, vmax=1, aspect="auto")
     slanted: dict[str, Any] = {"rotation": 60, "ha": "left", "rotation_mode": "anchor"} if len(names) > 8 else {}
     axes.set_xticks(range(len(names)), names, fontsize=8.5, color=INK, **slanted)
     axes.set_yticks(range(len(rows)), [f"z{dim}" for dim in rows], fontsize=8.5)
@@ -141,7 +170,7 @@ def correlations(latents: Latents, factors: np.ndarray, names: Sequence[str]) ->
     axes.spines[:].set_visible(False)
     if matrix.size <= CELL_NUMBERS:
         for (row, column), value in np.ndenumerate(matrix):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.55 else INK)
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else INK)
     bar = figure.colorbar(shown, ax=axes, shrink=0.9, ticks=(0, 0.5, 1))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK)
@@ -170,7 +199,9 @@ def latents_against_factors(latents: Latents, factors: np.ndarray, names: Sequen
     for rank, dim in enumerate(rows):
         for column, name in enumerate(names):
             axes, strength = grid[rank, column], correlation[column, rank]
-            axes.scatter(factors[shown, column], latents.z[shown, dim], s=2.5, alpha=0.35, color=colour(rank), linewidths=0)
+            axes.scatter(
+                factors[shown, column], latents.z[shown, dim], s=2.5, alpha=0.35, color=colour(rank), linewidths=0, rasterized=True
+            )
             tidy(axes, "", f"z{dim}" if column == 0 else "")
             weight = "bold" if strength > 0.5 else "normal"
             axes.set_title(f"|{RHO}| {strength:.2f}", loc="right", fontsize=8, fontweight=weight, color=INK, pad=2)
@@ -185,7 +216,7 @@ def _over_levels(axes: Axes, levels: np.ndarray) -> None:
 
 
 def _legend(axes: Axes, count: int) -> None:
-    axes.legend(frameon=False, fontsize=8, ncols=2 if count > 6 else 1)
+    axes.legend(frameon=False, fontsize=8, ncols=2 if count > 6 else 1, labelcolor=INK)
 
 
 def information(profile: ScaleProfile, latents: Latents, x_0: Tensor) -> Figure:

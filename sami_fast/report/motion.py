@@ -16,7 +16,7 @@ from ..evaluation import Latents, Run
 from ..evaluation.clips import flat, means, num_clips, through, whole_clips
 from ..latents.images import image_grid
 from ..metrics.straightness import clip_straightness
-from .charts import DASHED, FAINT, INK, colour, new_figure, tidy
+from .charts import DASHED, FAINT, INK, SOFT, colour, new_figure, tidy
 
 SHOWN = 6  # clips whose paths are drawn
 COLUMNS = 3
@@ -72,7 +72,7 @@ def trajectories(clips: Clips, latents: Latents) -> Figure:
     for number, (path, frames) in enumerate(zip(paths, clips.frames, strict=True)):
         row, column = divmod(number, columns)
         axes = figure.add_subplot(grid[2 * row, column])
-        axes.scatter(*cloud.T, s=2, color="#DDDDDD", linewidths=0)
+        axes.scatter(*cloud.T, s=2, color=SOFT, alpha=0.3, linewidths=0, rasterized=True)
         axes.plot(*path.T, color=FAINT, linewidth=1)
         axes.scatter(*path.T, c=time, cmap=viridis, s=22, zorder=3)
         bend = clips.curvature[number]

@@ -1,0 +1,78 @@
+"""What a reader is told first: whether the run worked, in one sentence, and the command to type next."""
+
+import shlex
+from collections.abc import Sequence
+
+from ..config import Config, load_config
+from ..errors import UserError
+from ..evaluation import Run
+from ..evaluation.table import Scores
+
+SENTENCES = {
+    "healthy": "It worked: the latents tell images apart, and the model uses them.",
+    "collapsed": "It did not work: the latents say nothing about the images.",
+    "tilted": "It nearly worked: the latents hold the known factors, but several factors share a latent.",
+    "undertrained": "It is not done: the latents were still learning when training ended.",
+    "redundant": "It worked in part: some latents say what others say already, or the model does without them.",
+    "repairing the denoiser": "It did not work as meant: the latents mend the denoiser's faults instead of describing the images.",
+}
+TRAIN = "sami-fast train"
+
+
+def mended(config: Config, word: str, live: int) -> list[str]:
+    """Settings that are worth a try next, as `key=value`; none where no setting is known to help.
+
+    Args:
+        config: Of the run.
+        word: Its health.
+        live: Number of its live latents.
+    """
+    train, price = config.train, config.kl_weight
+    if word == "undertrained":
+        return [f"train.minutes={2 * train.minutes:g}" if train.minutes else f"train.steps={2 * train.steps}"]
+    if word == "repairing the denoiser":
+        if config.mode == "staged":
+            return [f"train.denoiser_steps={2 * (train.denoiser_steps or train.steps)}"]
+        return [f"train.denoiser_warmup={min(0.5, 2 * train.denoiser_warmup or 0.2):g}"] if config.mode == "joint" else []
+    if word == "collapsed" and config.method == "sami" and price.kind != "auto":
+        return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
+    if word == "collapsed":
+        return [f"kl_weight.start={max(price.low, price.start / 4):g}"]
+    if word == "redundant" and 0 < live < config.encoder.latent_size:
+        return [f"encoder.latent_size={live}"]
+    if word == "redundant":
+        return [f"kl_weight.sharpest={0.75 * price.sharpest:g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
+    if word == "tilted" and price.kind == "auto":
+        return [f"kl_weight.fall={min(1.0, 2 * price.fall):g}"]
+    return []
+
+
+def _trained_again(run: Run, settings: Sequence[str]) -> str | None:
+    """The command that trains a run like this one with other settings, under a name of its own; None where no command can."""
+    file = run.folder / "config.yaml"
+    asked = [f"name={run.config.name}_next", *settings]
+    try:
+        load_config(str(file), asked)
+    except UserError:  # settings that do not go together, or something of this run that only its program knows
+        return None
+    if run.config.data.kind == "given" or run.model.architecture is None or not settings:
+        return None
+    return f"{TRAIN} {shlex.join(['--config', str(file), *asked])}"
+
+
+def next_commands(run: Run, scores: Scores) -> list[tuple[str, str]]:
+    """What to do next: in words, and as a command that can be copied.
+
+    Args:
+        run: The run.
+        scores: What stands in its metrics.json.
+    """
+    word = (scores.get("health") or {}).get("word")
+    folder = shlex.quote(str(run.folder))
+    again = _trained_again(run, mended(run.config, word, scores["active_dims"])) if word else None
+    commands = [("train again with what usually mends this", again)] if again else []
+    if word == "tilted":
+        commands.append(("or find directions that do not mix, without training", f"sami-fast axes {folder} --output axes.npz"))
+    if word == "healthy" or (word is None and scores["active_dims"]):
+        commands.append(("use it: the latents of your images, as arrays", f"sami-fast encode {folder} --output latents.npz"))
+    return commands
