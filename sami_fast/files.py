@@ -117,9 +117,15 @@ def remove_partial(folder: Path) -> None:
     with suppress(OSError):
         for leftover in folder.iterdir():
             if is_partial(leftover):
-                with suppress(OSError), open_regular(leftover) as stream:
+                # NFS lets only those lock who may write
+                with suppress(OSError), _opened(leftover, os.O_RDWR, "r+b") as stream:
                     if not _is_written(stream):
                         leftover.unlink()
+
+
+def is_removed(path: Path) -> bool:
+    """Whether a name stands for what has been removed: NFS gives such a one to a file that some process still has open."""
+    return re.fullmatch(r"\.nfs[0-9a-f]{8,}", path.name) is not None
 
 
 def _is_written(stream: BinaryIO) -> bool:
@@ -160,11 +166,25 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     Raises:
         OSError: it is no regular file, or from the system.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return _opened(path, os.O_RDONLY, "rb")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file, made if it is not there; never through a link, and to regular files alone.
+
+    Raises:
+        OSError: it is something else, or from the system.
+    """
+    with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, "ab") as stream:
+        stream.write(text.encode())
+
+
+def _opened(path: str | os.PathLike[str], flags: int, mode: str) -> Any:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")
+    return open(descriptor, mode)
 
 
 def read_json(path: Path) -> Any:

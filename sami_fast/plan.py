@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib.util import find_spec
 from itertools import accumulate
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -384,6 +385,24 @@ def state(networks: Sequence[Network], config: Config, stage: int, ranks: int) -
 
 
 REUSE = 1_000_000_000  # elements; DeepSpeed's stage3_max_reuse_distance
+T = TypeVar("T")
+
+
+def engines(encoder: T, partner: T, config: Config, stage: int) -> list[tuple[list[T], int]]:
+    """What each DeepSpeed engine holds, and its own ZeRO stage: at stage 3 each network has one, the encoder's at a stage of its own."""
+    return [([encoder, partner], stage)] if stage < 3 else [([encoder], config.engine.encoder_zero_stage), ([partner], 3)]
+
+
+def held(model: LatentModel, config: Config, ranks: int) -> Memory:
+    """`state` of all engines, of networks that are there and at the config's ZeRO stage."""
+
+    def weights(network: nn.Module) -> Network:
+        sizes = tuple(p.numel() for p in network.parameters() if p.requires_grad)
+        return Network(sum(p.numel() for p in network.parameters()), sum(sizes), sizes, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    networks = model.networks
+    parts = engines(weights(networks["encoder"]), weights(networks[model.partner]), config, config.engine.zero_stage)
+    return reduce(add, (state(inside, config, stage, ranks) for inside, stage in parts))
 
 
 def activations(config: Config, encoder: Network, partner: Network, images: int) -> float:
@@ -616,8 +635,7 @@ def _row(
     stage: int,
     images: int,
 ) -> Row:
-    # At stage 3 each network has an engine of its own, the encoder's at its own stage; if that is 3 too, its score has to be taken by dual.
-    engines = [([encoder, partner], stage)] if stage < 3 else [([encoder], config.engine.encoder_zero_stage), ([partner], 3)]
+    # Where the encoder is split over the ranks too, its score has to be taken by dual.
     if stage == 3 and config.engine.encoder_zero_stage == 3:
         method = "dual"
     # DeepSpeed, which several ranks and ZeRO need, lays weights out as it finds them in a file.
@@ -628,7 +646,7 @@ def _row(
         compute = flops / ranks / ((mfu or MFU) * gpu.peak(config.engine.precision))
     alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, images))
     sent = 0.0
-    for networks, own_stage in engines:
+    for networks, own_stage in engines(encoder, partner, config, stage):
         alive += state(networks, config, own_stage, ranks)
         sent += wire(networks, config, own_stage, ranks)
     return Row(

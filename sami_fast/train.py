@@ -76,7 +76,7 @@ from sami_fast.environment import describe, speaks, whole_number
 from sami_fast.errors import CollapsedError, Interrupted, NonFiniteError, RankLostError, UserError, printable
 from sami_fast.first_batch import check_first_batch, refuse_tied
 from sami_fast.kl_weight import KLWeight
-from sami_fast.methods.build import build_model, fingerprint_of
+from sami_fast.methods.build import build_model, weights_sha256
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.methods.ranks import ranks
 from sami_fast.metrics.latents import gaussian_information, live_dims
@@ -163,13 +163,23 @@ def _checked(model: LatentModel, config: Config, dataset: Dataset, device: torch
     return check_first_batch(model, dataset.training_images(torch.arange(max(2, count)) % count).to(device), config.seed)
 
 
+def _beside_step(model: LatentModel, config: Config, device: torch.device, ranks: int) -> int:
+    """Bytes of a rank beside the weights, gradients and activations of a step: Adam's moments, the average, and what DeepSpeed adds."""
+    if config.direct(ranks):
+        return _kept_bytes(model, config, weights=False)
+    from sami_fast.plan import FLOAT, held  # one process needs none of it
+
+    memory = held(model, config, ranks)
+    known = sum(p.numel() * (1 + p.requires_grad) for p in model.parameters())  # which a step holds
+    return max(0, round(memory.gpu + (memory.host if device.type == "cpu" else 0)) - FLOAT * known)
+
+
 def _rehearse(module: TrainingModule, config: Config, device: torch.device, ranks: int) -> None:
-    """A step and a validation batch of blank images, beside room for the optimiser: what does not fit is said now, not hours later.
+    """A step and a validation batch of blank images, beside room for all that a run keeps: what does not fit is said now, not hours later.
 
     Raises:
         UserError: there is not enough memory.
     """
-    held = _kept_bytes(module.model, config, weights=False) // (ranks if config.engine.zero_stage else 1)
 
     def blank(count: int) -> tuple[Tensor, Draw]:
         x_0 = torch.zeros(count, *module.model.image_shape, device=device)
@@ -177,13 +187,13 @@ def _rehearse(module: TrainingModule, config: Config, device: torch.device, rank
 
     count = config.train.batch_size // (ranks * config.engine.gradient_accumulation)
     with enough_memory(f"train.batch_size: a step of {count} images at a time", LESS_MEMORY):
-        optimizer = torch.empty(held if config.engine.offload == "none" else 0, dtype=torch.uint8, device=device)
+        beside = torch.empty(_beside_step(module.model, config, device, ranks), dtype=torch.uint8, device=device)
         module.plain(*blank(count), 1.0, config.phase(config.train.steps - 1))[0].backward()
-    del optimizer
     module.zero_grad(set_to_none=True)
     count = min(VALIDATION_BATCH, config.checkpoint.validation_images)
     with torch.no_grad(), enough_memory(f"checkpoint.validation_images: {count} images at a time", "lower it"):
         module(*blank(count), 1.0, "denoiser" if config.mode == "denoiser" else "both")
+    del beside
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -224,7 +234,7 @@ class Trainer:
         micro_batch(config, self.world_size)  # all that can be wrong is found before the run folder is touched
         with enough_memory("encoder, denoiser", "lower encoder.channels or denoiser.channels"):
             self.model = _networks(config, self.dataset, model).placed(self.device)
-        pretrained = fingerprint_of(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
+        pretrained = weights_sha256(self.model.networks["denoiser"]) if config.denoiser.pretrained else ""
         for said in _checked(self.model, config, self.dataset, self.device):
             self.say(said)
         self.lasting = stages.lasting_settings(config, self.dataset, pretrained)
@@ -516,6 +526,7 @@ class Trainer:
         wait_for_all()
 
     @torch.no_grad()
+    @enough_memory("checkpoint.validation_images", "lower it")
     def _validate(self) -> float | None:
         """Loss on held-out images with fixed noise and one fixed beta, nats per image; None before the encoder learns, if it ever does."""
         alone = self.config.mode == "denoiser"

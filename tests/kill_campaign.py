@@ -6,6 +6,9 @@ A round is one staged run with a report, on a folder of images whose cache is em
 both stages while steps are taken and while a checkpoint is written, one while the report is written; then it is let through. Rounds take
 turns between one process and two ranks of the launcher, kills between the three signals, and at two ranks between all of them, the launcher
 and one rank alone.
+
+With `--forks` every process is a fork of one that has loaded the libraries already, which takes a fraction of the time. What is killed is
+then never a process that still loads them.
 """
 
 import argparse
@@ -21,10 +24,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import psutil
+from forks import Forked
 from helpers import TINY, assert_same_weights, rows
 from PIL import Image
 
@@ -38,7 +43,10 @@ STEPS = 24  # of each of the two stages
 SETTINGS = (
     *("data.kind=image_folder", "train.mode=staged", f"train.steps={STEPS}", f"train.denoiser_steps={STEPS}", "train.bank_steps=3"),
     *("kl_weight.kind=auto", "kl_weight.search=0.2", "checkpoint.every=5", "encoder.channels=[32,32]", "engine.patience=60"),
+    "data.decoder=torch",
 )
+LIBRARIES = ("deepspeed.launcher.runner", "sami_fast.train", "sami_fast.report", "sami_fast.evaluation", "sami_fast.engine.deepspeed")
+LIBRARIES += ("matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "pillow_heif")
 PATIENCE = 600.0  # seconds in which a moment must come, and a killed run must end
 
 
@@ -49,23 +57,18 @@ class Run:
     folder: Path
     images: Path
     ranks: int
+    popen: type[subprocess.Popen] = subprocess.Popen
 
     def start(self) -> subprocess.Popen:
         script = [ROOT / "sami_fast/train.py", "--config", TINY, "--resume"]
         settings = [*SETTINGS, f"data.path={self.images}", f"data.cache_dir={self.cache}", f"runs_dir={self.folder}"]
-        launcher = [
-            Path(sys.executable).parent / "deepspeed",
-            "-q",
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            str(random.randint(20000, 30000)),
-        ]
-        command = [*(launcher if self.ranks > 1 else [sys.executable, "-u"]), *script, *settings]
+        port = str(random.randint(20000, 30000))
+        launcher = [Path(sys.executable).with_name("deepspeed"), "-q", "--num_accelerators", "2", "--master_port", port]
+        command = [sys.executable, "-u", *(launcher if self.ranks > 1 else ()), *script, *settings]
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.output, "w") as output:
-            return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+            return self.popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
     @property
     def cache(self) -> Path:
@@ -126,7 +129,7 @@ def kill(run: Run, name: str, number: int, target: str, chance: random.Random) -
             assert process.returncode == 0, run.output.read_text()
             return False
         assert time.monotonic() < deadline, f"{name} never came: {run.output.read_text()}"
-        time.sleep(0.0005)
+        time.sleep(0.002 if name in ("cache", "checkpoint") else 0.02)  # they pass; and looking takes time from the run
     logged, everyone = run.steps_logged(), [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     try:
         strike(process, number, target)
@@ -159,7 +162,9 @@ def assert_equal(run: Run, undisturbed: Run) -> None:
     assert not list(run.folder.rglob(".partial-*"))
 
 
-def campaign(folder: Path, kills: int, ranks: Sequence[int], seed: int) -> Counter[tuple[int, str, str, str]]:
+def campaign(
+    folder: Path, kills: int, ranks: Sequence[int], seed: int, popen: type[subprocess.Popen] = subprocess.Popen
+) -> Counter[tuple[int, str, str, str]]:
     """Kill so often. Returns how often at which number of ranks, at which moment, with which signal, whom."""
     chance, done, number = random.Random(seed), Counter(), 0
     images = folder / "images"
@@ -170,9 +175,9 @@ def campaign(folder: Path, kills: int, ranks: Sequence[int], seed: int) -> Count
     while done.total() < kills:
         count = ranks[number % len(ranks)]
         if count not in undisturbed:
-            undisturbed[count] = Run(folder / f"undisturbed{count}", images, count)
+            undisturbed[count] = Run(folder / f"undisturbed{count}", images, count, popen)
             finish(undisturbed[count])
-        run = Run(folder / f"round{number}", images, count)
+        run = Run(folder / f"round{number}", images, count, popen)
         # A last round of few kills has moments from the whole of a run.
         for name in MOMENTS if (left := kills - done.total()) >= len(MOMENTS) else sorted(chance.sample(MOMENTS, left), key=MOMENTS.index):
             made = done.total() + number  # the rounds shift it, so that signals, targets and moments meet in all ways
@@ -192,10 +197,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--forks", action="store_true", help="load libraries once for all processes")
     arguments = parser.parse_args()
+    # A shell lets what it puts into the background ignore Ctrl-C, and all that this starts would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if arguments.forks:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        for name in LIBRARIES:
+            import_module(name)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        done = campaign(Path(folder), arguments.kills, arguments.ranks, arguments.seed)
+        done = campaign(Path(folder), arguments.kills, arguments.ranks, arguments.seed, Forked if arguments.forks else subprocess.Popen)
     for (count, name, sent, target), times in sorted(done.items()):
         print(f"{times:4} x {sent} to {target}, {count} rank(s), {name}")
     minutes = (time.monotonic() - began) / 60

@@ -3,6 +3,7 @@
 Each call is written to the standard output before it is made, so that the last line of a process that died says what killed it.
 """
 
+import json
 import random
 import resource
 import sys
@@ -62,9 +63,8 @@ FITTING = {
 }
 
 
-def call(chance: random.Random) -> tuple[str, dict]:
-    """A launcher and arguments: half of them fit, of the others a few do not."""
-    schema = chance.choice(SCHEMAS)
+def call(chance: random.Random, schema: torch._C.FunctionSchema) -> tuple[str, dict]:
+    """A launcher's name and arguments: half of them fit, of the others a few do not."""
     name = schema.name.partition("::")[2]
     sizes = {letter: chance.choice(SIZES) for letter in "BCHWKSND"} | {digit: int(digit) for digit in "0123"}
     fitting = next(shapes for start, shapes in FITTING.items() if name.startswith(start))
@@ -104,16 +104,16 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    chance, ran = random.Random(seed), 0
-    for _ in range(calls):
-        name, arguments = call(chance)
+    chance, ran = random.Random(seed), {schema.name.partition("::")[2]: 0 for schema in SCHEMAS}
+    for number in range(calls):
+        name, arguments = call(chance, SCHEMAS[number % len(SCHEMAS)])
         print(name, ", ".join(f"{key}={shown(value)}" for key, value in arguments.items()), flush=True)
         try:
             getattr(torch.ops.sami_fast_C, name)(**arguments)
-            ran += 1
+            ran[name] += 1
         except (RuntimeError, ValueError, NotImplementedError, MemoryError):
             continue
-    print("done", ran, flush=True)
+    print(json.dumps(ran), flush=True)  # how often which did not refuse
 
 
 if __name__ == "__main__":

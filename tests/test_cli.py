@@ -36,7 +36,7 @@ def picture_size(columns: int, below: list[int], labels: bool = True) -> tuple[i
 
 
 DIRECTIONS = np.array([[1.0, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
-AXES = Axes(("size", "tilt"), DIRECTIONS, np.linalg.pinv(DIRECTIONS).T, np.array([0.1, 0.0, 0.0, 0.0]))
+AXES = Axes(("size", "tilt\x1b[31m"), DIRECTIONS, np.linalg.pinv(DIRECTIONS).T, np.array([0.1, 0.0, 0.0, 0.0]))
 
 
 def build(latent_size: int = 4, live: int = 2) -> Sami:
@@ -250,7 +250,7 @@ def test_encode_along_axes(run, inputs, tmp_path):
     arguments = ["encode", str(run), "--axes", str(inputs / "axes.npz"), "--output", str(tmp_path / "z.npz")]
     assert main(arguments) == 0
     written = np.load(tmp_path / "z.npz")
-    assert written["axis_names"].tolist() == ["size", "tilt"]
+    assert written["axis_names"].tolist() == list(AXES.names)
     np.testing.assert_allclose(written["axes"], (written["mu"] - AXES.center) @ AXES.readouts.T, atol=1e-6)
 
 
@@ -260,7 +260,7 @@ def test_traverse_saved_axes(run, inputs, tmp_path, capsys):
     written = np.load(tmp_path / "t.npz")
     assert written["axes"].tolist() == [0, 1]
     assert written["images"].shape == (2, 3, 1, 8, 8)
-    assert "row 1: axis 1 (tilt), from" in capsys.readouterr().out
+    assert r"row 1: axis 1 (tilt\x1b[31m), from" in capsys.readouterr().out
     shared = ["--axes", str(inputs / "axes.npz"), "--count", "30"]  # as many as the traversal takes its range from
     assert main(["encode", str(run), *shared, "--output", str(tmp_path / "z.npz")]) == 0
     encoded = {name: torch.from_numpy(values) for name, values in np.load(tmp_path / "z.npz").items() if name in ("mu", "var")}
@@ -306,7 +306,7 @@ def test_edit(run, inputs, tmp_path, capsys):
     assert np.allclose(written["edits"][:, 1], np.load(tmp_path / "r.npz")["reconstructions"][[3, 0]], atol=1e-4)
     assert main([*arguments, "--axes", str(inputs / "axes.npz"), "--output", str(tmp_path / "e.png")]) == 0
     assert Image.open(tmp_path / "e.png").size == picture_size(4, 2 * [TICKS])
-    assert "along axis 1 (tilt)" in capsys.readouterr().out
+    assert r"along axis 1 (tilt\x1b[31m)" in capsys.readouterr().out
 
 
 def test_models_of_other_methods(inputs, tmp_path):

@@ -407,6 +407,12 @@ def test_matlab_files_are_named(tmp_path):
     assert_array_equal(load_array(tmp_path / "other.h5", "", str(tmp_path)), noise(4, 8, 8))
 
 
+def test_files_of_pytorch_are_named(tmp_path):
+    torch.save(torch.zeros(4, 8, 8), tmp_path / "images.pt")  # an archive like an .npz
+    with refused(r"data\.path: .*images\.pt is not a readable .* \(it is a PyTorch file; save the images as one of these\)$"):
+        load_array(tmp_path / "images.pt", "", str(tmp_path))
+
+
 def test_hdf5_without_h5py(tmp_path, monkeypatch):
     path = write(tmp_path / "3dshapes.h5", noise(2, 4, 4, 3), "contiguous")
     monkeypatch.setitem(sys.modules, "h5py", None)

@@ -777,6 +777,10 @@ def test_permissions(folder):
         index.log.handlers[:] = [type("Kept", (logging.Handler,), {"emit": lambda self, record: logs.append(record.getMessage())})()]
         source = opened(Path("images"), max_bad=0.1, cache_dir="cache")
         found = [source.index.bad, source.index.names, numbers(source)]
+        written, said = index_file(Path("images")).stat().st_mtime_ns, len(logs)
+        assert opened(Path("images"), max_bad=0.1, cache_dir="cache").index.bad == found[0]
+        found.append(index_file(Path("images")).stat().st_mtime_ns == written)  # what was closed is remembered
+        found.append([message for message in logs[said:] if "003.png" in message])  # and not said again
         for path in ("images/shut", "images/shut/inside"):
             with pytest.raises(UserError) as refused:
                 opened(Path(path), cache_dir="cache")
@@ -785,12 +789,14 @@ def test_permissions(folder):
         connection.close()
 
     try:
-        (bad, names, shown, *refused), logs = in_a_child(look)
+        (bad, names, shown, remembered, said_again, *refused), logs = in_a_child(look)
     finally:
         (folder / "shut").chmod(0o755)
     assert bad == {"003.png": "Permission denied"}
     assert names == [name for name in numbered(10) if name != "003.png"] + ["sub/x.png"]
     assert shown == [0, 1, 2, *range(4, 10), 0]
+    assert remembered
+    assert not said_again
     assert refused == [
         "data.path: no permission to read the folder images/shut",
         "data.path: cannot reach the folder images/shut/inside (Permission denied)",
@@ -878,8 +884,8 @@ def test_odd_names(folder, decoder, caplog):
         every(source)
     for record in caplog.records:
         assert record.getMessage().isprintable()  # a name cannot forge a line of the log
-    assert r"'bad\udcfc\n\x1b[31m.jpg' (zero bytes)" in caplog.text
-    with pytest.raises(UserError, match=r"'bad\\udcfc"):
+    assert r"bad\udcfc\n\x1b[31m.jpg (zero bytes)" in caplog.text
+    with pytest.raises(UserError, match=r"bad\\udcfc"):
         opened(folder)
 
 

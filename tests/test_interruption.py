@@ -1,6 +1,8 @@
 """What ends a run from outside: Ctrl-C, SIGTERM, ranks that are gone; and that nothing is lost by it."""
 
+import multiprocessing
 import os
+import pty
 import re
 import signal
 import socket
@@ -9,12 +11,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, assert_same_weights, rows, tiny
 from kill_campaign import campaign
 
 from sami_fast.engine import checkpoints, interruption
+from sami_fast.engine import watch as watching
+from sami_fast.engine.processes import init_distributed
 from sami_fast.engine.watch import Watch, meet, named
 from sami_fast.errors import Interrupted, RankLostError, UserError
 from sami_fast.train import main, train
@@ -68,6 +76,73 @@ def test_a_signal_keeps_the_step_and_says_how_to_go_on(mode, number, tmp_path, c
     assert main([*command, "--resume"]) == 0
     assert_same_weights(tmp_path / "stopped/tiny", expected)
     assert [row["loss_nats"] for row in rows(tmp_path / "stopped/tiny")] == [row["loss_nats"] for row in rows(expected)]
+
+
+SHELL = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = subprocess.Popen(sys.argv[1:], process_group=0)
+os.tcsetpgrp(0, job.pid)
+status = job.wait()
+while True:
+    try:
+        os.killpg(job.pid, 0)
+    except ProcessLookupError:
+        break
+    time.sleep(0.05)
+print("status", status, flush=True)
+"""  # as far as it gives a job the terminal
+
+
+def pressed(command, come):
+    """What a terminal shows of a command in which somebody presses Ctrl-C at a moment, until nobody is left; and the command's status."""
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.execv(sys.executable, [sys.executable, "-c", SHELL, *map(str, command)])
+    shown = bytearray()
+
+    def read():
+        with suppress(OSError):  # nobody holds its other end any more
+            while piece := os.read(terminal, 4096):
+                shown.extend(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        while not come() and reader.is_alive():
+            time.sleep(0.01)
+        os.write(terminal, b"\x03")
+        reader.join(200)
+        assert not reader.is_alive(), shown.decode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(shell, signal.SIGKILL)
+        os.waitpid(shell, 0)
+        os.close(terminal)
+    text = shown.decode().replace("\r\n", "\n")
+    return text, int(text.rpartition("status ")[2])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_in_a_terminal(ranks, port, tmp_path):
+    """It reaches every process of the command at once, and the launcher passes it on as well."""
+    bin = Path(sys.executable).parent
+    launcher = [bin / "deepspeed", "-q", "--num_accelerators", ranks, "--master_port", os.environ["MASTER_PORT"]]
+    script = [Path(__file__).parents[1] / "sami_fast/train.py", "--config", TINY, f"runs_dir={tmp_path}", "train.steps=100000"]
+    log = tmp_path / "tiny/metrics.jsonl"
+    text, status = pressed([*(launcher if ranks > 1 else [sys.executable]), *script], lambda: log.exists() and log.stat().st_size > 0)
+    assert text.count("stopping at the end of this step, which is kept; Ctrl-C once more stops at once\n") == 1
+    said = re.findall(
+        r"sami-fast: interrupted; step (\d+) of 100000 is kept in (.*); the same command with --resume goes on from there\n", text
+    )
+    assert len(said) == 1, text
+    assert not re.search(r"INFO|WARNING|CUDA_VISIBLE", text)  # `deepspeed -q` is silent, on a CPU too
+    ((kept, folder),) = said
+    assert not checkpoints.damage(Path(folder, f"step_{kept}"))
+    if ranks == 1:
+        assert status == 130
+        assert "Traceback" not in text
 
 
 def test_a_signal_before_the_first_step_ends_the_command_at_once(tmp_path, capsys):
@@ -192,6 +267,47 @@ def test_a_silent_rank_is_named_by_the_other(silent, port):
     assert str(lost) == f"rank {silent} ended without a word, or answers no more"
     assert lost.speaks
     assert lost.status == 1
+
+
+def _rank(rank: int, hung: int, port: int, output: Path) -> None:
+    """Of three, one of which hangs while the others wait for it in a collective."""
+    watching.GRACE = 2.0
+    sys.stderr = output.open("w")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    init_distributed(patience=4.0)
+    torch.distributed.barrier()
+    output.with_suffix(".met").touch()
+    if rank == hung:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    torch.distributed.barrier()
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("hung", [0, 2])
+def test_a_rank_that_hangs_is_named_in_time(hung, port, tmp_path):
+    """It is alive, its connections too; rank 0 also holds the store at which all are asked for."""
+    run = partial(multiprocessing.get_context("spawn").Process, target=_rank)
+    ranks = [run(args=(rank, hung, int(os.environ["MASTER_PORT"]), tmp_path / str(rank))) for rank in range(3)]
+    others = [rank for place, rank in enumerate(ranks) if place != hung]
+    try:
+        for rank in ranks:
+            rank.start()
+        while len(list(tmp_path.glob("*.met"))) < 3:
+            time.sleep(0.01)
+            assert all(rank.is_alive() for rank in ranks)
+        began = time.monotonic()
+        for rank in others:
+            rank.join(60)
+        assert time.monotonic() - began < 4 + 2 + 6  # patience, grace, and some signs of life
+        assert [rank.exitcode for rank in others] == [1, 1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    speaks = 1 if hung == 0 else 0
+    said = {place: (tmp_path / str(place)).read_text() for place in range(3)}
+    assert said.pop(speaks) == f"sami-fast: rank {hung} ended without a word, or answers no more\n"
+    assert set(said.values()) == {""}
 
 
 def test_why_a_rank_ends_the_run_is_heard_by_the_others(port):

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -297,6 +297,14 @@ def test_two_ranks_hold_and_send_what_was_planned(stage, what, two_ranks):
         return
     assert measured > 0
     assert planned == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", plan_worker.STAGES)
+def test_networks_that_are_there_hold_what_was_planned(stage):
+    """What the rehearsal of a run asks for."""
+    config = plan_worker.config_of(stage, "runs")
+    found = plan.held(build_model(config, plan.image_shape_of(config)), config, 2)
+    assert replace(found, activations=planned_rows()[stage].memory.activations) == planned_rows()[stage].memory
 
 
 # ---- the command

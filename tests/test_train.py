@@ -593,7 +593,7 @@ def test_forged_weights_are_passed_over(harm, fragment, tmp_path, finished, caps
     save_file({name: value.contiguous() for name, value in tensors.items()}, checkpoint / WEIGHTS)
     _restate(
         checkpoint / "manifest.json",
-        lambda stated: stated.update(files={WEIGHTS: checkpoints.fingerprint(checkpoint / WEIGHTS)}),
+        lambda stated: stated.update(files={WEIGHTS: checkpoints.sha256_of(checkpoint / WEIGHTS)}),
         forge=True,
     )
     assert_same_weights(train(tiny(tmp_path), resume=True), finished)

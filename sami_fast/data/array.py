@@ -13,7 +13,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from .cache import tell_once
 from .dataset import Dataset
-from .identity import content_of, fingerprint
+from .identity import content_of, digest
 from .pixels import check_channels, resize, with_channels
 from .storage import PIECE, load_array, take
 
@@ -97,7 +97,7 @@ class ArrayImages(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint([content_of(Path(self.path)), str(self.size), *(["unit"] if self.unit else [])])
+        return digest([content_of(Path(self.path)), str(self.size), *(["unit"] if self.unit else [])])
 
     def facts(self) -> dict[str, Any]:
         return {"file": self.path, "values": f"{self.array.dtype}, {self.values}"}

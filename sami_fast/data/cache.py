@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..environment import cache_home, is_first_rank, temporary_home
-from ..files import LOCK
+from ..files import LOCK, open_lock
 
 log = logging.getLogger("sami_fast.data")
 _told: set[object] = set()  # what this process has said
@@ -62,7 +62,7 @@ def writable(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        open(folder / LOCK, "a").close()
+        open_lock(folder / LOCK).close()
         return folder
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -88,7 +88,7 @@ class PixelCache:
         self.shape, self.nbytes = shape, int(np.prod(shape))
         self.record = self.nbytes + 4
         self.full = False
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         if os.fstat(self.file).st_size != count * self.record:
             os.ftruncate(self.file, count * self.record)  # sparse: it takes up disk space only as images are written
 

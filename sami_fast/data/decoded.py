@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..environment import cores_of_rank
-from ..errors import AbsentError, UserError
+from ..errors import AbsentError, UserError, printable
 from .cache import PixelCache, writable
 from .dali import DaliDecoder
 from .dali import available as dali_available
 from .dataset import EightBit
-from .identity import fingerprint
-from .index import build_index, left_out, log, plain, report_bad, shown
+from .identity import digest
+from .index import build_index, left_out, log, report_bad, shown
 from .labels import folders_of, read_labels
 from .pixels import resize, square, to_unit, with_channels
 
@@ -182,7 +182,7 @@ class Decoded(EightBit):
                 return
             self.lost[name] = reason
             bad = self.index.bad | self.lost
-        log.warning("%s: %s; in training another one takes its place", plain(f"{self.index.folder}/{name}"), reason)
+        log.warning("%s: %s; in training another one takes its place", printable(f"{self.index.folder}/{name}"), reason)
         total = len(self.index.names) + len(self.index.bad)
         if len(bad) > self.max_bad * total:
             report_bad(self.index.folder, bad, total, self.max_bad, self.what, self.index.cache)
@@ -205,7 +205,7 @@ class Decoded(EightBit):
         for slot, pixels in enumerate(found):
             if pixels is None:
                 name = self.index.names[files[slot]]
-                absent[slot] = f"{plain(name)}: {self.lost.get(name, 'cannot be decoded')}"
+                absent[slot] = f"{printable(name)}: {self.lost.get(name, 'cannot be decoded')}"
         nothing = torch.zeros(self.image_shape, dtype=torch.uint8, device=self.device)
         return torch.stack([nothing if pixels is None else pixels for pixels in found]), absent
 
@@ -217,7 +217,7 @@ class Decoded(EightBit):
         """[n] int64 -> [n, C, H, W] uint8."""
         pixels, absent = self._read(index)
         for reason in absent.values():
-            raise AbsentError(f"data.path: cannot read {plain(str(self.index.folder))}/{reason}")
+            raise AbsentError(f"data.path: cannot read {self.index.folder}/{reason}")
         return pixels
 
     def training_pixels(self, index: Tensor) -> Tensor:
@@ -252,4 +252,4 @@ class Decoded(EightBit):
     def fingerprint(self) -> str:
         """Changes with the files and what is in them: a run goes on only with the data it began with."""
         grouped = map(str, self.places) if self.groups else []  # another table may group other files together
-        return fingerprint([*self.index.names, *self.index.contents, str(self.size), *grouped])
+        return digest([*self.index.names, *self.index.contents, str(self.size), *grouped])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import UserError
 from .dataset import EightBit
-from .identity import content_of, fingerprint
+from .identity import content_of, digest
 from .pixels import check_channels, resize, with_channels
 from .storage import expect, find_file, held_out_places, load_array, readable, take
 
@@ -58,7 +58,7 @@ class FactorImages(EightBit):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint([*map(content_of, self.held_in or (self.path,)), str(self.size)])
+        return digest([*map(content_of, self.held_in or (self.path,)), str(self.size)])
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files import open_regular
+
 BLOCK, BLOCKS = 2**16, 2**10  # bytes, and how many such samples stand for a file that is larger than all of them: 64 MiB
 
 
@@ -16,7 +18,7 @@ def content_of(path: Path) -> str:
     Raises:
         OSError: from the system.
     """
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         size = stream.seek(0, 2)
         digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
         step = max(BLOCK, (size - BLOCK) // (BLOCKS - 1))
@@ -26,9 +28,9 @@ def content_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(parts: Iterable[str]) -> str:
-    """A short name for a list of texts: a resumed run must see the same files."""
-    digest = hashlib.sha256()
+def digest(parts: Iterable[str]) -> str:
+    """A short name for a list of texts, of which a dataset's `fingerprint` is made: a resumed run must see the same files."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
+        found.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return found.hexdigest()[:16]

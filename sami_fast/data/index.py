@@ -1,5 +1,6 @@
 """The usable files of a folder and what is known of each, kept on the disk so that only new and changed files are looked at again."""
 
+import errno
 import json
 import logging
 import os
@@ -13,18 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import absent, locked, open_regular, write_text_whole
+from ..errors import UserError, printable
+from ..files import absent, append_text, locked, open_regular, write_text_whole
 from ..progress import bar, hms
 from . import cache
 from .cache import tell_once
 from .decode import HEIC_HINT, HEIC_SUFFIXES, BadFile
-from .identity import content_of, fingerprint
+from .identity import content_of, digest
 
 VERSION = 3  # of what is known of a file, and of how it is decoded
 INSPECTORS = 4  # threads that look into files, more than there may be cores: they mostly wait for the disk
 PIECE = 256  # files after which what was found in them is kept
 PROGRESS = 20.0  # seconds between two words on how far the looking has come
+DENIED = os.strerror(errno.EACCES)
 SHOWN = 20  # names of bad files that the log shows; all of them stand in a file beside the index
 
 log = logging.getLogger("sami_fast.data")
@@ -57,7 +59,7 @@ class Index:
     @property
     def state(self) -> str:
         """Changes when a usable file comes, goes or gets another content, and with the way of decoding."""
-        return fingerprint([str(VERSION), *(f"{name} {content}" for name, content in zip(self.names, self.contents, strict=True))])
+        return digest([str(VERSION), *(f"{name} {content}" for name, content in zip(self.names, self.contents, strict=True))])
 
 
 def _stat(path: Path) -> Entry:
@@ -73,7 +75,7 @@ def _walk(folder: Path, suffixes: frozenset[str]) -> tuple[list[str], Counter[st
     """Names with these suffixes below a folder, sorted, and how many others of each. Links to folders are followed, circles are not."""
 
     def unreadable(error: OSError) -> None:
-        log.warning("%s: skipped a folder: %s", plain(str(error.filename)), error.strerror)
+        log.warning("%s: skipped a folder: %s", printable(str(error.filename)), error.strerror)
 
     names, others, seen = [], Counter(), set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
@@ -146,7 +148,7 @@ def build_index(
     place = cache.cache_dir(configured_cache, folder)
     stats = {name: _stat(folder / name) for name in listed}
     known = _read(place / f"{what}.json")
-    new = {*_stale(known, stats)}
+    new = {*_stale(folder, known, stats)}
     if new:
         try:
             place = cache.writable(place)
@@ -154,7 +156,7 @@ def build_index(
             with locked(place):
                 held = _read(file)
                 known |= held | _read_lines(lines)  # another process may have looked meanwhile
-                if stale := _stale(known, stats):
+                if stale := _stale(folder, known, stats):
                     for entries in _look(folder, {name: stats[name] for name in stale}, inspect, what):
                         known |= entries
                         _append(lines, entries)
@@ -172,9 +174,20 @@ def build_index(
     return Index(folder, place, good, [known[name][5] for name in good], bad, [known[name][4] for name in good], others)
 
 
-def _stale(known: Mapping[str, Entry], stats: Mapping[str, Entry]) -> list[str]:
-    """Files that are new or have changed since they were looked at."""
-    return [name for name, found in stats.items() if name not in known or known[name][:3] != found]
+def _stale(folder: Path, known: Mapping[str, Entry], stats: Mapping[str, Entry]) -> list[str]:
+    """Files that are new or have changed since they were looked at, or were closed to whoever looked and are open to this user."""
+
+    def is_opened(name: str) -> bool:
+        with suppress(OSError):
+            open_regular(folder / name).close()
+            return True
+        return False
+
+    return [
+        name
+        for name, found in stats.items()
+        if (entry := known.get(name)) is None or entry[:3] != found or (entry[3] == DENIED and is_opened(name))
+    ]
 
 
 def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], Any], what: str) -> Iterator[dict[str, Entry]]:
@@ -189,6 +202,8 @@ def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], An
             return [*stats[name], "", content_of(path), facts]
         except BadFile as error:
             return [*stats[name], str(error), "", None]
+        except PermissionError:
+            return [*stats[name], DENIED, "", None]
         except (OSError, ValueError) as error:  # may pass, as a lost network does: -1 fits no file, so it is looked at again
             return [-1, -1, -1, getattr(error, "strerror", None) or str(error), "", None]
 
@@ -208,7 +223,7 @@ def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], An
 def left_out(others: Mapping[str, int]) -> str:
     """How many files of which endings, most first."""
     first = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    named = ", ".join(f"{count} {plain(ending) or 'without one'}" for ending, count in first[:SHOWN])
+    named = ", ".join(f"{count} {printable(ending) or 'without one'}" for ending, count in first[:SHOWN])
     return named + (f" and {len(first) - SHOWN} more endings" if len(first) > SHOWN else "")
 
 
@@ -225,8 +240,8 @@ def _read(file: Path) -> dict[str, Entry]:
 def _read_lines(file: Path) -> dict[str, Entry]:
     """What a process had found that was killed before it had looked at every file."""
     found = {}
-    with suppress(OSError):
-        for line in file.read_text(errors="replace").splitlines():
+    with suppress(OSError), open_regular(file) as stream:
+        for line in stream:
             with suppress(ValueError, TypeError):  # cut off
                 version, name, entry = json.loads(line)
                 if version == VERSION and len(entry) == 6:
@@ -235,8 +250,8 @@ def _read_lines(file: Path) -> dict[str, Entry]:
 
 
 def _append(file: Path, entries: Mapping[str, Entry]) -> None:
-    with suppress(OSError), open(file, "a") as stream:  # a full disk: `_write` says so in the end
-        stream.write("".join(json.dumps([VERSION, name, entry]) + "\n" for name, entry in entries.items()))
+    with suppress(OSError):  # a full disk: `_write` says so in the end
+        append_text(file, "".join(json.dumps([VERSION, name, entry]) + "\n" for name, entry in entries.items()))
 
 
 def _write(file: Path, text: str) -> None:
@@ -247,14 +262,9 @@ def _write(file: Path, text: str) -> None:
         log.warning("%s: not written: %s", file, error.strerror)
 
 
-def plain(name: str) -> str:
-    """A file name for a message: bytes that are no text, line breaks and the like are escaped."""
-    return name if name.isprintable() else ascii(name)
-
-
 def shown(bad: dict[str, str], most: int) -> str:
     """Names and reasons for a message."""
-    first = [f"{plain(name)} ({reason})" for name, reason in list(bad.items())[:most]]
+    first = [f"{printable(name)} ({reason})" for name, reason in list(bad.items())[:most]]
     return ", ".join(first) + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
@@ -268,7 +278,7 @@ def report_bad(folder: Path, bad: dict[str, str], total: int, max_bad: float, wh
         return
     everything = cache / f"unreadable_{what}.txt"
     if not known:
-        _write(everything, "".join(f"{name!a}: {plain(reason)}\n" for name, reason in bad.items()))
+        _write(everything, "".join(f"{name!a}: {printable(reason)}\n" for name, reason in bad.items()))
     if len(bad) > max_bad * total:
         raise UserError(
             f"data.path: {len(bad)} of {total} {what} in {folder} cannot be read, data.max_bad={max_bad:g} allows "

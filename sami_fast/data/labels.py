@@ -10,7 +10,6 @@ import numpy as np
 
 from ..errors import UserError, one_line
 from ..files import absent
-from .index import plain
 from .storage import held_out_places
 
 FILE_COLUMNS = ("file", "image_id", "filename")  # which column names the files; the first column where there is none of these
@@ -62,12 +61,12 @@ def read_labels(path: str, files: Sequence[str], ignored: Collection[str] = (), 
     rows: dict[str, int] = {}
     for row, name in enumerate(table[key]):
         if rows.setdefault(name.replace("\\", "/").removeprefix("./"), row) != row:
-            raise UserError(f"data.labels: {plain(name)} is more than once in column {key!r} of {path}")
+            raise UserError(f"data.labels: {name} is more than once in column {key!r} of {path}")
     if unknown := sorted(rows.keys() - {*files} - {*ignored}):
-        found = f"{len(unknown)} file(s) that are not in the folder, such as {plain(unknown[0])}"
+        found = f"{len(unknown)} file(s) that are not in the folder, such as {unknown[0]}"
         raise UserError(f"data.labels: column {key!r} of {path} names {found}")
     if missing := [name for name in files if name not in rows]:
-        raise UserError(f"data.labels: {len(missing)} of {len(files)} files have no row in {path}, such as {plain(missing[0])}")
+        raise UserError(f"data.labels: {len(missing)} of {len(files)} files have no row in {path}, such as {missing[0]}")
 
     columns: dict[str, np.ndarray] = {}
     attributes, unscored = set(), []
@@ -122,7 +121,7 @@ def _column(name: str, cells: dict[str, str], path: str) -> dict[str, np.ndarray
     if any(number is not None for number in numbers):
         for (file, cell), number in zip(cells.items(), numbers, strict=True):
             if number is None:
-                raise UserError(f"data.labels: expected a number in column {name!r} of {path} for {plain(file)}, found {cell[:40]!r}")
+                raise UserError(f"data.labels: expected a number in column {name!r} of {path} for {file}, found {cell[:40]!r}")
         values = np.array(numbers, np.float64)
         different = np.unique(values)
         if len(different) == 2:
@@ -133,7 +132,7 @@ def _column(name: str, cells: dict[str, str], path: str) -> dict[str, np.ndarray
         return {}
     if "" in categories:
         file = next(file for file, cell in cells.items() if not cell.strip())
-        raise UserError(f"data.labels: expected a text in column {name!r} of {path} for {plain(file)}, found none")
+        raise UserError(f"data.labels: expected a text in column {name!r} of {path} for {file}, found none")
     told = categories[1:] if len(categories) == 2 else categories  # of two, one says all
     return {f"{name}={category}": np.array([float(text == category) for text in texts]) for category in told}
 

@@ -27,7 +27,7 @@ from ..pictures import as_seen
 from .cache import in_words, tell_once
 from .dataset import Dataset
 from .decode import BadFile, decode_image
-from .identity import fingerprint
+from .identity import digest
 from .pixels import check_channels, resize, to_unit, with_channels
 from .storage import held_out_places
 
@@ -241,7 +241,7 @@ class Items(Dataset):
                 "would have, and scores are of one such reading"
             )
         shape = "x".join(map(str, self.image_shape))
-        return fingerprint([str(len(self.items)), str(self.size), shape, str(self.unit), *(once if once == again else [])])
+        return digest([str(len(self.items)), str(self.size), shape, str(self.unit), *(once if once == again else [])])
 
     def _digests(self) -> list[str]:
         images = [self._raw(place).contiguous().numpy() for place in self._sample()]
@@ -388,4 +388,4 @@ class Part(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint([self.whole.fingerprint, str(self.size)]) if self.whole.fingerprint else ""
+        return digest([self.whole.fingerprint, str(self.size)]) if self.whole.fingerprint else ""

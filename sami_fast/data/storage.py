@@ -381,6 +381,8 @@ def _in_npy(path: Path, key: str, what: str) -> Packed:
 def _in_npz(path: Path, key: str, what: str) -> tuple[str, Packed]:
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        if any(name.endswith("/data.pkl") for name in entries):
+            raise ValueError("it is a PyTorch file; save the images as one of these")
         name = _entry(entries, key, path, what)
         entry = entries[name]
         with archive.open(entry) as stream:

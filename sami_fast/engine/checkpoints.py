@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fingerprint(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -77,7 +77,7 @@ def write_manifest(checkpoint: Path, facts: dict[str, Any]) -> None:
     Raises:
         OSError: from the system.
     """
-    manifest = {**facts, "format": FORMAT, "files": {WEIGHTS: fingerprint(checkpoint / WEIGHTS)}}
+    manifest = {**facts, "format": FORMAT, "files": {WEIGHTS: sha256_of(checkpoint / WEIGHTS)}}
     write_text_whole(checkpoint / MANIFEST, json.dumps({**manifest, HASH: _hash_of(manifest)}, indent=1))
 
 
@@ -136,7 +136,7 @@ def damage(checkpoint: Path) -> str:
         return fault
     for name, expected in manifest["files"].items():
         try:
-            if fingerprint(checkpoint / name) != expected:
+            if sha256_of(checkpoint / name) != expected:
                 return f"{name} is truncated or altered"
         except OSError as error:
             return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read ({error})"

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from ..errors import UserError
 
 # Beside MemoryError and torch's own kind: what torch's allocator on the CPU, oneDNN and cuDNN say, which are RuntimeErrors.
 PHRASES = ("can't allocate memory", "out of memory", "could not create a memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# What the compiled core says when torch gives it no memory: its interface passes the reason on to nobody.
+FROM_CORE = re.compile(r"(aten::|aten_)(empty|empty_like|new_empty|new_zeros|contiguous)\b.*API call failed", re.DOTALL)
 
 # glibc's numbers of two settings, and the variables by which a user may have made them.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -50,7 +53,7 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in PHRASES)
-        if not short:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not FROM_CORE.search(str(error)) and not any(phrase in str(error) for phrase in PHRASES):
             raise
         raise UserError(f"{what}: not enough memory; {advice}") from None

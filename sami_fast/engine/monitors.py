@@ -1,6 +1,7 @@
 """Where a run's numbers can be watched beside its log: TensorBoard, CSV and W&B."""
 
 import csv
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ..config import Config, load_config
 from ..errors import UserError
+from ..files import append_text
 
 
 class Monitors:
@@ -91,10 +93,7 @@ def show_report(folder: Path) -> None:
 
 
 def _append(file: Path, name: str, step: int, value: float) -> None:
-    begun = file.exists()
+    rows = io.StringIO()
+    csv.writer(rows).writerows([*([] if file.exists() else [["step", name]]), [step, value]])
     file.parent.mkdir(exist_ok=True)
-    with file.open("a", newline="") as stream:
-        writer = csv.writer(stream)
-        if not begun:
-            writer.writerow(["step", name])
-        writer.writerow([step, value])
+    append_text(file, rows.getvalue())

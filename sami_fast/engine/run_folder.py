@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
-from ..files import PARTIAL, open_lock, open_regular, parse_json, take_lock, write_text_whole, write_whole
+from ..files import PARTIAL, append_text, is_removed, open_lock, open_regular, parse_json, take_lock, write_text_whole, write_whole
 from . import checkpoints
 
 CONTENTS = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "model", "report", ".lock"}
@@ -35,7 +35,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: expected a run folder, found a file; set name= or runs_dir=")
         entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        entries = {name for name in entries if not name.startswith(PARTIAL)} - {".lock"}
+        entries = {name for name in entries if not (name.startswith(PARTIAL) or is_removed(Path(name)))} - {".lock"}
         if entries and not (resume or overwrite) and not self._is_blank(entries):
             raise UserError(f"{self.path}: holds a run already; continue it with --resume, replace it with --overwrite, or set name=")
         if entries and not (entries & {"checkpoints", "environment.json"} and (resume or entries <= CONTENTS)):
@@ -99,7 +99,7 @@ class RunFolder:
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "environment.json"):
                 if entry.is_dir():
                     shutil.rmtree(entry)
-                elif entry.name != ".lock":
+                elif entry.name != ".lock" and not is_removed(entry):
                     entry.unlink()
         for name in afresh:
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -124,15 +124,17 @@ class RunFolder:
             UserError: the disk refuses.
         """
         try:
-            with open(self.path / "metrics.jsonl", "a") as stream:
-                stream.write(json.dumps(row) + "\n")
+            append_text(self.path / "metrics.jsonl", json.dumps(row) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}/metrics.jsonl: cannot write ({error}); the last checkpoint is whole") from None
 
     def logged(self) -> list[dict[str, Any]]:
         """The rows of the log; after `cut_log`, which leaves no other lines."""
         log = self.path / "metrics.jsonl"
-        return [parse_json(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+        if not log.exists():
+            return []
+        with open_regular(log) as stream:
+            return [parse_json(line) for line in stream]
 
     def cut_log(self, step: int) -> None:
         """Drop the log lines after a step: a resumed run writes them again."""

@@ -111,9 +111,12 @@ class Watch:
         # A connection of its own: another thread may wait in the first.
         self._store, self._beats = store, store.clone() if store else None  # pyrefly: ignore[missing-attribute] (stubs lack it)
         self._launchers = _launchers()
-        self._over = threading.Event()
+        self._over, self._known = threading.Event(), threading.Event()  # the run; who is lost
         self._farewell: dict | None = None  # rank, words and status of who ended the run
+        self._answers = 0  # of the store, so far
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        if store and rank:
+            threading.Thread(target=self._mind_the_store, name="watch of the store", daemon=True).start()
         if store or self._launchers:
             self._thread.start()
             atexit.register(self.close)  # torch aborts the process if its end finds a thread inside the store
@@ -185,7 +188,7 @@ class Watch:
         return dict(zip(ranks, self._store.multi_get([f"alive {rank}" for rank in ranks]), strict=True))
 
     def _look(self) -> None:
-        beat, heard = 0, {}
+        beat, heard = 0, {}  # time is counted in beats: who has been stopped, as by Ctrl-Z, misses nobody
         while not self._over.wait(BEAT):
             if self._launchers and not _are_there(self._launchers):
                 self._launchers = []
@@ -199,10 +202,12 @@ class Watch:
                 self._beats.set(f"alive {self.rank}", str(beat))
                 if self._beats.check([ENDED]):
                     self._farewell = json.loads(self._beats.get(ENDED))
-                silent = self._silent(heard) if self.rank == 0 else []
+                silent = self._silent(heard, beat) if self.rank == 0 else []
             except RuntimeError:
                 silent = [0]
+            self._answers += 1
             if self._farewell or silent:
+                self._known.set()
                 break
         else:
             return
@@ -211,17 +216,29 @@ class Watch:
             self.end(str(lost), lost.status)
         # The main thread ends by itself, unless it waits in a collective that nobody will ever answer.
         if not self._over.wait(GRACE):
-            if lost.speaks:
-                print(f"sami-fast: {lost}", file=sys.stderr, flush=True)
-            os._exit(lost.status)
+            _leave(lost)
 
-    def _silent(self, heard: dict[int, tuple[bytes, float]]) -> list[int]:
-        """Ranks whose count has stood still for too long; `heard` is when each was last seen to change."""
-        now = time.monotonic()
+    def _mind_the_store(self) -> None:
+        """End this process where rank 0, which holds the store, lives and answers no more: asking it would wait for ever, in any thread."""
+        waited, answers = 0.0, 0
+        while not (self._over.wait(BEAT) or self._known.is_set()):
+            waited, answers = waited + BEAT if self._answers == answers else 0.0, self._answers
+            if waited > self.patience:
+                _leave(self._lost([0]))
+
+    def _silent(self, heard: dict[int, tuple[bytes, int]], beat: int) -> list[int]:
+        """Ranks whose count has stood still for too long; `heard` is at which beat each was last seen to change."""
         for rank, count in self._counts().items():
             if rank not in heard or heard[rank][0] != count:
-                heard[rank] = count, now
-        return [rank for rank, (_, when) in heard.items() if now - when > self.patience]
+                heard[rank] = count, beat
+        return [rank for rank, (_, when) in heard.items() if (beat - when) * BEAT > self.patience]
+
+
+def _leave(lost: RankLostError) -> None:
+    """End the process, whatever its threads wait for."""
+    if lost.speaks:
+        print(f"sami-fast: {lost}", file=sys.stderr, flush=True)
+    os._exit(lost.status)
 
 
 def _launchers() -> list[int]:

@@ -9,9 +9,9 @@ from typing import Self
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import open_regular, write_whole
-from ..metrics.checks import as_table
+from ..metrics.checks import as_finite, as_table
 
 MOST_BYTES = 2**26  # of a file of axes, unpacked
 DUAL_TOLERANCE = 1e-3  # of readouts @ directions.T: room for arrays kept in float32
@@ -40,14 +40,12 @@ class Axes:
 
     def __post_init__(self) -> None:
         directions, readouts = as_table("directions", self.directions), as_table("readouts", self.readouts)
-        center, names = np.asarray(self.center, dtype=np.float64), tuple(map(str, self.names))
+        center, names = as_finite("center", self.center), tuple(map(str, self.names))
         count, size = directions.shape
         expected = {"readouts": (readouts.shape, (count, size)), "center": (center.shape, (size,)), "names": ((len(names),), (count,))}
         for name, (found, wanted) in expected.items():
             if found != wanted:
                 raise ValueError(f"{name}: expected shape {list(wanted)} beside directions of {[count, size]}, found {list(found)}")
-        if not np.isfinite(center).all():
-            raise ValueError("center: expected finite numbers, found NaN or infinity")
         if (error := np.abs(readouts @ directions.T - np.eye(count)).max()) > DUAL_TOLERANCE:
             raise ValueError(f"readouts: expected readouts @ directions.T to be the identity, found it off by {error:.3g}")
         for name, value in (("names", names), ("directions", directions), ("readouts", readouts), ("center", center)):
@@ -119,7 +117,7 @@ class Axes:
         except UserError:
             raise
         except Exception as error:  # of the system, the archive, its compression, NumPy's header and the axes: each has kinds of its own
-            raise UserError(f"{path}: not a file of axes ({getattr(error, 'strerror', None) or error})") from None
+            raise UserError(f"{path}: not a file of axes ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
     def _latents(self, z: np.ndarray) -> np.ndarray:
         z = as_table("z", z)

@@ -151,7 +151,7 @@ def _without_encoder(names: dict[str, Any]) -> None:
         del names[name]
 
 
-def fingerprint_of(network: nn.Module) -> str:
+def weights_sha256(network: nn.Module) -> str:
     """sha256 of a network's weights."""
     digest = hashlib.sha256()
     for value in tensors_of(network).values():
