@@ -182,12 +182,13 @@ class CelebAConfig(Section):
 
 
 KINDS = (
-    *("disks", "sprites", "rooms", "avatars", "image_folder", "video_folder", "celeba"),
+    *("disks", "sprites", "rooms", "avatars", "image_folder", "video_folder", "webdataset", "parquet", "celeba"),
     *("dsprites", "shapes3d", "mpi3d", "cars3d", "smallnorb", "array", "class", "given"),
 )
 OWN = ("class", "given")  # kinds that are classes or objects of the user's
 WITHOUT_FILES = ("disks", "sprites", "rooms", "avatars")  # kinds that are drawn or rendered
-LABELLED = ("image_folder", "video_folder")  # kinds that take data.labels and data.holdout_by
+SHARDS = ("webdataset", "parquet")  # kinds whose files hold many images each, with their labels
+LABELLED = ("image_folder", "video_folder", *SHARDS)  # kinds that take data.labels and data.holdout_by
 DECODED = (*LABELLED, "celeba")  # kinds whose images are decoded
 USED_BY: dict[str, tuple[str, ...]] = {  # kinds that have a use for a setting or section of `data`; what is not here is for all
     "path": tuple(kind for kind in KINDS if kind not in (*WITHOUT_FILES, *OWN)),
@@ -225,9 +226,15 @@ class DataConfig(Section):
         "floats of an array or a class: unit, [0, 1], or signed, [-1, 1]; auto is signed, with a warning where no value is below 0",
         one_of("auto", "unit", "signed"),
     )
-    labels: str = setting("", "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes")
+    labels: str = setting(
+        "",
+        "folders: .csv or .parquet with a row for each file, whose columns are scored as factors and attributes; shards: which of their "
+        "labels are, with commas between them, or all",
+    )
     holdout_by: str = setting(
-        "", "folders: hold out whole groups of files: a column of data.labels, such as a person's name, or folder, the folder a file is in"
+        "",
+        "folders, shards: hold out whole groups: a column of data.labels or a label, such as a person's name, or folder, the folder a file "
+        "is in",
     )
     holdout: float = setting(
         0.1, "share of the images, videos or groups kept for evaluation; disks, sprites, celeba have their own", number(0, 0.9)
@@ -271,7 +278,7 @@ class DataConfig(Section):
             raise UserError("data.class: data.kind class needs it, package.module:Name or path/to/file.py:Name")
         if self.kind in GREY_OR_COLOUR and self.channels not in (0, 1, 3):
             raise UserError(f"data.channels: expected 3 or 1 with data.kind {self.kind}, found {self.channels}")
-        if self.holdout_by not in ("", "folder") and not self.labels:
+        if self.holdout_by not in ("", "folder") and not self.labels and self.kind not in SHARDS:
             raise UserError(f"data.holdout_by: expected folder, or a column of data.labels, which is empty; found {self.holdout_by}")
 
 
@@ -544,7 +551,13 @@ class Config(Section):
         self._check_networks()
         self._check_engine()
         if self.data.kind in USED_BY["path"] and not self.data.path:
-            what = {"array": "of an .npy or .npz file", "image_folder": "of a folder of images", "video_folder": "of a folder of videos"}
+            what = {
+                "array": "of an .npy or .npz file",
+                "image_folder": "of a folder of images",
+                "video_folder": "of a folder of videos",
+                "webdataset": "of a folder of .tar shards, or a pattern",
+                "parquet": "of a folder of .parquet files, or a pattern",
+            }
             raise UserError(f"data.path: data.kind {self.data.kind} needs the path {what.get(self.data.kind, 'of the published data')}")
         if self.denoiser.embedding_size % 2:
             raise UserError(f"denoiser.embedding_size: expected an even number, found {self.denoiser.embedding_size}")

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import gpu_step, score
-from .config import Config, bucket_elements
+from .config import GREY_OR_COLOUR, Config, bucket_elements
 from .data import open_dataset
 from .errors import UserError
 from .methods.build import build_model, with_images_of_denoiser
@@ -566,7 +566,7 @@ def image_shape_of(config: Config) -> tuple[int, int, int]:
         UserError: neither says it.
     """
     data = config.data
-    if data.kind in ("image_folder", "video_folder", "celeba", "rooms", "avatars"):  # the settings decide: nothing is read or rendered
+    if data.kind in GREY_OR_COLOUR:  # the settings decide: nothing is read or rendered
         return (data.channels or 3, data.image_size or 64, data.image_size or 64)
     if data.kind in ("disks", "sprites") or Path(data.path).exists():
         return open_dataset(data, config.seed).image_shape

@@ -1,6 +1,7 @@
 """Trains on a folder of videos on every rank of a real launcher and writes down what each rank was shown: `deepspeed feed_worker.py ...`.
 
-Arguments: a file name to begin the records with, then what `sami_fast/train.py` takes.
+Arguments: a file name to begin the records with, then what `sami_fast/train.py` takes. With DIE_AT_STEP set, every
+rank dies at that step.
 """
 
 import json
@@ -22,6 +23,8 @@ def main(records: str, arguments: list[str]) -> int:
         row = {"step": step, "place": place.tolist(), "index": index.tolist(), "epoch": epoch.tolist(), "pixels": checksums}
         with open(f"{records}_{os.environ['RANK']}.jsonl", "a") as shown:
             shown.write(json.dumps(row) + "\n")
+        if str(step) == os.environ.get("DIE_AT_STEP"):
+            os._exit(9)
         return x_0, place
 
     Feed.micro_batch = recorded

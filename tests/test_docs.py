@@ -115,7 +115,7 @@ def check(words: list[str], whole: bool = True) -> None:
             assert not unknown, unknown
     elif program == "sami-fast":
         arguments = parser().parse_args(rest)
-        if hasattr(arguments, "overrides"):
+        if hasattr(arguments, "config"):
             load_config(arguments.config, arguments.overrides)
     elif "sami_fast/train.py" in words:
         arguments = parse(words[words.index("sami_fast/train.py") + 1 :])

@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError, printable
 from ..progress import shown
-from . import completion, evaluation, explore, facts, options, plan, sampling, training
+from . import completion, evaluation, explore, facts, options, pack, plan, sampling, training
 
 
 class _Command(argparse.ArgumentParser):
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
     training.add_commands(command)
     facts.add_commands(command)
+    pack.add_commands(command)
     sampling.add_commands(command)
     evaluation.add_commands(command)
     plan.add_commands(command)

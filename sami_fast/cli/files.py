@@ -157,16 +157,19 @@ def open_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset
 
 def _given_images(arguments: argparse.Namespace, model: "LatentModel") -> "Dataset":
     """The images of --data: a folder's fitted to the model, an array's as those that the run was trained on."""
-    from ..data import ArrayImages, ImageFolder, VideoFolder
+    from ..data import ArrayImages, ImageFolder, Parquet, VideoFolder, WebDataset
     from ..data.decode import HEIC_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+    from ..data.pack import guess_kind
 
     path = Path(arguments.data)
     settings = run_config(arguments).data if (Path(arguments.run) / "config.yaml").is_file() else None
-    if path.is_dir():
+    kinds = {"webdataset": WebDataset, "parquet": Parquet}
+    shards = kinds.get(guess_kind(arguments.data))
+    if path.is_dir() or shards:
         channels, size, _ = model.image_shape
         if channels not in (1, 3):
             raise UserError(f"--data: a folder has images of 1 or 3 channels, and this model takes {channels}; give an array")
-        kind = VideoFolder if settings and settings.kind == "video_folder" else ImageFolder
+        kind = shards or (VideoFolder if settings and settings.kind == "video_folder" else ImageFolder)
         # Whatever share of them is broken: each file has its row, or is named where it is asked for.
         return kind(arguments.data, image_size=size, channels=channels, holdout=0.0, max_bad=1.0)
     if path.suffix.lower() in IMAGE_SUFFIXES | HEIC_SUFFIXES | VIDEO_SUFFIXES:

@@ -11,10 +11,12 @@ from .feed import Feed
 from .grids import MPI3D, DSprites, Shapes3D
 from .image_folder import CelebA, ImageFolder
 from .own import open_own
+from .parquet import Parquet
 from .rooms import Rooms
 from .smallnorb import SmallNORB
 from .sprites import Sprites
 from .video_folder import VideoFolder
+from .webdataset import WebDataset
 
 __all__ = [
     "ArrayImages",
@@ -25,9 +27,11 @@ __all__ = [
     "EightBit",
     "Feed",
     "ImageFolder",
+    "Parquet",
     "Rooms",
     "Sprites",
     "VideoFolder",
+    "WebDataset",
     "open_dataset",
 ]
 
@@ -38,6 +42,8 @@ SOURCES: dict[str, type[Dataset]] = {  # by `DataConfig.kind`
     "avatars": Avatars,
     "image_folder": ImageFolder,
     "video_folder": VideoFolder,
+    "webdataset": WebDataset,
+    "parquet": Parquet,
     "celeba": CelebA,
     "dsprites": DSprites,
     "shapes3d": Shapes3D,

@@ -20,8 +20,8 @@ from .dali import DaliDecoder
 from .dali import available as dali_available
 from .dataset import EightBit
 from .identity import digest
-from .index import build_index, left_out, log, report_bad, shown
-from .labels import folders_of, read_labels
+from .index import Index, build_index, left_out, log, report_bad, shown
+from .labels import Column, Labels, folders_of, read_columns, read_labels
 from .pixels import resize, square, to_unit, with_channels
 
 GIB = 1 << 30
@@ -76,9 +76,8 @@ class Decoded(EightBit):
         labels: str = "",
         holdout_by: str = "",
     ) -> None:
-        self.index = build_index(Path(path), inspect, suffixes, what=what, max_bad=max_bad, configured_cache=cache_dir, names=names)
-        column = "" if holdout_by == "folder" else holdout_by
-        self.labels = read_labels(labels, self.index.names, self.index.bad, column) if labels else None
+        self.index = self._look(path, inspect, suffixes, what, names, max_bad, cache_dir)
+        self.label_table, self.labels = labels, self._labels(labels, holdout_by)
         if self.labels is not None:
             self.factor_names, self.attribute_names = self.labels.names, self.labels.attributes
         self.holdout_by = holdout_by
@@ -92,6 +91,26 @@ class Decoded(EightBit):
         self.dali = self._dali(decoder, size)
         self.device = torch.device("cpu" if self.dali is None or self.dali.device_id is None else f"cuda:{self.dali.device_id}")
         self.cache: PixelCache | None = None
+
+    def _look(
+        self,
+        path: str,
+        inspect: Callable[[Path], Any],
+        suffixes: frozenset[str],
+        what: str,
+        names: Sequence[str] | None,
+        max_bad: float,
+        cache_dir: str,
+    ) -> Index:
+        return build_index(Path(path), inspect, suffixes, what=what, max_bad=max_bad, configured_cache=cache_dir, names=names)
+
+    def _labels(self, labels: str, holdout_by: str) -> Labels | None:
+        column = "" if holdout_by == "folder" else holdout_by
+        return read_labels(labels, self.index.names, self.index.bad, column) if labels else None
+
+    def label_columns(self) -> dict[str, Column]:
+        """All that is known of each file of the index, as its table has it."""
+        return read_columns(self.label_table, self.index.names, self.index.bad) if self.label_table else {}
 
     def _dali(self, choice: str, size: int) -> DaliDecoder | None:
         """The decoder that `DataConfig.decoder` asks for: DALI's on this rank's GPU or the CPU, or None for Pillow and PyAV."""
@@ -143,10 +162,6 @@ class Decoded(EightBit):
     def facts(self) -> dict[str, Any]:
         index = self.index
         decoders = Counter((form, *self.decoder_of(n)) for n, form in enumerate(self.formats()))
-        kept = "not kept (data.cache_gib)"
-        if self.cache is not None:
-            room = self.count * self.cache.record / GIB
-            kept = f"kept in {index.cache}, {room:.2f} GiB when complete; later epochs and runs read them there"
         return {
             "folder": str(index.folder),
             "files": len(index.names),
@@ -154,6 +169,16 @@ class Decoded(EightBit):
             "decoders": [f"{count} x {form}: {decoder}, {why}" for (form, decoder, why), count in decoders.most_common()],
             "left out": left_out(index.others) or "no file with another ending",
             "unreadable": f"{len(index.bad)}" + (f": {shown(index.bad, SHOWN_BAD)}" if index.bad else ""),
+            **self.notes(),
+        }
+
+    def notes(self) -> dict[str, Any]:
+        """The last of `facts`: what is kept, how images are held out, what is not scored."""
+        kept = "not kept (data.cache_gib)"
+        if self.cache is not None:
+            room = self.count * self.cache.record / GIB
+            kept = f"kept in {self.index.cache}, {room:.2f} GiB when complete; later epochs and runs read them there"
+        return {
             "decoded pixels": kept,
             **({"held out by": f"{self.holdout_by}, {len({*self.groups})} groups"} if self.groups else {}),
             **({"not scored": ", ".join(self.labels.unscored)} if self.labels is not None and self.labels.unscored else {}),
@@ -187,6 +212,14 @@ class Decoded(EightBit):
         if len(bad) > self.max_bad * total:
             report_bad(self.index.folder, bad, total, self.max_bad, self.what, self.index.cache)
 
+    def any_lost(self) -> bool:
+        """Whether anything could not be read."""
+        return bool(self.lost)
+
+    def why_lost(self, name: str) -> str:
+        """Why a file of the index could not be read; "" where nothing is wrong with it so far."""
+        return self.lost.get(name, "")
+
     def _at(self, places: Sequence[int]) -> list[Tensor | None]:
         """[C, H, W] uint8 each; None where it cannot be decoded."""
         found = [self._kept(place) for place in places]
@@ -205,7 +238,7 @@ class Decoded(EightBit):
         for slot, pixels in enumerate(found):
             if pixels is None:
                 name = self.index.names[files[slot]]
-                absent[slot] = f"{printable(name)}: {self.lost.get(name, 'cannot be decoded')}"
+                absent[slot] = f"{printable(name)}: {self.why_lost(name) or 'cannot be decoded'}"
         nothing = torch.zeros(self.image_shape, dtype=torch.uint8, device=self.device)
         return torch.stack([nothing if pixels is None else pixels for pixels in found]), absent
 

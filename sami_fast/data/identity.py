@@ -12,7 +12,7 @@ from ..files import open_regular
 BLOCK, BLOCKS = 2**16, 2**10  # bytes, and how many such samples stand for a file that is larger than all of them: 64 MiB
 
 
-def content_of(path: Path) -> str:
+def content_of(path: Path, block: int = BLOCK, blocks: int = BLOCKS) -> str:
     """What a file holds, in 32 digits: its size and all of its bytes, or of a larger file samples at equal distances.
 
     Raises:
@@ -21,10 +21,10 @@ def content_of(path: Path) -> str:
     with open_regular(path) as stream:
         size = stream.seek(0, 2)
         digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
-        step = max(BLOCK, (size - BLOCK) // (BLOCKS - 1))
+        step = max(block, (size - block) // (blocks - 1))
         for place in range(0, size, step):
             stream.seek(place)
-            digest.update(stream.read(BLOCK))
+            digest.update(stream.read(block))
     return digest.hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Images of a folder, and CelebA: decoded by DALI or Pillow, cropped to a square, resized."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,20 +16,21 @@ from .decoded import Decoded, sizes
 from .labels import held_out_files
 from .pixels import square
 
+ImageFacts = tuple[int, int, str, bool]  # as of `image_facts`
 
-def _facts(path: Path) -> tuple[int, int, str, bool]:
+
+def _facts(path: Path) -> ImageFacts:
     return image_facts(read_image(path).tobytes())
 
 
-class ImageFolder(Decoded):
-    """Every image below a folder, in the order of their names.
+class Encoded(Decoded):
+    """Images of which each is the content of an image file, wherever that lies.
 
     Args:
-        path: The folder.
+        path, inspect, suffixes, what, names: As in `Decoded`.
         holdout: Share of the images, or of the groups of `holdout_by`, a fixed random choice, that only evaluation sees.
         split: 0 for training, 1 for evaluation.
-        names: The files of this dataset, already split, instead of all below the folder.
-        part: Which part these are, for the cache.
+        part: Which part these are, for the cache, where `names` are already split.
         crop: See `square`.
         others: Settings and errors as in `Decoded`.
     """
@@ -37,15 +38,18 @@ class ImageFolder(Decoded):
     def __init__(
         self,
         path: str,
+        inspect: Callable[[Path], Any],
+        suffixes: frozenset[str],
+        what: str,
+        names: Sequence[str] | None = None,
         *,
         holdout: float = 0.1,
         split: int = 0,
-        names: Sequence[str] | None = None,
         part: str = "",
         crop: str = "center",
         **others: Any,
     ) -> None:
-        super().__init__(path, _facts, image_suffixes(), "images", names, **others)
+        super().__init__(path, inspect, suffixes, what, names, **others)
         self.crop = crop
         self._not_dali: set[int] = set()  # places of images that DALI could not decode and Pillow could
         count = len(self.index.names)
@@ -57,14 +61,20 @@ class ImageFolder(Decoded):
     def from_config(cls, config: DataConfig, seed: int, split: int) -> Self:
         return cls(config.path, split=split, holdout=config.holdout, **cls.options(config))
 
-    def formats(self) -> list[str]:
-        return [form for _, _, form, _ in self.index.facts]
+    def encoded(self, place: int) -> np.ndarray:
+        """The content of an image file, by its place. [n] uint8.
 
-    def contents(self) -> dict[str, Any]:
-        return {"pixels": sizes([(width, height) for width, height, _, _ in self.index.facts])}
+        Raises:
+            OSError, BadFile: it cannot be read.
+        """
+        raise NotImplementedError
 
-    def decoder_of(self, number: int) -> tuple[str, str]:
-        kind, suits = self.index.facts[number][2:]
+    def facts_of(self, place: int, encoded: np.ndarray) -> ImageFacts:
+        """What is known of an image, by its place and its content. May raise `BadFile`."""
+        raise NotImplementedError
+
+    def described(self, kind: str, suits: bool) -> tuple[str, str]:
+        """Who decodes images of a format and mode, and why."""
         if self.dali is None:
             return "Pillow", "without DALI"
         return ("DALI", f"{kind} is one of its formats") if suits else ("Pillow", f"{kind} needs more than DALI's decoder does")
@@ -74,7 +84,7 @@ class ImageFolder(Decoded):
 
     def sources(self, index: Tensor) -> dict[str, list[Any]]:
         """Where images come from: "files", names relative to the folder."""
-        return {"files": [self.index.names[place] for place in self.places_of(index)]}
+        return {"files": [self.index.names[int(place)] for place in self.places_of(index)]}
 
     def decode(self, places: Sequence[int]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -84,16 +94,22 @@ class ImageFolder(Decoded):
 
     def _decode(self, places: Sequence[int]) -> list[Tensor | None]:
         encoded: dict[int, np.ndarray] = {}
+        facts: dict[int, ImageFacts] = {}
         for place in set(places):
-            if self.index.names[place] in self.lost:
+            if self.any_lost() and self.why_lost(self.index.names[place]):
                 continue
             try:
-                encoded[place] = read_image(self.index.folder / self.index.names[place])
+                data = self.encoded(place)
+                if self.dali:
+                    facts[place] = self.facts_of(place, data)
+                encoded[place] = data
             except (OSError, BadFile) as error:
-                self.lose(self.index.names[place], getattr(error, "strerror", None) or str(error))
+                name = self.index.names[place]
+                if not self.why_lost(name):  # else it is lost with all of its shard
+                    self.lose(name, getattr(error, "strerror", None) or str(error))
         found: dict[int, Tensor | None] = dict.fromkeys(places)
-        for_dali = [p for p in encoded if self.dali and self.index.facts[p][3] and p not in self._not_dali]
-        found |= self._by_dali({place: without_profile(encoded[place]) for place in for_dali})
+        for_dali = [p for p in facts if facts[p][3] and p not in self._not_dali]
+        found |= self._by_dali({place: without_profile(encoded[place]) for place in for_dali}, facts)
         for place, data in encoded.items():
             if found[place] is None:
                 try:
@@ -104,11 +120,11 @@ class ImageFolder(Decoded):
                     self.lose(self.index.names[place], str(error))
         return [found[place] for place in places]
 
-    def _by_dali(self, encoded: dict[int, np.ndarray]) -> dict[int, Tensor]:
+    def _by_dali(self, encoded: dict[int, np.ndarray], facts: dict[int, ImageFacts]) -> dict[int, Tensor]:
         """By DALI in one batch; where one of them is broken, each on its own, and those that fail are left out."""
         if not encoded or self.dali is None:
             return {}
-        boxes = [square(self.index.facts[place][1], self.index.facts[place][0], self.crop) for place in encoded]
+        boxes = [square(facts[place][1], facts[place][0], self.crop) for place in encoded]
         try:
             decoded = self.dali.images([*encoded.values()], boxes)
             inside = self.dali.resize_inside
@@ -116,7 +132,35 @@ class ImageFolder(Decoded):
         except RuntimeError:
             if len(encoded) == 1:
                 return {}
-            return {place: pixels for one in encoded for place, pixels in self._by_dali({one: encoded[one]}).items()}
+            return {place: pixels for one in encoded for place, pixels in self._by_dali({one: encoded[one]}, facts).items()}
+
+
+class ImageFolder(Encoded):
+    """Every image below a folder, in the order of their names.
+
+    Args:
+        path: The folder.
+        names: The files of this dataset, already split, instead of all below the folder.
+        others: Settings and errors as in `Encoded`.
+    """
+
+    def __init__(self, path: str, *, names: Sequence[str] | None = None, **others: Any) -> None:
+        super().__init__(path, _facts, image_suffixes(), "images", names, **others)
+
+    def formats(self) -> list[str]:
+        return [form for _, _, form, _ in self.index.facts]
+
+    def contents(self) -> dict[str, Any]:
+        return {"pixels": sizes([(width, height) for width, height, _, _ in self.index.facts])}
+
+    def decoder_of(self, number: int) -> tuple[str, str]:
+        return self.described(*self.index.facts[number][2:])
+
+    def encoded(self, place: int) -> np.ndarray:
+        return read_image(self.index.folder / self.index.names[place])
+
+    def facts_of(self, place: int, encoded: np.ndarray) -> ImageFacts:
+        return self.index.facts[place]
 
 
 class CelebA(ImageFolder):

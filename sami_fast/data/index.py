@@ -50,10 +50,10 @@ class Index:
 
     folder: Path
     cache: Path
-    names: list[str]
-    facts: list[Any]
+    names: Sequence[str]
+    facts: Sequence[Any]
     bad: dict[str, str]
-    contents: list[str]
+    contents: Sequence[str]
     others: Mapping[str, int]
 
     @property
@@ -111,6 +111,8 @@ def build_index(
     max_bad: float,
     configured_cache: str = "",
     names: Sequence[str] | None = None,
+    content: Callable[[Path], str] = content_of,
+    piece: int = 0,
 ) -> Index:
     """Look at every file of a folder, or only at those that are new or changed since the last time.
 
@@ -122,6 +124,8 @@ def build_index(
         max_bad: Largest share of unusable files.
         configured_cache: `DataConfig.cache_dir`.
         names: The files, if they are listed somewhere, instead of all below the folder.
+        content: What a file holds, in a few digits.
+        piece: Files after which what was found in them is kept; 0: `PIECE`.
     Raises:
         UserError: no such folder, no usable file, or more unusable files than `max_bad` allows.
     """
@@ -157,7 +161,7 @@ def build_index(
                 held = _read(file)
                 known |= held | _read_lines(lines)  # another process may have looked meanwhile
                 if stale := _stale(folder, known, stats):
-                    for entries in _look(folder, {name: stats[name] for name in stale}, inspect, what):
+                    for entries in _look(folder, {name: stats[name] for name in stale}, inspect, what, content, piece or PIECE):
                         known |= entries
                         _append(lines, entries)
                     kept = known if names is not None else {name: known[name] for name in listed}
@@ -190,7 +194,9 @@ def _stale(folder: Path, known: Mapping[str, Entry], stats: Mapping[str, Entry])
     ]
 
 
-def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], Any], what: str) -> Iterator[dict[str, Entry]]:
+def _look(
+    folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], Any], what: str, content: Callable[[Path], str], piece: int
+) -> Iterator[dict[str, Entry]]:
     """What is found in files, some at a time. `stats` of each were taken before."""
 
     def one(name: str) -> Entry:
@@ -199,7 +205,7 @@ def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], An
             if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe or a device may never end
                 raise BadFile("not a regular file")
             facts = inspect(path)
-            return [*stats[name], "", content_of(path), facts]
+            return [*stats[name], "", content(path), facts]
         except BadFile as error:
             return [*stats[name], str(error), "", None]
         except PermissionError:
@@ -209,9 +215,9 @@ def _look(folder: Path, stats: Mapping[str, Entry], inspect: Callable[[Path], An
 
     begin = told = time.monotonic()
     waiting = list(stats)
-    with ThreadPoolExecutor(INSPECTORS) as pool, bar(len(waiting), f"looking at {plain(folder.name)}", what) as progress:
-        for first in range(0, len(waiting), PIECE):
-            names = waiting[first : first + PIECE]
+    with ThreadPoolExecutor(INSPECTORS) as pool, bar(len(waiting), f"looking at {printable(folder.name)}", what) as progress:
+        for first in range(0, len(waiting), piece):
+            names = waiting[first : first + piece]
             yield dict(zip(names, pool.map(one, names), strict=True))
             progress.update(len(names))
             done, now = first + len(names), time.monotonic()

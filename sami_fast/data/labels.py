@@ -2,9 +2,10 @@
 
 import csv
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 import numpy as np
 
@@ -17,6 +18,25 @@ MAX_CATEGORIES = 20  # different texts of a column that are told apart; a column
 TRUTH = {"true": 1.0, "false": 0.0}
 
 Table = dict[str, list[str]]  # columns of equal length by name; a cell without a value is ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of texts, in a form that stays small where they repeat.
+
+    Args:
+        texts: The different ones, without blanks around them; "" where there is none.
+        codes: Which of them each row has. [N] int32.
+    """
+
+    texts: list[str]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, cells: Iterable[str]) -> Self:
+        texts: dict[str, int] = {}
+        codes = np.fromiter((texts.setdefault(cell.strip(), len(texts)) for cell in cells), np.int32)
+        return cls([*texts], codes)
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,11 @@ def read_labels(path: str, files: Sequence[str], ignored: Collection[str] = (), 
         UserError: missing or damaged table, no such column, no column to score, a file that is missing here or there or is twice, a cell
             that is no number among numbers.
     """
+    return labels_of(read_columns(path, files, ignored, group), files, path, group)
+
+
+def read_columns(path: str, files: Sequence[str], ignored: Collection[str] = (), group: str = "") -> dict[str, Column]:
+    """The columns of a table but that of the files, with a row for each file. Arguments and errors as in `read_labels`."""
     table = _read(Path(path))
     key = next((name for name in FILE_COLUMNS if name in table), next(iter(table)))
     if group and group not in table:
@@ -67,22 +92,35 @@ def read_labels(path: str, files: Sequence[str], ignored: Collection[str] = (), 
         raise UserError(f"data.labels: column {key!r} of {path} names {found}")
     if missing := [name for name in files if name not in rows]:
         raise UserError(f"data.labels: {len(missing)} of {len(files)} files have no row in {path}, such as {missing[0]}")
+    order = [rows[name] for name in files]
+    return {name: Column.of(cells[row] for row in order) for name, cells in table.items() if name == group or name != key}
 
-    columns: dict[str, np.ndarray] = {}
+
+def labels_of(columns: Mapping[str, Column], files: Sequence[str], path: str, group: str = "") -> Labels:
+    """Factors and attributes by the rules of `read_labels`.
+
+    Args:
+        columns: By name; each has a row for every file.
+        files, group: As in `read_labels`.
+        path: Where the columns stand, for messages.
+    Raises:
+        UserError: no column to score, or a cell that is no number among numbers.
+    """
+    scored: dict[str, np.ndarray] = {}
     attributes, unscored = set(), []
-    for name, cells in table.items():
-        if name in (key, group):
+    for name, column in columns.items():
+        if name == group:
             continue
-        found = _column(name, {file: cells[rows[file]] for file in files}, path)
-        columns |= found
+        found = _scored(name, column, files, path)
+        scored |= found
         attributes |= {one for one, values in found.items() if len(np.unique(values)) == 2}
         unscored += [] if found else [name]
-    if not columns and not group:
+    if not scored and not group:
         wanted = f"different numbers, true and false, or 2 to {MAX_CATEGORIES} different texts"
         raise UserError(f"data.labels: no column of {path} has {wanted}")
-    values = np.column_stack([*columns.values()]) if columns else np.empty((len(files), 0))
-    groups = [table[group][rows[file]] for file in files] if group else None
-    return Labels(tuple(columns), frozenset(attributes), values.astype(np.float32), groups, tuple(unscored))
+    values = np.column_stack([*scored.values()]) if scored else np.empty((len(files), 0))
+    groups = [columns[group].texts[code] for code in columns[group].codes] if group else None
+    return Labels(tuple(scored), frozenset(attributes), values.astype(np.float32), groups, tuple(unscored))
 
 
 def held_out_files(files: Sequence[str], groups: Sequence[str] | None, holdout: float, split: int) -> np.ndarray:
@@ -111,30 +149,31 @@ def folders_of(files: Sequence[str]) -> list[str]:
     return [PurePosixPath(file).parent.name for file in files]
 
 
-def _column(name: str, cells: dict[str, str], path: str) -> dict[str, np.ndarray]:
-    """The factor or the attributes of one column, [N] float64 by name; {} where there are none. `cells` are by file."""
-    texts = [cell.strip() for cell in cells.values()]
+def _scored(name: str, column: Column, files: Sequence[str], path: str) -> dict[str, np.ndarray]:
+    """The factor or the attributes of one column, [N] float64 by name; {} where there are none."""
+    texts, codes = column.texts, column.codes
     if {text.lower() for text in texts} <= TRUTH.keys():
         numbers: list[float | None] = [TRUTH[text.lower()] for text in texts]
     else:
         numbers = [_number(text) for text in texts]
     if any(number is not None for number in numbers):
-        for (file, cell), number in zip(cells.items(), numbers, strict=True):
-            if number is None:
-                raise UserError(f"data.labels: expected a number in column {name!r} of {path} for {file}, found {cell[:40]!r}")
-        values = np.array(numbers, np.float64)
+        if None in numbers:
+            row = int(np.flatnonzero(np.isin(codes, [code for code, number in enumerate(numbers) if number is None]))[0])
+            found = texts[codes[row]][:40]
+            raise UserError(f"data.labels: expected a number in column {name!r} of {path} for {files[row]}, found {found!r}")
+        values = np.array(numbers, np.float64)[codes]
         different = np.unique(values)
         if len(different) == 2:
             values = (values == different[1]).astype(np.float64)
         return {name: values} if len(different) > 1 else {}
-    categories = sorted({*texts})
+    categories = sorted(texts)
     if not 2 <= len(categories) <= MAX_CATEGORIES:
         return {}
     if "" in categories:
-        file = next(file for file, cell in cells.items() if not cell.strip())
-        raise UserError(f"data.labels: expected a text in column {name!r} of {path} for {file}, found none")
+        row = int(np.flatnonzero(codes == texts.index(""))[0])
+        raise UserError(f"data.labels: expected a text in column {name!r} of {path} for {files[row]}, found none")
     told = categories[1:] if len(categories) == 2 else categories  # of two, one says all
-    return {f"{name}={category}": np.array([float(text == category) for text in texts]) for category in told}
+    return {f"{name}={category}": (codes == texts.index(category)).astype(np.float64) for category in told}
 
 
 def _number(text: str) -> float | None:
