@@ -349,7 +349,7 @@ def test_numbers_of_an_option_take_no_other_words():
 
 
 @pytest.mark.parametrize(
-    "command", ["encode", "sample", "reconstruct", "traverse", "interpolate", "edit", "evaluate", "axes", "report", "train"]
+    "command", ["encode", "sample", "reconstruct", "traverse", "interpolate", "edit", "evaluate", "axes", "report", "explore", "train"]
 )
 def test_every_command_that_runs_a_model_takes_threads_and_a_device(command):
     assert {"--threads", "--device"} <= subcommands()[command]._option_string_actions.keys()
