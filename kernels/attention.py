@@ -299,7 +299,8 @@ def _attention_bwd_kv_kernel(
         products = _product(k, k_rows, k_start, q, q_rows, q_start, HEAD_SIZE, BLOCK_C)
         # P is zero in rows beyond the last query. Results of keys beyond the last one are never stored.
         top, log_total = _statistics(lse_ptr + stats, rows, num_stats, rows < num_queries)
-        p = _probabilities(products, scale, top[None, :], log_total[None, :], keys[:, None] <= (rows + reach)[None, :])
+        last_seen = tl.where(rows < num_queries, rows + reach, -1)  # nothing for those beyond, whose zeros times infinity would be NaN
+        p = _probabilities(products, scale, top[None, :], log_total[None, :], keys[:, None] <= last_seen[None, :])
         dv = _weighted(p, grad_out, grad_out_rows, q_start, HEAD_SIZE, BLOCK_C, dv)
         delta = tl.load(delta_ptr + stats + rows, mask=rows < num_queries, other=0.0)
         ds = p * (_product(v, v_rows, k_start, grad_out, grad_out_rows, q_start, HEAD_SIZE, BLOCK_C) - delta[None, :])

@@ -228,8 +228,6 @@ def test_keys_that_count_for_nothing(core, hidden):
     assert relative_error(lse, expected_lse) < 1e-6
     nothing, _ = core.attention_fwd(q, k[:, :200], v[:, :200], 1.0, False)
     assert nothing.isnan().all()
-    if core.backend == "triton":  # the rows that fill up a block of queries make its dk and dv NaN: a selection more would spill registers
-        return
     _, *found = core.attention_bwd(given["grad_out"], q, k, v, out, lse, 1.0, False)
     _, *expected = core.attention_bwd(given["grad_out"], q, k[:, 200:], v[:, 200:], out, lse, 1.0, False)
     for of_all, of_rest in zip(found, expected, strict=True):
