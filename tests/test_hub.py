@@ -201,6 +201,7 @@ def test_a_card_tells_of_the_run(tmp_path):
         "kl_per_dim": [1.0, 2.0],
         "elbo_nats": None,
         "untrained": {"mcc": 0.1},
+        "pca": {"linear_r2": {"x": 0.25, "y": 0.75}},
         "health": {"word": "healthy", "reason": "2 of 3 latents hold 4.0 nats.", "remedy": ""},
     }
     config = {"data": {"kind": "disks", "path": "/home/me/faces", "image_size": 16}, "runs_dir": "/home/me/runs", "train": {"steps": 50}}
@@ -214,8 +215,9 @@ def test_a_card_tells_of_the_run(tmp_path):
     assert repocard.ModelCard(card).data.library_name == "sami-fast"
     assert text.startswith("# disks\n")
     assert "3 latents of images of 1 x 8 x 8" in text
-    assert "| mcc | 0.9346 |\n" in text
-    assert "| linear\\_r2, mean | 0.75 |\n" in text
+    assert "| Score | This model | Untrained encoder | PCA |\n| --- | --- | --- | --- |\n" in text
+    assert "| mcc | 0.9346 | 0.1 |  |\n" in text
+    assert "| linear\\_r2, mean | 0.75 |  | 0.5 |\n" in text
     assert "untrained" not in text
     assert "**Health of the run:** healthy: 2 of 3 latents hold 4.0 nats." in text
     assert "/home/me" not in card  # whose files they were is nobody's business

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,11 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: s
     if isinstance(health := scores.get("health"), dict):
         yield ""
         yield f"**Health of the run:** {escaped(health.get('word', ''))}: {escaped(health.get('reason', ''))}"
-    if table := list(_table(scores)):
+    beside = {key: title for key, title in BESIDE.items() if isinstance(scores.get(key), dict)}
+    if table := list(_table(scores, beside)):
         yield from ("", "## Scores", "", "On held-out images where there are any. What each means: the documentation of sami-fast.", "")
-        yield f"| Score | This model | {' | '.join(BESIDE.values())} |"
-        yield "| --- |" + " --- |" * (1 + len(BESIDE))
+        yield f"| {' | '.join(['Score', 'This model', *beside.values()])} |"
+        yield "| --- |" + " --- |" * (1 + len(beside))
         yield from table
     if config:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))
@@ -87,12 +88,11 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: s
     yield ""
 
 
-def _table(scores: Mapping[str, Any]) -> Iterator[str]:
-    """Every single number of a report, and the mean of those by factor, beside what the untrained encoder, PCA and pixels score."""
+def _table(scores: Mapping[str, Any], beside: Iterable[str]) -> Iterator[str]:
+    """Every single number of a report, and the mean of those by factor, beside what others score of it."""
     for name, value in scores.items():
         if name not in SKIPPED and (own := _mean(value)) is not None:
-            others = [scores[key] if isinstance(scores.get(key), dict) else {} for key in BESIDE]
-            cells = [own, *(_mean(each.get(name)) for each in others)]
+            cells = [own, *(_mean(scores[key].get(name)) for key in beside)]
             shown = [escaped(name + (", mean" if isinstance(value, dict) else "")), *("" if n is None else f"{n:.4g}" for n in cells)]
             yield f"| {' | '.join(shown)} |"
 
