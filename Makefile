@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/disks.yaml
 ARGS ?=
 
-.PHONY: install train test bench lint docs cuda cuda-emulated recovery methods pretrained claims clean
+.PHONY: install train test bench lint docs cuda cuda-emulated recovery methods pretrained claims cluster clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,11 @@ pretrained: install
 # Everything that docs/results.md claims of learning, trained and judged: many hours on two cores; ARGS="--only rooms" is a part of it.
 claims: install
 	$(BIN)/python -m benchmarks.claims $(ARGS)
+
+# Hosts in namespaces of this machine, by hostfile and by Slurm, and all that may happen to them: Linux and root, and the Debian packages
+# openssh-server, pdsh, slurm-wlm, munge; skipped with the reason elsewhere. A quarter of an hour; ARGS="-k hostfile" is a part of it.
+cluster: install
+	$(BIN)/python -m pytest -s tests/cluster $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sami_fast/*.so .pytest_cache .ruff_cache

@@ -37,7 +37,7 @@ class RankLostError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came. Commands say how to go on and exit with its status, 130 or 143.
+    """Ctrl-C, SIGTERM or SIGUSR1 came. Commands say how to go on and exit with its status, 130, 143 or 138.
 
     Args:
         number: Of the signal.

@@ -288,7 +288,9 @@ class Trainer:
 
     def say(self, message: str) -> None:
         if self.chief:
-            print(printable(message), flush=True)
+            # Who reads it may be gone with the connection to this machine: the watch notices, and the step is kept.
+            with suppress(BrokenPipeError) if self.world_size > 1 else nullcontext():
+                print(printable(message), flush=True)
 
     def _refuse_others(self) -> None:
         """Before anything is written there: what lies in the folder must be of this run.
@@ -758,7 +760,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """What the arguments of `parse`, or of `sami-fast train`, ask for.
 
-    Exit status: 0 done, 1 stopped by bad numbers or a lost rank, 2 something the user gave cannot work, 130 Ctrl-C, 143 SIGTERM.
+    Exit status: 0 done, 1 stopped by bad numbers or a lost rank, 2 something the user gave cannot work, 130 Ctrl-C, 143 SIGTERM,
+    138 SIGUSR1.
     """
     if arguments.cpu_threads:
         arguments.overrides = [*arguments.overrides, f"engine.threads={arguments.cpu_threads}"]
@@ -787,7 +790,8 @@ def _ended(error: BaseException, arguments: argparse.Namespace) -> int:
         end_run(f"{type(error).__name__}: {error}", 1)
         raise error
     if says:
-        print(printable(f"sami-fast: {words}"), file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(printable(f"sami-fast: {words}"), file=sys.stderr, flush=True)
     end_run(words, status)
     return status
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import TINY, assert_same_weights, rows, tiny
@@ -23,7 +24,7 @@ from kill_campaign import campaign
 from sami_fast.engine import checkpoints, interruption
 from sami_fast.engine import watch as watching
 from sami_fast.engine.processes import init_distributed
-from sami_fast.engine.watch import Watch, meet, named
+from sami_fast.engine.watch import Watch, interface, meet, named
 from sami_fast.errors import Interrupted, RankLostError, UserError
 from sami_fast.train import main, train
 
@@ -333,6 +334,61 @@ def test_nobody_is_blamed_while_all_are_there(port):
 def test_ranks_in_words():
     assert named([3]) == "rank 3"
     assert named(range(20)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+    assert named([1, 3], {0: "a", 1: "a", 2: "b", 3: "b"}) == "ranks 1 on a, 3 on b"
+
+
+RANK = """
+import sys, time
+from sami_fast.engine import watch
+watch.GRACE = 1.0
+rank = int(sys.argv[1])
+own = watch.Watch(rank, 2, watch.meet(rank, 2, 60.0), 3.0)
+time.sleep(3 * watch.BEAT)
+print("met", flush=True)
+own.told("a word that never comes")
+"""
+
+
+def test_a_machine_that_is_cut_off_is_named(port):
+    """The connection to the store of rank 0 stays open, and nobody answers there: whoever asks it for anything would wait for good."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first, second = (subprocess.Popen([sys.executable, "-c", RANK, str(rank)], **pipes) for rank in (0, 1))
+    try:
+        assert [rank.stdout.readline() for rank in (first, second)] == ["met\n"] * 2
+        first.send_signal(signal.SIGSTOP)
+        _, said = second.communicate(timeout=120)
+        assert (second.returncode, said) == (1, "sami-fast: rank 0 ended without a word, or answers no more\n")
+    finally:
+        first.kill()
+        second.kill()
+
+
+def test_the_interface_to_other_machines(port):
+    """All on one machine: none is better than another. One elsewhere: that by which it is reached, whatever this machine's name means."""
+    with ThreadPoolExecutor(2) as pool:
+        stores = together(port)
+        assert list(pool.map(lambda rank: interface(stores[rank], rank, 2), (0, 1))) == ["", ""]
+    own = next(
+        (p.address for places in psutil.net_if_addrs().values() for p in places if p.family == socket.AF_INET and "127." not in p.address),
+        "",
+    )
+    if not own:
+        pytest.skip("this machine has no network")
+    name = interface(OneElsewhere(stores[0], own), 0, 2)
+    assert own in [place.address for place in psutil.net_if_addrs()[name]]
+
+
+class OneElsewhere:
+    """A store where rank 1 has left the address of another machine: any that is not this one's loopback."""
+
+    def __init__(self, store, address):
+        self.store, self.address = store, address
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def get(self, key):
+        return self.address.encode() if key == "address 1" else self.store.get(key)
 
 
 # ---- all of it together

@@ -1,16 +1,17 @@
-"""Ctrl-C and SIGTERM: while steps are taken they wait for the end of a step, which is then kept; elsewhere they end the program at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1, by which batch systems announce an end: while steps are taken they wait for the end of a step, which is then
+kept; elsewhere they end the program at once."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..environment import is_first_rank
 from ..errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 _asked = 0  # the signal that came first
 _presses = 0  # of Ctrl-C
@@ -20,7 +21,7 @@ _answer = ""  # to one that has to
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, the two signals do what this module says, if this is the main thread: no other can ask for signals."""
+    """Inside, these signals do what this module says, if this is the main thread: no other can ask for signals."""
     global _asked, _presses
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -46,7 +47,8 @@ def _arrived(number: int, frame: FrameType | None) -> None:
     if not _waiting:
         raise Interrupted(number)
     if _answer and is_first_rank():
-        os.write(2, f"{_answer}\n".encode())  # print may be what the signal has interrupted
+        with suppress(BrokenPipeError):
+            os.write(2, f"{_answer}\n".encode())  # print may be what the signal has interrupted
 
 
 def asked() -> int:

@@ -17,7 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store
 from ..environment import whole_number
 from ..errors import RankLostError, UserError
 from ..methods.ranks import ranks
-from .watch import Watch, meet
+from .watch import Watch, interface, meet
 
 _watch: Watch | None = None
 _actions = itertools.count()  # every rank counts the same
@@ -113,6 +113,8 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed asks for it, launcher or not
         store = meet(rank, world_size, patience)
         store.set_timeout(collective_timeout())  # of what the group waits for there; the ranks have met
+        if device.type == "cpu" and not os.environ.get("GLOO_SOCKET_IFNAME") and (name := interface(store, rank, world_size)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
         join_group(device, rank, world_size, store)
     if _watch is None:
         _watch = Watch(rank, world_size, store, patience)

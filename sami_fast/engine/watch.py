@@ -5,6 +5,7 @@ keys and values, the one at which torch's process groups meet, from a thread tha
 """
 
 import atexit
+import ipaddress
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
 import psutil
@@ -25,12 +27,14 @@ BEAT = 1.0  # seconds between two signs of life
 SPEAK = 10.0  # seconds of waiting before it is said who is waited for
 GRACE = 10.0  # seconds in which a process may end by itself once the run has ended
 ENDED = "ended"  # key of who ended the run, and why
+LEFT = "left"  # key of the first rank whose launcher is gone
 
 
-def named(ranks: Iterable[int]) -> str:
-    """Ranks in words; of many, the first."""
+def named(ranks: Iterable[int], hosts: Mapping[int, str] | None = None) -> str:
+    """Ranks in words, and where each is; of many, the first."""
     ranks = list(ranks)
-    text = ", ".join(str(rank) for rank in ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    words = [f"{rank} on {hosts[rank]}" if hosts and rank in hosts else str(rank) for rank in ranks[:8]]
+    text = ", ".join(words) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
@@ -59,18 +63,48 @@ def meet(rank: int, world_size: int, patience: float) -> Store:
         wait_for(lambda: f"rank 0, at {_place()},", rank == 1)  # it holds the store: who else is missing cannot be known yet
     if store.add(f"rank {rank}", 1) > 1:
         raise UserError(f"MASTER_PORT: another training uses {_place()} already; {OTHER_PORT}")
-    store.set(f"alive {rank}", "0")
+    store.set(f"alive {rank}", _sign(0))
     while away := [other for other in range(world_size) if not store.check([f"alive {other}"])]:
         wait_for(lambda away=away: named(away), rank == 0)
         time.sleep(0.05)
     return store
 
 
+def interface(store: Store, rank: int, world_size: int) -> str:
+    """Of this machine's network interfaces, that by which other machines reach it; empty where all ranks are on one, or it is not found.
+
+    Gloo would take the address of the machine's name: on many machines that is the machine itself, or there is none.
+    """
+    target = (os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 0))
+    store.set(f"address {rank}", _own_address(*target) if rank else "")
+    told = [store.get(f"address {other}").decode() for other in range(world_size)]
+    outside = [address for address in told if address and not ipaddress.ip_address(address).is_loopback]
+    own = told[rank] if told[rank] in outside else _own_address(outside[0], target[1]) if outside else ""
+    return next((name for name, places in psutil.net_if_addrs().items() if own in [place.address for place in places]), "")
+
+
+def _own_address(host: str, port: int) -> str:
+    """That from which this machine would speak to another; empty if it cannot. Nothing is sent."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as ours:
+            ours.connect(place)
+            return ours.getsockname()[0]
+    except OSError:
+        return ""
+
+
 OTHER_PORT = "give the launcher another port, deepspeed --master_port 29501"
 
 
+def _sign(beat: int) -> str:
+    """Of life: how many there were, and the host they come from."""
+    return f"{beat} {socket.gethostname()}"
+
+
 def _place() -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = os.environ["MASTER_ADDR"]
+    return f"{f'[{address}]' if ':' in address else address}:{os.environ['MASTER_PORT']}"
 
 
 def _store(rank: int, seconds: float) -> Store | None:
@@ -98,7 +132,7 @@ def _reason(error: Exception) -> str:
 
 
 class Watch:
-    """A thread beside training: this rank's signs of life, and an eye on the other ranks and the launcher.
+    """Threads beside training: this rank's signs of life, and an eye on the other ranks, the launcher and the machine with the store.
 
     Args:
         rank, world_size: This process among all.
@@ -114,18 +148,20 @@ class Watch:
         self._over, self._known = threading.Event(), threading.Event()  # the run; who is lost
         self._farewell: dict | None = None  # rank, words and status of who ended the run
         self._answers = 0  # of the store, so far
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
-        if store and rank:
-            threading.Thread(target=self._mind_the_store, name="watch of the store", daemon=True).start()
+        self._hosts: dict[int, str] = {}  # of each rank, where there are several
+        looks = [self._look, *([self._mind_the_store] if store and rank else [])]
+        self._threads = [threading.Thread(target=look, name="watch", daemon=True) for look in looks]
         if store or self._launchers:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
             atexit.register(self.close)  # torch aborts the process if its end finds a thread inside the store
 
     def close(self) -> None:
         """The run is over: nobody is missed any more."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(GRACE)  # the store may answer no more
         atexit.unregister(self.close)
 
     def end(self, words: str, status: int) -> None:
@@ -165,12 +201,12 @@ class Watch:
         if self._store is None:
             return None
         try:
-            before = self._counts()
+            before = self._signs(self._store)
             for _ in range(4):
                 time.sleep(BEAT)
                 if self._farewell:
                     return self._lost([])
-            silent = [rank for rank, count in self._counts().items() if count == before[rank]]
+            silent = [rank for rank, sign in self._signs(self._store).items() if sign == before[rank]]
         except RuntimeError:
             return self._lost([0])
         return self._lost(silent) if silent else None
@@ -178,31 +214,38 @@ class Watch:
     def _lost(self, silent: list[int]) -> RankLostError:
         """In words, which one rank says: rank 0, if it is there."""
         if (farewell := self._farewell) is not None:
-            return RankLostError(f"rank {farewell['rank']}: {farewell['words']}", self.rank == 0, farewell["status"], explained=True)
+            who = named([farewell["rank"]], self._hosts)
+            return RankLostError(f"{who}: {farewell['words']}", self.rank == 0, farewell["status"], explained=True)
         speaks = self.rank == (1 if 0 in silent else 0)
-        return RankLostError(f"{named(silent)} ended without a word, or answers no more", speaks)
+        return RankLostError(f"{named(silent, self._hosts)} ended without a word, or answers no more", speaks)
 
-    def _counts(self) -> dict[int, bytes]:
-        assert self._store is not None
+    def _signs(self, store: Store) -> dict[int, bytes]:
+        """The last sign of life of each other rank."""
         ranks = [rank for rank in range(self.world_size) if rank != self.rank]
-        return dict(zip(ranks, self._store.multi_get([f"alive {rank}" for rank in ranks]), strict=True))
+        return dict(zip(ranks, store.multi_get([f"alive {rank}" for rank in ranks]), strict=True))
 
     def _look(self) -> None:
-        beat, heard = 0, {}  # time is counted in beats: who has been stopped, as by Ctrl-Z, misses nobody
+        beat, heard, left = 0, {}, False  # time is counted in beats: who has been stopped, as by Ctrl-Z, misses nobody
         while not self._over.wait(BEAT):
             if self._launchers and not _are_there(self._launchers):
-                self._launchers = []
-                if speaks():
-                    print("the launcher has ended", file=sys.stderr, flush=True)
+                self._launchers, left = [], True
                 os.kill(os.getpid(), signal.SIGTERM)
+                if speaks():
+                    _say("the launcher has ended")
             if self._beats is None:
                 continue
             beat += 1
             try:
-                self._beats.set(f"alive {self.rank}", str(beat))
+                self._beats.set(f"alive {self.rank}", _sign(beat))
+                if left:
+                    self._beats.compare_set(LEFT, "", str(self.rank))
+                self._hosts = self._hosts if beat > 1 else self._places(self._beats)
                 if self._beats.check([ENDED]):
                     self._farewell = json.loads(self._beats.get(ENDED))
-                silent = self._silent(heard, beat) if self.rank == 0 else []
+                if not left and self._beats.check([LEFT]):
+                    left = True
+                    self._tell_who_left(int(self._beats.get(LEFT)))
+                silent = self._silent(self._beats, heard, beat) if self.rank == 0 else []
             except RuntimeError:
                 silent = [0]
             self._answers += 1
@@ -214,42 +257,59 @@ class Watch:
         lost = self._lost(silent)
         if silent and self.rank == 0:
             self.end(str(lost), lost.status)
-        # The main thread ends by itself, unless it waits in a collective that nobody will ever answer.
-        if not self._over.wait(GRACE):
-            _leave(lost)
+        self._end_process(lost)
 
     def _mind_the_store(self) -> None:
-        """End this process where rank 0, which holds the store, lives and answers no more: asking it would wait for ever, in any thread."""
+        """End this process where rank 0, which holds the store, hangs or is cut off: asking it waits for ever, in any thread."""
         waited, answers = 0.0, 0
         while not (self._over.wait(BEAT) or self._known.is_set()):
             waited, answers = waited + BEAT if self._answers == answers else 0.0, self._answers
             if waited > self.patience:
-                _leave(self._lost([0]))
+                return self._end_process(self._lost([0]))
 
-    def _silent(self, heard: dict[int, tuple[bytes, int]], beat: int) -> list[int]:
-        """Ranks whose count has stood still for too long; `heard` is at which beat each was last seen to change."""
-        for rank, count in self._counts().items():
-            if rank not in heard or heard[rank][0] != count:
-                heard[rank] = count, beat
+    def _end_process(self, lost: RankLostError) -> None:
+        """The main thread ends by itself, unless it waits in a collective that nobody will ever answer."""
+        if not self._over.wait(GRACE):
+            if lost.speaks:
+                _say(f"sami-fast: {lost}")
+            os._exit(lost.status)
+
+    def _places(self, store: Store) -> dict[int, str]:
+        """The host of each rank; none where all have the same."""
+        hosts = {rank: sign.decode().partition(" ")[2] for rank, sign in self._signs(store).items()} | {self.rank: socket.gethostname()}
+        return hosts if len(set(hosts.values())) > 1 else {}
+
+    def _tell_who_left(self, rank: int) -> None:
+        if self.rank == (1 if rank == 0 else 0):
+            _say(f"{named([rank], self._hosts)}: the launcher has ended, or the connection to it")
+
+    def _silent(self, store: Store, heard: dict[int, tuple[bytes, int]], beat: int) -> list[int]:
+        """Ranks whose sign has stood still for too long; `heard` is at which beat each was last seen to change."""
+        for rank, sign in self._signs(store).items():
+            if rank not in heard or heard[rank][0] != sign:
+                heard[rank] = sign, beat
         return [rank for rank, (_, when) in heard.items() if (beat - when) * BEAT > self.patience]
 
 
-def _leave(lost: RankLostError) -> None:
-    """End the process, whatever its threads wait for."""
-    if lost.speaks:
-        print(f"sami-fast: {lost}", file=sys.stderr, flush=True)
-    os._exit(lost.status)
+def _say(words: str) -> None:
+    with suppress(OSError):  # with the launcher may be gone who reads it
+        print(words, file=sys.stderr, flush=True)
 
 
 def _launchers() -> list[int]:
-    """Processes that look after this rank, upwards: DeepSpeed's launcher and the command behind it, or torchrun. A shell may end."""
+    """Processes that look after this rank, upwards: DeepSpeed's launcher and the command behind it, or the connection that the command has
+    to this machine; or torchrun. A shell may end."""
     if not os.environ.get("RANK"):
         return []
     try:
         parent = psutil.Process(os.getppid())
         if "deepspeed.launcher.launch" in parent.cmdline():
-            command = parent.parent()
-            return [parent.pid, command.pid] if command and "deepspeed" in " ".join(command.cmdline()) else [parent.pid]
+            launchers, above = [parent.pid], parent.parent()
+            words = " ".join(above.cmdline()) if above else ""
+            if above and "deepspeed" in words:
+                launchers.append(above.pid)
+                above = above.parent() if "deepspeed.launcher.launch" in words else None  # a shell that does what the command has asked
+            return [*launchers, above.pid] if above and above.name() == "sshd" else launchers
     except psutil.Error:
         return []
     return [parent.pid] if "TORCHELASTIC_RUN_ID" in os.environ else []
