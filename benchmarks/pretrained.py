@@ -33,7 +33,7 @@ from .tables import publish
 MIN_R2, MAX_SHARE = 0.9, 1 / 3
 # What differs from configs/disks_joint.yaml: short, a beta for the little that a strong denoiser leaves to gain, and a clip that holds what
 # the first steps found while the learning rate rises.
-FROZEN = ["train.mode=frozen", "train.steps=400", "train.bank_steps=120", "encoder.start=denoiser", "objective.time_power=2"]
+FROZEN = ["train.mode=frozen", "train.steps=600", "train.bank_steps=120", "encoder.start=denoiser", "objective.time_power=2"]
 FROZEN += ["kl_weight.start=0.05", "kl_weight.end=0.02", "optimizer.encoder_lr=0.002", "optimizer.warmup_steps=20"]
 FROZEN += ["optimizer.clip=0.5", "optimizer.ema_decay=0.95"]
 IMAGES = 4000
