@@ -363,6 +363,22 @@ def test_a_machine_that_is_cut_off_is_named(port):
         second.kill()
 
 
+def test_a_first_rank_ends_where_torchrun_with_the_store_is_cut_off(port):
+    holds = f"import torch.distributed as d; s = d.TCPStore('127.0.0.1', {port}, None, True); print('met', flush=True); input()"
+    around = os.environ | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    torchrun = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, **pipes)
+    first, second = (subprocess.Popen([sys.executable, "-c", RANK, str(rank)], env=around, **pipes) for rank in (0, 1))
+    try:
+        assert [process.stdout.readline() for process in (torchrun, first, second)] == ["met\n"] * 3
+        torchrun.send_signal(signal.SIGSTOP)
+        _, said = first.communicate(timeout=120)
+        assert (first.returncode, said) == (1, "sami-fast: the store of keys, which torchrun holds, answers no more\n")
+    finally:
+        for process in (torchrun, first, second):
+            process.kill()
+
+
 def test_the_interface_to_other_machines(port):
     """All on one machine: none is better than another. One elsewhere: that by which it is reached, whatever this machine's name means."""
     with ThreadPoolExecutor(2) as pool:

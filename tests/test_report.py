@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -882,6 +883,10 @@ def test_pictures_in_wandb(collapsed, tmp_path, monkeypatch):
     files = [{f"report/{name}": str(folder / "report" / f"{name}.png")} for name in ("reconstructions", "samples")]
     assert calls == [{"project": "sami-fast", "group": "run"}, *files, "end"]
     assert not (folder / "tensorboard").exists()
+    (tmp_path / "wandb.py").write_text(r"def init(**settings): raise RuntimeError('no\nkey')")
+    monkeypatch.delitem(sys.modules, "wandb")
+    with pytest.raises(UserError, match=r"its report is written, but its pictures cannot be shown in TensorBoard or W&B \(no key\)"):
+        show_report(folder)
 
 
 # What the first screen and the cards are made of

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 from sami_fast.cli import main
 from sami_fast.config import DataConfig
 from sami_fast.data import Dataset, Feed, WebDataset, open_dataset
+from sami_fast.data.decode import BadFile
 from sami_fast.data.shards import expanded_braces, find_shards
 from sami_fast.errors import AbsentError, UserError
 
@@ -166,7 +169,7 @@ def test_a_label_that_is_no_number_among_numbers(tmp_path):
 def test_a_missing_and_a_truncated_shard_are_named_and_counted(kind, tmp_path, caplog):
     folder, ending = shards(tmp_path / "shards", kind), ENDINGS[kind]
     broken = folder / f"001{ending}"
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2 + 100])
     with pytest.raises(UserError, match=rf"2 of 4 {ending[1:]} shards in .* cannot be read, data.max_bad=0.01 allows 0: 001{ending} \("):
         opened(f"{folder}/{{000..003}}{ending}", kind)
     source = opened(f"{folder}/{{000..003}}{ending}", kind, max_bad=0.5)
@@ -179,7 +182,8 @@ def test_a_missing_and_a_truncated_shard_are_named_and_counted(kind, tmp_path, c
     with pytest.raises(AbsentError, match=rf"002{ending}/.*: No such file or directory"):
         source.images(torch.tensor([25]))
     pixels = source.training_pixels(torch.tensor([5, 39]))[:, 0, 4, 4]
-    assert pixels.tolist() == [5, 0]
+    assert pixels.tolist() == [5, 19]
+    assert source.training_pixels(torch.arange(20, 40))[:, 0, 4, 4].tolist() == [*range(20)]  # image by image
     assert caplog.text.count("No such file or directory; in training") == 1
     source = opened(f"{folder}/{{000..001}}{ending}", kind, max_bad=0.5)
     (folder / f"000{ending}").unlink()
@@ -223,7 +227,6 @@ def test_unsafe_archives(tmp_path):
     with pytest.raises(AbsentError) as error:
         source.images(torch.tensor([2]))
     assert "4.png: zero bytes" in str(error.value)
-    assert "\x1b" not in str(source.facts())
 
     whole = (tmp_path / "a.tar").read_bytes()
     header = whole.index(b"4.png")
@@ -240,12 +243,190 @@ def test_unsafe_archives(tmp_path):
         (with_size(b"7777777777x\0"), "not a tar archive, or damaged"),
         (with_size(b"00000000000\0", fits=False), "checksum"),
         (b"no archive" * 200, "not a tar archive"),
-        (whole[:header], "cut off"),
+        (whole[: header - 500], "cut off"),
+        (whole[: header + 100], "cut off"),
+        (whole + b"more", "zeros where more should be, from byte"),
         (b"", "cut off"),
     ):
         (tmp_path / "b.tar").write_bytes(damaged)
         with pytest.raises(UserError, match=rf"b.tar \(.*{reason}"):
             opened(tmp_path / "b.tar", "webdataset")
+    (tmp_path / "b.tar").write_bytes(whole[:header])  # some writers leave out the end
+    assert numbers(opened(tmp_path / "b.tar", "webdataset")) == [2, 3]
+
+
+def test_zeros_are_no_end_of_an_archive(tmp_path):
+    with tarfile.open(tmp_path / "whole.tar", "w") as archive:
+        for number in range(300):
+            add(archive, f"{number}.png", encoded(number % 250) + bytes(9000))
+    whole = (tmp_path / "whole.tar").read_bytes()
+    half = len(whole) // 2
+    for damaged in (whole[:half] + bytes(len(whole) - half), whole[:half] + bytes(2**14) + whole[half + 2**14 :]):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a.tar \(zeros where more should be, from byte 1\d{6}\)"):
+            opened(tmp_path / "a.tar", "webdataset")
+
+
+def test_members_that_are_not_as_they_look(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        add(archive, "0.png", encoded(0))
+        add(archive, "1.png", encoded(1), pax_headers={"GNU.sparse.major": "1"})
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname, link.size = tarfile.LNKTYPE, "0.png", 1000  # as some writers have it, without content
+        archive.addfile(link)
+        add(archive, "3.png", encoded(3), pax_headers={f"a{n}": "" for n in range(5000)} | {"path": "three.png"})
+    source = opened(tmp_path / "a.tar", "webdataset")
+    assert [*source.index.names] == ["a.tar/0.png", "a.tar/three.png"]
+    assert numbers(source) == [0, 3]
+    assert source.facts()["left out"] == "2  (links, devices and the like)"
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        add(archive, "0.png", encoded(0))
+        add(archive, "1.png", encoded(1), type=tarfile.GNUTYPE_SPARSE)
+    with pytest.raises(UserError, match=r"b.tar \(a sparse file at byte 1024\)"):
+        opened(tmp_path / "b.tar", "webdataset")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_that_differ_in_long_names_alone(form, tmp_path):
+    for shard, name in (("a", "x" * 100 + "1"), ("b", "x" * 100 + "2")):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w", format=form) as archive:
+            add(archive, f"{name}.png", encoded(1))
+    assert [name[-5:] for name in opened(tmp_path / "shards", "webdataset").index.names] == ["1.png", "2.png"]
+
+
+# Parquet files that say what is not so
+
+
+def parquet_of(path: Path, images: list[bytes], name: str = "image", **settings: object) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({name: images}), path, **{"use_dictionary": False, "compression": "none"} | settings)
+    return path
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_parquet_file_that_says_another_number_of_rows(everywhere, tmp_path):
+    path = parquet_of(tmp_path / "a.parquet", [encoded(n) for n in range(50)], store_schema=False)
+    content = path.read_bytes()
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer, fifty, other = content[begin:], b"\x16\x64", b"\x16\x68"  # in Thrift's compact form
+    path.write_bytes(content[:begin] + footer.replace(fifty, other, -1 if everywhere else 1))
+    if not everywhere:
+        with pytest.raises(UserError, match="its row groups have another number of rows than it says"):
+            opened(path, "parquet")
+        return
+    source = opened(path, "parquet", max_bad=0.5)
+    assert source.size == 52
+    with pytest.raises(AbsentError, match=r"a.parquet/3: its row group "):
+        source.images(torch.tensor([3]))
+
+
+def test_what_a_row_group_unpacks_to_is_limited(tmp_path, monkeypatch):
+    image = encoded(7) + bytes(2**20)
+    source = opened(parquet_of(tmp_path / "a.parquet", [image] * 64, use_dictionary=True), "parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**22
+    assert numbers(source, torch.tensor([63])) == [7]
+    source = opened(tmp_path / "a.parquet", "parquet", max_bad=0.5)
+    monkeypatch.setattr("sami_fast.data.parquet.LARGEST_GROUP", 2**24)
+    with pytest.raises(AbsentError, match=r"a.parquet/63: its row group unpacks to more than the 16 MiB that are held in memory"):
+        source.images(torch.tensor([63]))
+
+
+def test_row_groups_of_very_different_sizes_fill_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("sami_fast.data.parquet.HELD", 2**18)
+    images = [encoded(n) + bytes(2**17) for n in range(10)] + [encoded(n % 250) for n in range(1000)]
+    source = opened(parquet_of(tmp_path / "a.parquet", images, row_group_size=1), "parquet")
+    assert numbers(source, torch.arange(10)) == [*range(10)]
+    held = sum(future.result()[0].nbytes for future in source._groups.values())
+    assert 2**18 < held <= 2**19
+    assert held == source._held
+
+
+def test_a_row_group_that_cannot_be_read_raises_a_new_error_for_each_row(tmp_path):
+    path = parquet_of(tmp_path / "a.parquet", [encoded(n) for n in range(20)])
+    source, times = opened(path, "parquet"), path.stat()
+    with open(path, "r+b") as stream:
+        stream.seek(4)
+        stream.write(b"\xff" * 64)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    errors = []
+    for place in range(20):
+        with pytest.raises(BadFile, match="its row group cannot be read") as found:
+            source.encoded(place)
+        errors.append(found.value)
+    assert len({*map(id, errors)}) == 20
+
+
+def test_a_column_of_images_with_a_dot_in_its_name(tmp_path):
+    source = opened(parquet_of(tmp_path / "a.parquet", [encoded(n) for n in range(8)], "my.image"), "parquet")
+    assert numbers(source) == [*range(8)]
+    assert source.shards.facts[0]["image bytes"] >= sum(len(encoded(n)) for n in range(8))
+
+
+# What is kept, and labels of strangers
+
+
+def test_damaged_caches_are_made_anew(tmp_path):
+    folder = shards(tmp_path / "shards", "webdataset")
+    before = opened(folder, "webdataset", labels="age").factors(torch.arange(COUNT)).tolist()
+    for pattern, begins in (("samples_*.npy", 0), ("labels_*.npy", 0), ("*.npz", 50), ("*.npz", 0)):
+        damaged = [*(tmp_path / "cache").rglob(pattern)]
+        assert damaged
+        for file in damaged:
+            file.write_bytes(file.read_bytes()[:begins])
+        if pattern == "*.npz":  # they are read where the samples are gone
+            for file in (tmp_path / "cache").rglob("samples_*.npy"):
+                file.unlink()
+        source = opened(folder, "webdataset", labels="age")
+        assert numbers(source) == [*range(COUNT)]
+        assert source.factors(torch.arange(COUNT)).tolist() == before
+
+
+def test_without_locks_nothing_is_deleted_that_another_process_has_just_written(tmp_path, monkeypatch):
+    source = opened(shards(tmp_path / "shards", "webdataset"), "webdataset")
+    (rows,) = (file for file in (tmp_path / "cache").rglob("samples_*.npy") if ".names" not in file.name)
+    monkeypatch.setattr("sami_fast.data.webdataset.write_whole", lambda path, write: None)
+    assert len(source._joined(rows.with_suffix(""))[0]) == COUNT + 1
+
+
+@each_kind
+def test_labels_of_a_shard_that_has_changed_are_not_read(kind, tmp_path):
+    source = opened(shards(tmp_path / "shards", kind), kind)
+    os.utime(tmp_path / "shards" / f"001{ENDINGS[kind]}", ns=(1, 1))
+    with pytest.raises(UserError, match=rf"001{ENDINGS[kind]}: changed since it was looked at"):
+        source.label_columns()
+
+
+def test_labels_of_strangers(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(4):
+            add(archive, f"{number}.png", encoded(number))
+            labels = {"ag\x1b[31me": number, "half \ud800": f"\ud800{number % 2}"}
+            add(archive, f"{number}.json", json.dumps(labels).encode())
+    source = opened(tmp_path / "a.tar", "webdataset", labels="all")
+    assert source.factor_names == ("ag\x1b[31me", "half ?=?1")
+    settings = ["data.kind=webdataset", f"data.path={tmp_path}/a.tar", "data.labels=all", f"data.cache_dir={tmp_path}/cache"]
+    assert main(["data", "images", *settings, "--seconds", "0"]) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert said.out.count("ag\\x1b[31me") == 2  # as a factor, and as a label
+
+
+def test_labels_that_are_no_text(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 3, pyarrow.array([b"a", b"\xff\xfe", b"c"], pyarrow.binary()).buffers())
+    parquet.write_table(pyarrow.table({"image": [encoded(n) for n in range(3)], "name": bad}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"data.labels: .*a.parquet: 'utf-8' codec can't decode"):
+        opened(tmp_path / "a.parquet", "parquet", labels="all")
+
+
+def test_two_columns_that_make_the_same_label(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(4):
+            add(archive, f"{number}.png", encoded(number))
+            add(archive, f"{number}.json", json.dumps({"a": "xyzx"[number], "a=x": number}).encode())
+    with pytest.raises(UserError, match=r"data.labels: two columns of .* make the label 'a=x'"):
+        opened(tmp_path / "a.tar", "webdataset", labels="all")
 
 
 def test_only_changed_shards_are_looked_at_again(tmp_path, monkeypatch):
@@ -262,6 +443,31 @@ def test_only_changed_shards_are_looked_at_again(tmp_path, monkeypatch):
     assert other.fingerprint == source.fingerprint
     write_tar(folder / "001.tar", range(110, 120))
     assert opened(folder, "webdataset").fingerprint != source.fingerprint
+
+
+def test_an_image_and_a_label_that_are_corrected(tmp_path):
+    """In a file of the same length, and larger than what of it is read at once."""
+
+    def make(corrected: int) -> Dataset:
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for number in range(120):
+                label = number % 2 + (number == corrected)
+                pixels = Image.fromarray(np.full((64, 64, 3), 250 if number == corrected else number, np.uint8))
+                pixels.save(target := io.BytesIO(), "BMP")
+                add(archive, f"{number:03}.bmp", target.getvalue())
+                add(archive, f"{number:03}.cls", str(label).encode())
+        return opened(tmp_path / "a.tar", "webdataset", labels="cls", cache_gib=1.0)
+
+    before = make(-1)
+    assert numbers(before) == [*range(120)]
+    after = make(77)
+    assert numbers(after, torch.tensor([76, 77])) == [76, 250]
+    assert after.factors(torch.tensor([76, 77])).tolist() == [[0], [2]]
+    assert after.fingerprint != before.fingerprint
+    os.utime(tmp_path / "a.tar", ns=(1, 1))
+    touched = opened(tmp_path / "a.tar", "webdataset")
+    assert touched.index.state != after.index.state  # what was decoded counts no more
+    assert touched.fingerprint == after.fingerprint
 
 
 def test_patterns(tmp_path):
@@ -373,6 +579,56 @@ def test_an_interrupted_pack_goes_on_and_another_is_refused(tmp_path, capsys):
     assert [file.name for file in made.glob("0*")] == ["000000.tar"]
     with tarfile.open(made / "000000.tar") as archive:
         assert archive.getnames() == [f"{n:09}.jpg" for n in range(10)]
+
+
+def test_a_pack_that_goes_on_still_says_what_is_not_in_it(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(9):
+            add(archive, f"{number}.png", encoded(number))
+        add(archive, "q\x1b[31m.png")
+    said = []
+    for _ in range(2):
+        made = packed(tmp_path / "a.tar", tmp_path / "made", "--samples", "4", "data.max_bad=0.5")
+        said.append(capsys.readouterr().out)
+        (made / "000000.tar").unlink()
+    assert said[0] == said[1]
+    assert "made: 9 images in 3 shards" in said[0]
+    assert "1 images could not be read and are not in them: a.tar/q\\x1b[31m.png (zero bytes)\n" in said[0]
+
+
+def test_what_changes_the_pixels_of_a_source_is_another_pack(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((4, 8, 8), np.float32))
+    packed(tmp_path / "a.npy", tmp_path / "made", "data.range=unit")
+    assert main(["pack", str(tmp_path / "a.npy"), str(tmp_path / "made"), "--workers", "1", "data.range=signed"]) == 2
+    assert "holds 1 shards of something else" in capsys.readouterr().err
+
+
+def test_images_of_formats_that_shards_do_not_have(tmp_path, capsys):
+    forms = ("PNG", "MPO", "JPEG2000", "JPEG", "TGA")
+    source = parquet_of(tmp_path / "a.parquet", [encoded(40 * n, form) for n, form in enumerate(forms)])
+    made = packed(source, tmp_path / "made", "data.max_bad=0.5")
+    assert "1 images could not be read and are not in them: a.parquet/4 (tga images have no place in shards)" in capsys.readouterr().out
+    with tarfile.open(made / "000000.tar") as archive:
+        assert [name.partition(".")[2].partition(".")[2] for name in archive.getnames()[::2]] == ["png", "jpg", "jp2", "jpg"]
+    assert numbers(opened(made, "webdataset")) == [0, 40, 80, 120]
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (2000, 128, 128, 3), np.uint8))
+    arguments = ["pack", str(tmp_path / "a.npy"), str(tmp_path / "made"), "--workers", "2", "--samples", "1000"]
+    command = subprocess.Popen([str(Path(sys.executable).parent / "sami-fast"), *arguments], stderr=subprocess.DEVNULL)
+    try:
+        while len([*(tmp_path / "made").glob(".partial-*")]) < 2:
+            time.sleep(0.05)
+            assert command.poll() is None
+        workers = psutil.Process(command.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        command.kill()
+        command.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert not [*(tmp_path / "made").glob("0*")]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .files import (
     by_name,
     image_count,
@@ -83,7 +83,7 @@ def run_data(arguments: argparse.Namespace) -> None:
     else:
         for name, value in facts.items():
             lines = value if isinstance(value, list) else [value]
-            print("\n".join(f"{name if not row else '':<18} {line}" for row, line in enumerate(lines)))
+            print("\n".join(f"{name if not row else '':<18} {printable(line)}" for row, line in enumerate(lines)))
     if output:
         count = image_count(dataset, arguments.count, CONTACTS)
         # A folder's files in their order show one camera, or one day; an endless source has no order.

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..progress import bar
 from .options import AddCommand, at_least, path
 
@@ -58,7 +58,7 @@ def run_pack(arguments: argparse.Namespace) -> None:
     if made.skipped:
         named = ", ".join(f"{name} ({reason})" for name, reason in list(made.skipped.items())[:SHOWN])
         more = f" and {len(made.skipped) - SHOWN} more" if len(made.skipped) > SHOWN else ""
-        print(f"{len(made.skipped)} images could not be read and are not in them: {named}{more}")
+        print(f"{len(made.skipped)} images could not be read and are not in them: {printable(named)}{more}")
     print("read them with " + " ".join(f"data.{name}={value}" for name, value in made.settings.items()))
 
 

@@ -265,8 +265,12 @@ class Decoded(EightBit):
             for slot, pixels in zip(missing, self._at([int(self.places[wanted[slot]]) for slot in missing]), strict=True):
                 found[slot] = pixels
                 if pixels is None:
-                    wanted[slot] = (wanted[slot] + 1) % size
+                    wanted[slot] = (wanted[slot] + self._instead(int(self.places[wanted[slot]]))) % size
         raise UserError(f"data.path: nothing in {self.index.folder} can be read any more")
+
+    def _instead(self, place: int) -> int:
+        """How many images further on the one is that stands for a lost one in training."""
+        return 1
 
     def unreadable(self) -> dict[str, str]:
         return self.index.bad

@@ -22,7 +22,7 @@ from .cache import tell_once
 from .decode import HEIC_HINT, HEIC_SUFFIXES, BadFile
 from .identity import content_of, digest
 
-VERSION = 3  # of what is known of a file, and of how it is decoded
+VERSION = 4  # of what is known of a file, and of how it is decoded
 INSPECTORS = 4  # threads that look into files, more than there may be cores: they mostly wait for the disk
 PIECE = 256  # files after which what was found in them is kept
 PROGRESS = 20.0  # seconds between two words on how far the looking has come

@@ -112,6 +112,8 @@ def labels_of(columns: Mapping[str, Column], files: Sequence[str], path: str, gr
         if name == group:
             continue
         found = _scored(name, column, files, path)
+        if twice := sorted(found.keys() & scored.keys()):
+            raise UserError(f"data.labels: two columns of {path} make the label {twice[0]!r}; name one of them differently")
         scored |= found
         attributes |= {one for one, values in found.items() if len(np.unique(values)) == 2}
         unscored += [] if found else [name]
@@ -223,7 +225,7 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         found = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        names = [name for name in found.column_names if not name.startswith("__index_level_")]  # row numbers that pandas kept
+        return {name: ["" if cell is None else str(cell).strip() for cell in found.column(name).to_pylist()] for name in names}
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: a text that is no UTF-8
         raise UserError(f"data.labels: {path} is not a readable .parquet file ({one_line(error)})") from None
-    names = [name for name in found.column_names if not name.startswith("__index_level_")]  # row numbers that pandas kept
-    return {name: ["" if cell is None else str(cell).strip() for cell in found.column(name).to_pylist()] for name in names}

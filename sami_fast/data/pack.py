@@ -9,12 +9,13 @@ import os
 import re
 import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -82,7 +83,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedShards:
     """What was made: shards and images in them, their bytes, how to read them, and why others are not in it, by name."""
 
     shards: int
@@ -157,7 +158,9 @@ class Packer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with the images and their labels."""
-        parts = [part for source in self.sources for part in (source.fingerprint, *map(str, source.image_shape), *source.factor_names)]
+        data = self.packing.data
+        parts = [repr((data.celeba, data.video, data.range))]
+        parts += [part for source in self.sources for part in (source.fingerprint, *map(str, source.image_shape), *source.factor_names)]
         for columns in self.labels:
             for name, (values, codes) in columns.items():
                 parts += [name, repr(values), digest(map(str, codes.tolist()))]
@@ -288,7 +291,10 @@ def _ending(name: str, content: bytes) -> str:
     if ending in IMAGE_SUFFIXES:
         return ending[1:]
     form = image_facts(content)[2].split()[0].lower()
-    return {"jpeg": "jpg"}.get(form, form)
+    ending = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(form, form)
+    if f".{ending}" not in IMAGE_SUFFIXES:
+        raise BadFile(f"{form} images have no place in shards")
+    return ending
 
 
 def _room(item: Item) -> int:
@@ -355,8 +361,16 @@ _done: Any = None
 def _begin(packing: Packing, per_shard: int, done: Any) -> None:
     global _packer, _done
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _packer, _done = Packer(packing, per_shard), done
+
+
+def _end_with_parent() -> None:
+    """Who asked for shards may be killed: nobody would end this process then."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _tell(images: int) -> None:
@@ -369,7 +383,7 @@ def _write(folder: Path, shard: int) -> dict[str, str]:
     return _packer.write(folder, shard, _tell)
 
 
-def pack(packing: Packing, folder: Path, workers: int, overwrite: bool, progress: Callable[[int, int], object]) -> Packed:
+def pack(packing: Packing, folder: Path, workers: int, overwrite: bool, progress: Callable[[int, int], object]) -> PackedShards:
     """Make shards of all images of a source. What an interrupted call has finished is kept, if it was to make the same.
 
     Args:
@@ -383,14 +397,19 @@ def pack(packing: Packing, folder: Path, workers: int, overwrite: bool, progress
     """
     packer = Packer(packing)
     asked = {"source": packer.fingerprint, **{name: value for name, value in asdict(packing).items() if name not in ("data", "seed")}}
-    packer.per_shard = _goes_on(folder, asked, overwrite) or packer.estimate()
+    per_shard, skipped = _goes_on(folder, asked, overwrite)
+    packer.per_shard = per_shard or packer.estimate()
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
-    write_text_whole(folder / MANIFEST, json.dumps({"asked": asked, "per_shard": packer.per_shard}))
+
+    def remember(more: dict[str, str]) -> None:
+        skipped.update(more)
+        write_text_whole(folder / MANIFEST, json.dumps({"asked": asked, "per_shard": packer.per_shard, "skipped": skipped}))
+
+    remember({})
     missing = [shard for shard in range(packer.shards) if not (folder / packer.name(shard)).exists()]
     done = packer.count - sum(min(packer.per_shard, packer.count - shard * packer.per_shard) for shard in missing)
     progress(done, packer.count)
-    skipped: dict[str, str] = {}
     if workers > 1 and len(missing) > 1:
         context = get_context("spawn")  # torch's threads do not survive a fork
         told = context.Value("q", 0)
@@ -401,7 +420,8 @@ def pack(packing: Packing, folder: Path, workers: int, overwrite: bool, progress
                     finished, waiting = wait(waiting, timeout=0.5)
                     progress(done + told.value, packer.count)
                     for future in finished:
-                        skipped |= future.result()
+                        if found := future.result():
+                            remember(found)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -413,10 +433,12 @@ def pack(packing: Packing, folder: Path, workers: int, overwrite: bool, progress
                 written[0] += images
                 progress(written[0], packer.count)
 
-            skipped |= packer.write(folder, shard, tell)
+            if found := packer.write(folder, shard, tell):
+                remember(found)
             done = written[0]
     files = [folder / packer.name(shard) for shard in range(packer.shards)]
-    return Packed(len(files), packer.count - len(skipped), sum(file.stat().st_size for file in files), _settings(packer, folder), skipped)
+    nbytes = sum(file.stat().st_size for file in files)
+    return PackedShards(len(files), packer.count - len(skipped), nbytes, _settings(packer, folder), skipped)
 
 
 def _settings(packer: Packer, folder: Path) -> dict[str, Any]:
@@ -426,20 +448,23 @@ def _settings(packer: Packer, folder: Path) -> dict[str, Any]:
     return found | ({"labels": "all"} if any(packer.labels) or packer.sources[0].factor_names else {})
 
 
-def _goes_on(folder: Path, asked: dict[str, Any], overwrite: bool) -> int:
-    """Images of each shard, where the folder holds a part of what is to be made, else 0. Other shards are removed, or refused."""
+def _goes_on(folder: Path, asked: dict[str, Any], overwrite: bool) -> tuple[int, dict[str, str]]:
+    """Images of each shard, and those that are not in them, where the folder holds a part of what is to be made, else 0 and none.
+
+    Other shards are removed, or refused.
+    """
     if not folder.exists():
-        return 0
+        return 0, {}
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder for the shards")
     shards = [file for file in folder.iterdir() if re.fullmatch(r"\d{6,}\.(tar|parquet)", file.name)]
     with suppress(OSError, ValueError, LookupError, TypeError):
         known = read_json(folder / MANIFEST)
         if known["asked"] == asked and not overwrite:
-            return int(known["per_shard"])
+            return int(known["per_shard"]), dict(known["skipped"])
     if shards and not overwrite:
         raise UserError(f"{folder} holds {len(shards)} shards of something else; choose another folder or add --overwrite")
     (folder / MANIFEST).unlink(missing_ok=True)  # before any of them: without it, nobody goes on with what is left
     for shard in shards:
         shard.unlink(missing_ok=True)
-    return 0
+    return 0, {}

@@ -29,7 +29,8 @@ from .shards import Columns, Names, Shards
 
 POOL = 4096  # images that are mixed with each other
 HELD = 1 << 29  # bytes of row groups that a batch may be mixed from, over all ranks; a rank keeps twice as much at most
-LARGEST_GROUP = 1 << 32  # bytes of a row group: it is held in memory whole
+LARGEST_GROUP = (1 << 31) - 1  # bytes of a row group: it is held in memory whole, as one array
+ROWS = 8  # that are unpacked at once: what becomes too large is noticed in time
 
 
 @cache
@@ -70,7 +71,9 @@ class Parquet(Shards):
 
     def __init__(self, path: str, **others: Any) -> None:
         arrow()
-        self._groups: OrderedDict[int, Future[Any]] = OrderedDict()  # row groups, by number among all
+        # Row groups, by number among all: the image files, an array of pyarrow, or None and why it cannot be read.
+        self._groups: OrderedDict[int, Future[tuple[Any, str]]] = OrderedDict()
+        self._held = 0  # bytes of those that have been read
         super().__init__(path, **others)
         facts = self.shards.facts
         self._rows = np.array([rows for each in facts for rows in each["groups"]])
@@ -94,6 +97,8 @@ class Parquet(Shards):
         nbytes = [sum(group.column(n).total_uncompressed_size for n in _parts_of(group, column)) for group in groups]
         if max(nbytes, default=0) > LARGEST_GROUP:
             raise BadFile(f"a row group of {in_words(max(nbytes))}, more than the {in_words(LARGEST_GROUP)} that are held in memory")
+        if metadata.num_rows != sum(group.num_rows for group in groups):
+            raise BadFile("its row groups have another number of rows than it says")
         places = [[group.column(n).data_page_offset for n in range(group.num_columns)] for group in groups]
         known = f"{schema} {[group.num_rows for group in groups]} {places}"
         return {
@@ -123,7 +128,10 @@ class Parquet(Shards):
 
     def encoded(self, place: int) -> np.ndarray:
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
-        cell = self._group(group)[place - int(self._starts[group])]
+        cells, reason = self._group(group)
+        if reason:
+            raise BadFile(reason)
+        cell = cells[place - int(self._starts[group])]
         if not cell.is_valid:
             raise BadFile("no image in this row")
         content = np.frombuffer(cell.as_buffer(), np.uint8)
@@ -133,19 +141,28 @@ class Parquet(Shards):
             raise BadFile("zero bytes")
         return content
 
-    def _group(self, number: int) -> Any:
-        """The image files of a row group, an array of pyarrow: read by one thread, while others that want it wait, and kept for a while."""
+    def _group(self, number: int) -> tuple[Any, str]:
+        """A row group: read by one thread, while others that want it wait, and kept for a while."""
         with self._lock:
             mine = number not in self._groups
             future = self._groups.setdefault(number, Future())
             self._groups.move_to_end(number)
-            while len(self._groups) > max(2, 2 * HELD // self._group_bytes):
-                self._groups.popitem(last=False)
         if mine:
             try:
-                future.set_result(self._read_group(number))
+                found = self._read_group(number), ""
+            except BadFile as error:
+                found = None, str(error)
             except BaseException as error:
+                with self._lock:
+                    self._groups.pop(number, None)
                 future.set_exception(error)
+                raise
+            with self._lock:
+                future.set_result(found)
+                self._held += _nbytes(future)
+                while len(self._groups) > 2 and self._held > 2 * HELD:
+                    oldest = next(n for n, one in self._groups.items() if one.done())
+                    self._held -= _nbytes(self._groups.pop(oldest))
         return future.result()
 
     def _read_group(self, number: int) -> Any:
@@ -159,28 +176,35 @@ class Parquet(Shards):
             raise self.lose_shard(shard, getattr(error, "strerror", None) or str(error)) from None
         with stream:
             try:
-                table = parquet.ParquetFile(stream).read_row_group(
-                    number - int(self._first_group[shard]), columns=[facts["column"]], use_threads=False
-                )
-            except (OSError, pyarrow.ArrowException) as error:  # the same row group whenever it is read: its images are lost, one by one
+                group, pieces, nbytes = number - int(self._first_group[shard]), [], 0
+                batches = parquet.ParquetFile(stream).iter_batches(ROWS, [group], [facts["column"]], use_threads=False)
+                for batch in batches:
+                    cells = batch.column(facts["column"])
+                    pieces.append(cells.field("bytes") if pyarrow.types.is_struct(cells.type) else cells)
+                    nbytes += pieces[-1].nbytes
+                    if nbytes > LARGEST_GROUP:
+                        raise BadFile(f"its row group unpacks to more than the {in_words(LARGEST_GROUP)} that are held in memory")
+                found = pyarrow.concat_arrays(pieces)
+            except (OSError, ValueError, pyarrow.ArrowException) as error:  # whenever it is read: its images are lost, one by one
                 raise BadFile(f"its row group cannot be read ({one_line(error, 120)})") from None
-        cells = table.column(0).combine_chunks()
-        cells = cells.field("bytes") if pyarrow.types.is_struct(cells.type) else cells
-        return cells.chunk(0) if isinstance(cells, pyarrow.ChunkedArray) else cells
+        if len(found) != self._rows[number]:
+            raise BadFile(f"its row group has {len(found)} rows, not the {self._rows[number]} that the file says")
+        return found
 
     def columns(self, wanted: Set[str] | None) -> dict[str, Column]:
         pyarrow, parquet = arrow()
         columns = Columns(int(self.firsts[-1]), wanted)
-        for name, facts, first in zip(self.shards.names, self.shards.facts, self.firsts.tolist(), strict=False):
+        for number, (name, facts) in enumerate(zip(self.shards.names, self.shards.facts, strict=True)):
             try:
                 with open_regular(self.shards.folder / name) as stream:
+                    self.check_shard(number, os.fstat(stream.fileno()))
                     fields = [field for field in facts["fields"] if wanted is None or field in wanted]
-                    row = first
+                    row = int(self.firsts[number])
                     for batch in parquet.ParquetFile(stream).iter_batches(columns=fields, use_threads=False) if fields else ():
                         for labels in batch.to_pylist():
                             columns.add(row, labels)
                             row += 1
-            except (OSError, pyarrow.ArrowException) as error:
+            except (OSError, ValueError, BadFile, pyarrow.ArrowException) as error:  # ValueError: a text that is no UTF-8
                 raise UserError(f"data.labels: {self.shards.folder}/{name}: {one_line(error)}") from None
         return columns.columns()
 
@@ -205,7 +229,13 @@ def image_column(schema: Any) -> str:
 
 
 def _parts_of(group: Any, column: str) -> list[int]:
-    return [n for n in range(group.num_columns) if group.column(n).path_in_schema.partition(".")[0] == column]
+    paths = [group.column(n).path_in_schema for n in range(group.num_columns)]
+    return [n for n, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
+
+
+def _nbytes(group: Future[tuple[Any, str]]) -> int:
+    cells, _ = group.result()
+    return 0 if cells is None else cells.nbytes
 
 
 def _is_label(kind: Any) -> bool:

@@ -45,7 +45,8 @@ class ShardIndex(Index):
 
     @property
     def state(self) -> str:
-        return digest([str(VERSION), *self.contents])
+        """As of an `Index`; also changes with the times of shards, since of a large one not all bytes are in its content."""
+        return digest([str(VERSION), *self.contents, *(f"{facts['bytes']} {facts['time']}" for facts in self.facts)])
 
 
 class Names(Sequence[str]):
@@ -177,7 +178,7 @@ class Shards(Encoded):
             max_bad=max_bad,
             configured_cache=cache_dir,
             names=listed,
-            content=partial(content_of, block=2**12, blocks=2**8),
+            content=partial(content_of, block=2**12, blocks=2**12),
             piece=AT_A_TIME,
         )
         self.shards, self.firsts = shards, np.cumsum([0, *(facts["images"] for facts in shards.facts)])
@@ -237,6 +238,14 @@ class Shards(Encoded):
     def why_lost(self, name: str) -> str:
         shard = next((shard for shard in self.lost_shards if name.startswith(f"{shard}/")), "")
         return self.lost_shards.get(shard) or super().why_lost(name)
+
+    def _instead(self, place: int) -> int:
+        """For a lost shard the next one stands, image by image."""
+        shard = self.shard_of(place)
+        if self.shards.names[shard] not in self.lost_shards:
+            return 1
+        first, last = np.searchsorted(self.places, self.firsts[shard : shard + 2])
+        return int(last - first)
 
     def lose_shard(self, number: int, reason: str) -> BadFile:
         """Count a shard that cannot be read any more, and what to raise for the image that was wanted of it.
@@ -301,8 +310,13 @@ def text_of(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float | str):
-        return str(value)[:LONGEST_LABEL]
+        return encodable(str(value)[:LONGEST_LABEL])
     return "" if value is None else None
+
+
+def encodable(text: str) -> str:
+    """A text that UTF-8 can hold: JSON may have halves of letters, which become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Columns:
@@ -356,5 +370,5 @@ def _kept_labels(stem: Path) -> Labels | None:
         values, codes = np.load(stem.with_suffix(".npy"), mmap_mode="r"), np.load(stem.with_suffix(".groups.npy"))
         groups = None if facts["groups"] is None else [facts["groups"][code] for code in codes.tolist()]
         return Labels(tuple(facts["names"]), frozenset(facts["attributes"]), values, groups, tuple(facts["unscored"]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, EOFError, ValueError, LookupError, TypeError):
         return None  # not there, or damaged: made anew

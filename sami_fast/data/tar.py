@@ -17,7 +17,9 @@ READ = 1 << 16  # bytes that are read at once where files are small
 CHECKED = 4096  # headers whose checksums are compared at once
 LONGEST = 1 << 16  # bytes of a name or of the records that go before a header
 END = bytes(BLOCK)
+MOST_PADDING = 1 << 20  # bytes of zeros at the end of an archive; more are what a download has not filled yet
 REGULAR = frozenset({0, ord("0"), ord("7")})  # kinds of members: plain files, by their different writers
+EMPTY = frozenset(b"123456")  # links, devices, folders, pipes: without content, whatever size stands in the header
 
 
 class Member(NamedTuple):
@@ -25,12 +27,10 @@ class Member(NamedTuple):
 
     Args:
         name: As it is stored.
-        start: Where its header begins, or what goes before that.
         offset, size: Where its bytes are, and how many.
     """
 
     name: bytes
-    start: int
     offset: int
     size: int
 
@@ -40,13 +40,12 @@ class TarHeaders:
 
     Args:
         stream: The archive, open.
-        begin, end: Where headers are looked for; `end` None: up to the end of the archive, which has to be there.
     Raises:
         BadFile: while iterating: damaged, cut off, or no tar archive.
     """
 
-    def __init__(self, stream: BinaryIO, begin: int = 0, end: int | None = None) -> None:
-        self.file, self.begin, self.end = stream.fileno(), begin, end
+    def __init__(self, stream: BinaryIO) -> None:
+        self.file = stream.fileno()
         self.length = os.fstat(self.file).st_size
         self.passed_over = 0  # members that are no plain files
         self._digest = hashlib.blake2b(digest_size=16)
@@ -55,41 +54,49 @@ class TarHeaders:
 
     @property
     def digest(self) -> str:
-        """What stands in the headers passed so far, in 32 digits."""
+        """What stands in the headers passed so far, and in the names and records before them, in 32 digits."""
         self._check()
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Member]:
-        place, long_name, long_size, start = self.begin, b"", -1, self.begin
-        while self.end is None or place < self.end:
+        place, long_name, long_size, sparse = 0, b"", -1, False
+        while place < self.length or not place or long_name or long_size >= 0:  # some writers leave out the end
             header = self._at(place, BLOCK)
             if header == END:
+                self._padding(place)
                 break
             self._headers.append(header)
             if len(self._headers) == CHECKED:
                 self._check()
             kind, size = header[156], self._number(header[124:136], place)
+            if kind == ord("S"):
+                self._check()
+                raise BadFile(f"a sparse file at byte {place}")
+            size = 0 if kind in EMPTY else size
             content = place + BLOCK
             following = content + (size + BLOCK - 1) // BLOCK * BLOCK
             if kind in b"LKxg":  # what the next header has no room for
                 if size > LONGEST:
                     raise BadFile(f"a name of {size} bytes at byte {place}")
-                if kind == ord("L"):
-                    long_name = self._at(content, size).rstrip(b"\0")
-                elif kind == ord("x"):
-                    long_name, long_size = self._records(self._at(content, size), place, long_name, long_size)
+                if kind in b"Lx":
+                    records = self._at(content, size)
+                    self._digest.update(records)
+                    if kind == ord("L"):
+                        long_name = records.rstrip(b"\0")
+                    else:
+                        long_name, long_size, sparse = self._records(records, place, long_name, long_size, sparse)
             else:
-                if long_size >= 0:
+                if long_size >= 0 and kind not in EMPTY:
                     size = long_size
                     following = content + (size + BLOCK - 1) // BLOCK * BLOCK
                 if content + size > self.length:
                     self._check()
                     raise BadFile(f"cut off: {self.length} bytes, and a file in it ends at byte {content + size}")
-                if kind in REGULAR:
-                    yield Member(long_name or self._name(header), start, content, size)
+                if kind in REGULAR and not sparse:
+                    yield Member(long_name or self._name(header), content, size)
                 else:
                     self.passed_over += 1
-                long_name, long_size, start = b"", -1, following
+                long_name, long_size, sparse = b"", -1, False
             place = following
         self._check()
 
@@ -103,6 +110,13 @@ class TarHeaders:
                 self._check()
                 raise BadFile(f"cut off: {self.length} bytes, without the end of an archive")
         return self._read[begin : begin + size]
+
+    def _padding(self, begin: int) -> None:
+        """A `BadFile` where an end of zeros is none: another file, or a hole, where members should be."""
+        whole = self.length - begin <= MOST_PADDING
+        if not whole or any(os.pread(self.file, MOST_PADDING, begin)):
+            self._check()
+            raise BadFile(f"zeros where more should be, from byte {begin}")
 
     @staticmethod
     def _number(field: bytes, place: int) -> int:
@@ -122,22 +136,25 @@ class TarHeaders:
         return prefix + b"/" + name if prefix else name
 
     @staticmethod
-    def _records(content: bytes, place: int, name: bytes, size: int) -> tuple[bytes, int]:
-        """Name and size out of "25 path=some/name\\n" and the like."""
-        while content.strip(b"\0"):
-            digits, _, rest = content.partition(b" ")
-            length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-            if not len(digits) + 2 <= length <= len(content):
+    def _records(content: bytes, place: int, name: bytes, size: int, sparse: bool) -> tuple[bytes, int, bool]:
+        """Name, size and whether the file is stored without its holes, out of "25 path=some/name\\n" and the like."""
+        at, end = 0, len(content.rstrip(b"\0"))
+        while at < end:
+            digits = content[at : max(content.find(b" ", at, at + 8), at)]
+            length = int(digits) if digits.isdigit() else 0
+            if not len(digits) + 2 <= length <= len(content) - at:
                 raise BadFile(f"damaged records at byte {place}")
-            key, _, value = rest[: length - len(digits) - 2].partition(b"=")
+            key, _, value = content[at + len(digits) + 1 : at + length - 1].partition(b"=")
             if key == b"path":
                 name = value
             elif key == b"size":
                 if not value.isdigit() or len(value) > 18:
                     raise BadFile(f"damaged records at byte {place}")
                 size = int(value)
-            content = content[length:]
-        return name, size
+            elif key.startswith(b"GNU.sparse."):
+                sparse = True
+            at += length
+        return name, size, sparse
 
     def _check(self) -> None:
         """Compare the checksums of the headers passed since the last time."""

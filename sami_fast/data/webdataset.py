@@ -5,11 +5,13 @@ reader in order nor a buffer to shuffle in is needed.
 """
 
 import os
+import resource
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -19,13 +21,14 @@ from .cache import in_words, writable
 from .decode import HEIC_SUFFIXES, IMAGE_SUFFIXES, LARGEST_FILE, BadFile
 from .index import Index
 from .labels import Column
-from .shards import Columns, Names, Shards, text_of
+from .shards import Columns, Names, Shards, encodable, text_of
 from .tar import Member, TarHeaders
 
 IMAGES = frozenset(suffix[1:].encode() for suffix in IMAGE_SUFFIXES | HEIC_SUFFIXES)
 LABELS = frozenset({b"json", b"cls", b"txt"})
 LARGEST_LABEL = 1 << 20  # bytes of a file of labels
-OPEN = 64  # shards that are kept open
+FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # that a process may have open; -1: any number
+OPEN = min(1024, FILES // 4) if FILES > 0 else 1024  # shards that are kept open
 MOST_ENDINGS = 64  # different ones that are counted
 ROW = np.dtype([("offset", "<u8"), ("name", "<u8"), ("size", "<u4")])  # of an image, and where its name begins among those of all
 
@@ -95,7 +98,7 @@ class WebDataset(Shards):
 
     def _mapped(self, stem: Path) -> tuple[np.ndarray, np.ndarray] | None:
         """The images of all shards, [N + 1] `ROW`, and the letters of their names, where an earlier run has put them together."""
-        with suppress(OSError, ValueError):  # not there, or damaged
+        with suppress(OSError, EOFError, ValueError):  # not there, or damaged
             mapped = (np.load(stem.with_suffix(ending), mmap_mode="r") for ending in (".npy", ".names.npy"))
             rows, letters = (array.view(np.ndarray) for array in mapped)  # whose single entries are read faster
             if len(rows) == self.firsts[-1] + 1 and int(rows["name"][-1]) == len(letters):
@@ -105,16 +108,20 @@ class WebDataset(Shards):
     def _joined(self, stem: Path) -> tuple[np.ndarray, np.ndarray]:
         """Put the images of all shards together, in two files that are then mapped: once in memory, for any number of ranks."""
         for stale in stem.parent.glob(f"samples_{self.listing}_*"):
-            stale.unlink(missing_ok=True)
+            if not stale.name.startswith(f"{stem.name}."):  # which, without locks, another process may have just written
+                stale.unlink(missing_ok=True)
         count, letters = int(self.firsts[-1]), 0
 
-        def parts() -> Iterator[Any]:
+        def parts() -> Iterator[dict[str, np.ndarray]]:
             for name, facts in zip(self.shards.names, self.shards.facts, strict=True):
                 part = self._part(stem.parent, facts["digest"])
-                if not part.exists() and self.inspect(self.shards.folder / name)["digest"] != facts["digest"]:
-                    raise UserError(f"data.path: {name} in {self.shards.folder} changed while it was looked at")
-                with np.load(part) as found:
-                    yield found
+                if (found := _arrays(part)) is None:  # not there, or damaged
+                    part.unlink(missing_ok=True)
+                    with suppress(OSError, BadFile):
+                        self.inspect(self.shards.folder / name)
+                    if (found := _arrays(part)) is None:
+                        raise UserError(f"data.path: {name} in {self.shards.folder} changed while it was looked at")
+                yield found
 
         def write_rows(stream: BinaryIO) -> None:
             nonlocal letters
@@ -174,16 +181,26 @@ class WebDataset(Shards):
 
     def columns(self, wanted: Set[str] | None) -> dict[str, Column]:
         columns = Columns(self.firsts[-1], wanted)
-        for name, first in zip(self.shards.names, self.firsts.tolist(), strict=False):
-            row = first
+        for number, name in enumerate(self.shards.names):
+            row = int(self.firsts[number])
             try:
                 with open_regular(self.shards.folder / name) as stream:
+                    self.check_shard(number, os.fstat(stream.fileno()))
                     for _, labels in samples(TarHeaders(stream), Counter()):
                         columns.add(row, labels_of_sample(stream, labels))
                         row += 1
             except (OSError, BadFile) as error:
                 raise UserError(f"data.labels: {self.shards.folder}/{name}: {error}") from None
         return columns.columns()
+
+
+def _arrays(part: Path) -> dict[str, np.ndarray] | None:
+    """What stands in a file of `WebDataset.inspect`; None where it is missing or damaged."""
+    try:
+        with np.load(part) as found:
+            return {name: found[name] for name in ("rows", "letters")}
+    except (OSError, EOFError, ValueError, LookupError, BadZipFile):
+        return None
 
 
 def samples(headers: TarHeaders, others: Counter[str]) -> Iterator[Sample]:
@@ -223,5 +240,5 @@ def labels_of_sample(stream: BinaryIO, labels: dict[str, Member]) -> dict[str, A
             value = parse_json(content) if ending == "json" else content.decode()
         except ValueError as error:
             raise BadFile(f"{os.fsdecode(member.name)} cannot be understood ({error})") from None
-        found |= value if isinstance(value, dict) else {ending: value}
+        found |= {encodable(name): one for name, one in value.items()} if isinstance(value, dict) else {ending: value}
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import Config, load_config
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import append_text
 
 
@@ -88,8 +88,9 @@ def show_report(folder: Path) -> None:
             monitors.write_pictures(pictures, config.train.steps)
         finally:
             monitors.close()
-    except OSError as error:
-        raise UserError(f"{folder}: its report is written, but its pictures cannot be shown in TensorBoard or W&B ({error})") from None
+    except Exception as error:  # Pillow's and W&B's are of many kinds
+        words = f"{folder}: its report is written, but its pictures cannot be shown in TensorBoard or W&B ({one_line(error)})"
+        raise UserError(words) from None
 
 
 def _append(file: Path, name: str, step: int, value: float) -> None:

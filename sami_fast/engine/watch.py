@@ -149,7 +149,8 @@ class Watch:
         self._farewell: dict | None = None  # rank, words and status of who ended the run
         self._answers = 0  # of the store, so far
         self._hosts: dict[int, str] = {}  # of each rank, where there are several
-        looks = [self._look, *([self._mind_the_store] if store and rank else [])]
+        held = bool(rank) or "TORCHELASTIC_RUN_ID" in os.environ  # by another process: rank 0, or torchrun
+        looks = [self._look, *([self._mind_the_store] if store and held else [])]
         self._threads = [threading.Thread(target=look, name="watch", daemon=True) for look in looks]
         if store or self._launchers:
             for thread in self._threads:
@@ -216,6 +217,8 @@ class Watch:
         if (farewell := self._farewell) is not None:
             who = named([farewell["rank"]], self._hosts)
             return RankLostError(f"{who}: {farewell['words']}", self.rank == 0, farewell["status"], explained=True)
+        if self.rank in silent:
+            return RankLostError("the store of keys, which torchrun holds, answers no more", True)
         speaks = self.rank == (1 if 0 in silent else 0)
         return RankLostError(f"{named(silent, self._hosts)} ended without a word, or answers no more", speaks)
 
@@ -260,7 +263,7 @@ class Watch:
         self._end_process(lost)
 
     def _mind_the_store(self) -> None:
-        """End this process where rank 0, which holds the store, hangs or is cut off: asking it waits for ever, in any thread."""
+        """End this process where who holds the store, rank 0 or torchrun, hangs or is cut off: asking it waits for ever, in any thread."""
         waited, answers = 0.0, 0
         while not (self._over.wait(BEAT) or self._known.is_set()):
             waited, answers = waited + BEAT if self._answers == answers else 0.0, self._answers
