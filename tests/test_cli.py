@@ -231,13 +231,18 @@ def test_reconstruct(run, inputs, tmp_path, capsys):
     assert written["reconstructions"].shape == (5, 1, 8, 8)
 
 
-def test_traverse_live_axes(run, tmp_path, capsys):
+def test_traverse_live_axes(run, inputs, tmp_path, capsys):
     assert main(["traverse", str(run), "--values", "3", *QUICK, "--output", str(tmp_path / "t.npz")]) == 0
     written = np.load(tmp_path / "t.npz")
     assert sorted(written["axes"].tolist()) == [0, 1]
     assert written["images"].shape == (2, 3, 1, 8, 8)
     assert (np.diff(written["values"]) > 0).all()
-    assert "row 1: axis" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "row 1: axis" in printed
+    assert "images, as in the report\n" in printed
+    data = ["--data", str(inputs / "good.npy"), "--axis", "0"]
+    assert main(["traverse", str(run), *data, *QUICK, "--output", str(tmp_path / "u.npz")]) == 0
+    assert "over 5 images\n" in capsys.readouterr().out
 
 
 def test_traverse_named_axes(run, tmp_path):

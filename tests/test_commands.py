@@ -20,6 +20,7 @@ from torch import nn
 
 from sami_fast import progress
 from sami_fast.cli import main, parser
+from sami_fast.cli.tables import columns_of
 from sami_fast.config import builtin_configs, load_config, setting_keys, steps_beside_minutes, to_yaml
 from sami_fast.errors import UserError
 from sami_fast.methods.baselines import DiffAE
@@ -215,6 +216,7 @@ ENCODERS = {
 def test_an_exported_encoder_gives_the_same_numbers(form, name, kind, tmp_path):
     """For any number of images, with nothing of this package in it; a deterministic encoder's variance is 0."""
     model, file = model_of(dict(ENCODERS[name]), kind), tmp_path / f"encoder{FORMATS[form]}"
+    vars(model.denoiser)["__deepcopy__"] = lambda memo: pytest.fail("the denoiser is large, and nobody needs a copy of it")
     if form == "onnx":
         onnxruntime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
@@ -278,6 +280,15 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path, monkeypatch)
     (tmp_path / "encoder.pt").write_text("as it was")
     with pytest.raises(UserError, match=r"the torchscript program differs from the encoder by .*, and 1e-05 is allowed"):
         export_encoder(model, tmp_path / "encoder.pt", "torchscript")
+
+    class WithoutVariance(OfItsBatch):
+        def forward(self, x):
+            mu = x.flatten(1)[:, :3]
+            return mu, torch.full_like(mu, torch.nan)
+
+    model.encoder = WithoutVariance()
+    with pytest.raises(UserError, match="gives results that are not finite numbers"):
+        export_encoder(model, tmp_path / "encoder.pt", "torchscript")
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match=r"onnx needs onnx, which is not installed; `pip install 'sami-fast\[export\]'`"):
         export_encoder(model, tmp_path / "encoder.onnx", "onnx")
@@ -335,6 +346,10 @@ def test_encodings_as_tables(home, tmp_path, monkeypatch, capsys):
 def test_factors_and_axes_are_columns(home, tmp_path):
     assert main(["encode", str(home / "runs/disks"), "--count", "3", "--output", str(tmp_path / "z.csv")]) == 0
     assert (tmp_path / "z.csv").read_text().splitlines()[0].endswith("std_7,factor_x,factor_y,factor_background")
+    none, axes = np.zeros((2, 0)), np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    columns = columns_of({"mu": none, "var": none, "axes": axes, "axis_names": ["size", "size", "size_2"]})
+    assert list(columns) == ["image", "axis_size", "axis_size_2", "axis_size_2_2"]  # none of them in another's place
+    assert [columns[name].tolist() for name in list(columns)[1:]] == axes.T.tolist()
 
 
 # Words of a command line

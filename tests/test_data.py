@@ -13,6 +13,7 @@ from helpers import relative_error
 
 from sami_fast.config import KINDS, OWN, DataConfig, DisksConfig
 from sami_fast.data import SOURCES, ArrayImages, Dataset, Disks, Feed, open_dataset
+from sami_fast.data.dataset import image_names
 from sami_fast.errors import UserError
 from sami_fast.ops import Stream, random_uniform
 
@@ -332,6 +333,24 @@ def test_any_split_shows_the_same_batch(size, micro_batches, world_size):
         whole = shown(size, step, 24)
         assert sorted(whole) == list(range(24))
         assert shown(size, step, 24, micro_batches, world_size) == whole
+
+
+def test_what_images_are_called():
+    class Turned(Dataset):
+        size = 4
+
+        def in_order(self):
+            return torch.tensor([2, 0, 3, 1])
+
+    class Videos(Turned):
+        def sources(self, index):
+            return {"files": ["a.mp4"] * len(index), "frames": index.tolist()}
+
+    index = torch.tensor([3, 2])
+    assert image_names(Turned(), index) == ["#2", "#0"]  # by which a person counts them, as --image does
+    assert image_names(Videos(), index) == ["a.mp4 #3", "a.mp4 #2"]
+    Turned.size = None
+    assert image_names(Turned(), index) == ["#3", "#2"]
 
 
 def test_an_endless_dataset_counts_on():

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import ipaddress
 import json
 import re
 import shutil
@@ -87,17 +88,17 @@ def explorer(model, disks, tmp_path) -> Explorer:
 
 
 @contextmanager
-def served(explorer: Explorer):
+def served(explorer: Explorer, host: str = "127.0.0.1"):
     """The real server in a thread; yields its address."""
     pytest.importorskip("uvicorn", reason="needs the extra explore: pip install 'sami-fast[explore]'")
     from sami_fast.explore.server import address_of, listen, server_of
 
-    with listen("127.0.0.1", 0, another=False) as sock:
-        server = server_of(explorer, "127.0.0.1", sock)
+    with listen(host, 0, another=False) as sock:
+        server = server_of(explorer, host, sock)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            yield address_of("127.0.0.1", sock)
+            yield address_of(host, sock)
         finally:
             server.handle_exit(signal.SIGTERM, None)
             thread.join(30)
@@ -223,6 +224,9 @@ def test_hostile_files_are_refused_in_a_sentence(explorer):
         expect(page.locator("#alert")).to_have_text("heavy.png: 2 MiB, and images of at most 1 MiB are taken")
         assert page.locator("#alert img").count() == 0
         assert pixels_of(page, "original").startswith("data:image/png")
+        page.evaluate("() => { image.image = 'gone'; redraw(); }")
+        expect(page.locator("#alert")).to_have_text("that image is not kept any more; choose it again")
+        assert page.locator("#status").text_content() == "\u00a0"  # not "Done"
         page.locator("#thumbnails button").nth(1).click()  # and the page goes on
         expect(page.locator("#alert")).to_be_hidden()
         assert seen.console == []
@@ -243,7 +247,7 @@ def test_axes_are_named_and_two_images_joined(explorer):
 
         page.click("#first")
         page.locator("#thumbnails button").nth(5).click()
-        expect(page.locator("#note")).to_have_text(re.compile("^image 5 of the data, which training never saw$"))
+        expect(page.locator("#note")).to_have_text(re.compile("^#5, which training never saw$"))
         page.click("#second")
         page.click("#draw-between")
         page.wait_for_selector("#way img >> nth=8")
@@ -267,11 +271,45 @@ def test_who_may_ask(explorer):
         port = address.rpartition(":")[2]
         for host in ("stranger.example", f"stranger.example:{port}", "127.0.0.1.stranger.example", "0.0.0.0"):
             assert ask(address, "/api/run", Host=host)[0] == 400, host
-        for host in (f"localhost:{port}", f"127.0.0.1:{port}"):
+        for host in (f"localhost:{port}", f"LocalHost:{port}", f"127.0.0.1:{port}"):
             assert ask(address, "/api/run", Host=host)[0] == 200, host
         for origin in ("http://stranger.example", "null", "", f"https://127.0.0.1:{port}", "http://127.0.0.1:1"):
             assert ask(address, "/api/held-out", b'{"number": 0}', Origin=origin)[0] == 403, origin
         assert len(post(address, "/api/held-out", number=0)["posterior"]["latents"]["mean"]) == 8
+
+
+def test_who_may_ask_over_ipv6(explorer):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with served(explorer, "::1") as address:
+        port = address.rpartition(":")[2]
+        assert address == f"http://[::1]:{port}"
+        assert ask(address, "/api/run")[0] == 200
+        assert ask(address, "/api/run", Host=f"[::2]:{port}")[0] == 400
+
+
+def test_few_uploads_at_a_time(explorer):
+    pytest.importorskip("uvicorn", reason="needs the extra explore: pip install 'sami-fast[explore]'")
+    from sami_fast.explore.app import MOST_UPLOADS
+
+    with served(explorer) as address:
+        where = address.removeprefix("http://")
+        slow = [http.client.HTTPConnection(where) for _ in range(MOST_UPLOADS)]
+        for connection in slow:  # they send one byte of ten
+            connection.putrequest("POST", "/api/upload")
+            connection.putheader("Origin", address)
+            connection.putheader("Content-Length", "10")
+            connection.endheaders(b"x")
+        assert ask(address, "/api/run")[0] == 200
+        another = http.client.HTTPConnection(where, timeout=1)
+        another.request("POST", "/api/upload", PHOTO, {"Origin": address})
+        with pytest.raises(TimeoutError):
+            another.getresponse()
+        for connection in (another, *slow):
+            connection.close()
+        assert ask(address, "/api/upload", PHOTO)[0] == 200
 
 
 def test_what_may_be_asked(explorer):
@@ -307,7 +345,7 @@ def test_a_closed_connection_ends_the_work(explorer):
         assert json.loads(response.readline()) == {"progress": "invert", "done": 0, "of": 20_000}
         response.close()
         connection.close()
-        assert post(address, "/api/held-out", number=1)["note"] == "image 1 of the data, which training never saw"
+        assert post(address, "/api/held-out", number=1)["note"] == "#1, which training never saw"
         assert explorer.seconds == {}
 
 
@@ -325,7 +363,10 @@ def test_where_it_listens():
     with pytest.raises(UserError, match=r"^cannot listen at no\.such\.host\.invalid"):
         listen("no.such.host.invalid", 0, another=False)
     with listen("0.0.0.0", 0, another=False) as everywhere:
-        assert {"127.0.0.1", "localhost", socket.gethostname()} <= {*names_of("0.0.0.0", everywhere)}
+        names = names_of("0.0.0.0", everywhere)
+        assert {"127.0.0.1", "localhost", socket.gethostname()} <= {*names}
+        for name in names:  # addresses of the network, not of its hardware
+            assert ":" not in name or ipaddress.ip_address(name.strip("[]"))
 
 
 def test_the_command(tmp_path):
@@ -416,6 +457,7 @@ def test_an_upload_is_fitted_as_the_data_are(explorer, tmp_path):
     (tmp_path / "photos/a.png").write_bytes(PHOTO)
     folder = ImageFolder(str(tmp_path / "photos"), image_size=16, channels=1, holdout=0.0, cache_dir=str(tmp_path / "cache"))
     assert explorer.upload(PHOTO)["picture"] == picture(folder.images(torch.tensor([0])))
+    assert Explorer(explorer.model, "photos", tmp_path / "axes.npz", dataset=folder, steps=STEPS).facts()["held_out"] == ["a.png"]
     first = explorer.held_out(0)["image"]
     for _ in range(KEPT_IMAGES):
         explorer.held_out(1)
@@ -443,7 +485,10 @@ def test_axes_are_found_and_saved(explorer, monkeypatch):
     watch, events = watched()
     explorer.find_axes(watch)
     assert list(events[-1]["sets"]) == ["latents", "scale", "pca", "gradient", "ica"]
-    names = ["first", " ", "x" * 99]
+    names = ["fi\udcff\x1brst", " ", "x" * 99]
+    with pytest.raises(UserError, match=r"^two axes are called same; give each a name of its own$"):
+        explorer.save_axes("pca", ["same", "other", " same\x1b"], False)
+    assert not explorer.axes_file.exists()
     assert explorer.save_axes("pca", names, False)["saved"] == str(explorer.axes_file)
     saved = Axes.load(explorer.axes_file)
     assert saved.names == ("first", "pca 1", "x" * 60)
@@ -467,7 +512,7 @@ def test_a_model_that_decodes(tmp_path):
     vae = BetaVAE.build(networks, {"kind": "cosine", "logsnr_min": -7.0, "logsnr_max": 5.0}).eval()
     explorer = Explorer(vae, "vae", tmp_path / "axes.npz", missing="no config.yaml", steps=STEPS)
     facts = explorer.facts()
-    assert (facts["inverts"], facts["finds"], facts["held_out"], facts["steps"]["coarse"]) == (False, False, 0, 0)
+    assert (facts["inverts"], facts["finds"], facts["held_out"], facts["steps"]["coarse"]) == (False, False, [], 0)
     image = explorer.upload(PHOTO)["image"]
     watch, events = watched()
     with pytest.raises(UserError, match="has no noise to invert"):

@@ -62,7 +62,7 @@ ALLOWED = {
     "latents": {"errors", "files", "methods", "metrics", "ops", "progress", "schedule"},
     "evaluation": {"config", "data", "errors", "files", "methods", "metrics", "progress"},
     "explore": {"data", "errors", "evaluation", "files", "latents", "methods", "metrics", "pictures", "progress"},
-    "report": {"config", "environment", "errors", "evaluation", "files", "latents", "methods", "metrics", "schedule"},
+    "report": {"config", "data", "environment", "errors", "evaluation", "files", "latents", "methods", "metrics", "schedule"},
 }
 
 TORCH_ONLY = ("reference", "kernels", "ops", "schedule", "score", "sweeps", "models", "step", "kl_weight", "errors")

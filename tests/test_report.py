@@ -1,6 +1,7 @@
 """The report of small runs: what metrics.json holds, what the page is made of and does, what a user is told when it cannot be written."""
 
 import base64
+import copy
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,9 +39,9 @@ from sami_fast.methods.build import build_model
 from sami_fast.methods.registry import load_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
-from sami_fast.report import write_report
-from sami_fast.report.advice import mended
-from sami_fast.report.cards import latent_names
+from sami_fast.report import _kept_scores, write_report
+from sami_fast.report.advice import mended, next_commands, run_argument
+from sami_fast.report.cards import Gallery, captions, latent_names
 from sami_fast.report.charts import (
     COLOURS,
     DARK,
@@ -52,11 +54,12 @@ from sami_fast.report.charts import (
     literal,
     scatter_fits,
     svg,
+    training_curves,
 )
 from sami_fast.report.discoveries import axis_scores, discoveries
 from sami_fast.report.motion import Clips, curvatures, read_clips, trajectories
-from sami_fast.report.page import BESIDE, TEMPLATES, command_line
-from sami_fast.report.sheets import MOST_BYTES, sheet
+from sami_fast.report.page import BASELINES, TEMPLATES, command_line
+from sami_fast.report.sheets import MOST_BYTES, Sheet, sheet
 from sami_fast.report.strips import PNG_BYTES, Strip, axis_strips, fitted_latents, png, strips, traversals
 
 LATENTS = 3
@@ -582,7 +585,28 @@ def test_commands_of_the_page_are_commands(run, request):
     assert [command.split()[0] for command in commands] == names
     for command in commands + re.findall("^sami-fast (.*)$", first, re.MULTILINE):
         arguments = parser().parse_args(shlex.split(command))
-        assert arguments.run in (str(folder), [str(folder)])
+        if command.startswith("train "):
+            assert load_config(arguments.config, arguments.overrides).name == f"{folder.name}_next"
+        else:
+            assert arguments.run in (str(folder), [str(folder)])
+
+
+def test_commands_ask_for_trust_where_a_run_names_a_class(tmp_path):
+    named = f"{Path(__file__).with_name('own_datasets.py')}:Pixels"
+    folder = make_run(tmp_path / "run", "data.kind=class", f"data.class={named}", "report.images=16")
+    write_report(folder, trust_remote_code=True)
+    page = Page(folder)
+    assert f"Trained on the images in {named}," in page.text
+    commands = [line for line in page.text.splitlines() if line.startswith("sami-fast ") and not line.startswith("sami-fast train")]
+    assert len(commands) > 3
+    assert all(parser().parse_args(shlex.split(line)[1:]).trust for line in commands)
+    run = open_run(folder, trust_remote_code=True)
+    given = replace(run.config, data=replace(run.config.data, kind="given", class_=""))
+    for objects in (replace(run, config=given), replace(run, model=copy.copy(run.model))):
+        if objects.model is not run.model:
+            objects.model.architecture = None
+        assert run_argument(objects) is None
+        assert next_commands(objects, scores_of(folder)) == []
 
 
 @pytest.mark.parametrize(
@@ -616,12 +640,12 @@ def test_every_score_is_explained():
     assert [explained[name][0] for name in ("Linear R²", "Nonlinear R²", "DCI completeness", "BetaVAE score")] == [
         "0.800", "0.850", "0.320", "0.360",
     ]  # fmt: skip
-    assert [explained["Linear R²"][column] for column in range(4)] == ["0.800", "0.700", "\N{EN DASH}", "\N{EN DASH}"]
+    assert [explained["Linear R²"][column] for column in range(4)] == ["0.800", "\N{EN DASH}", "0.700", "\N{EN DASH}"]
     assert "IRS" not in explained
     assert "0.93" in explained["MIG"][-1]
     assert all(words.endswith(".") and len(words) > 20 for *_, words in explained.values())
     assert explained["BetaVAE score"][1] == "\N{EN DASH}"
-    assert list(BESIDE) == ["pca", "pixels", "untrained"]  # the columns after the run's own
+    assert list(BASELINES) == ["untrained", "pca", "pixels"]  # the columns after the run's own
 
     attributes = {"kl_nats": 9.0, "active_dims": 3, "tad_nashae": 0.21, "attributes_captured_nashae": 4, "latent_quality": 0.8}
     section = part("scores", scores=attributes | {"untrained": attributes}, names=("smiling", "hat"))
@@ -632,7 +656,7 @@ def test_every_score_is_explained():
 
 def test_page_shows_the_scores(disks):
     page, scores = Page(disks), scores_of(disks)
-    for value in (scores["mcc"], *(scores[other]["mcc"] for other in BESIDE), scores["mig"], scores["linear_r2"]["y"]):
+    for value in (scores["mcc"], *(scores[other]["mcc"] for other in BASELINES), scores["mig"], scores["linear_r2"]["y"]):
         assert f"{value:.3f}" in page.text
     assert "blind to scale" in page.text
     assert "bounds a density" in page.text
@@ -666,7 +690,9 @@ def test_report_of_a_single_held_out_image(tmp_path):
 
 def test_report_of_images_that_training_saw(tmp_path):
     folder = make_run(tmp_path / "run", "data.kind=array", f"data.path={save_images(tmp_path, 20)}", "data.holdout=0")
+    (folder / "environment.json").write_text(json.dumps({"command": ["sami-fast", os.fsdecode(b"name=\xff")]}))  # not UTF-8
     write_report(folder)
+    assert "sami-fast 'name=\\udcff'" in Page(folder).text
     assert scores_of(folder)["num_images"] == 20
     assert "none are held out" in Page(folder).text
 
@@ -723,12 +749,14 @@ def test_a_slider_moves_its_latent(disks, size):
         assert seen.console == []
 
 
-def test_frames_are_the_traversal(disks):
+def test_frames_are_the_traversal(disks, monkeypatch):
     """What a slider shows is the picture of the report folder, and its values are those of `sami-fast traverse`."""
     run = open_run(disks)
     moved = traversals(run, encode(run, run.model))
     values = [list(map(float, row.split())) for row in re.findall('data-values="([^"]*)"', Page(disks).html)]
     assert values == [pytest.approx(each.values, rel=1e-3) for each in moved]
+    monkeypatch.setattr("sami_fast.latents.sampling.RANGE_IMAGES", 10)
+    moved = traversals(run, encode(run, run.model))
     output = disks.parent / "traversed.npz"
     assert main(["traverse", str(disks), "--steps", "2", "--output", str(output)]) == 0
     with np.load(output) as written:
@@ -850,9 +878,11 @@ def test_runs_side_by_side(disks, collapsed, tmp_path, capsys):
         (["{0}", "{0}", "--output", "x.html"], "expected each run once"),
         (["{0}", "{1}", "--output", "x.png"], "expected a name ending in .html"),
         (["{0}", "--axes", "nowhere.npz"], "nowhere.npz: no such file of axes"),
+        (["{0}", "--axes", "{0}/../two.npz"], "two.npz: expected axes of 3 latent dimensions, found 2"),
     ],
 )
 def test_what_report_refuses(disks, collapsed, capsys, arguments, sentence):
+    Axes.of_latents(2).save(disks.parent / "two.npz")
     assert main(["report", *(each.format(disks, collapsed) for each in arguments)]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -928,8 +958,51 @@ def test_cards_show_the_images_at_the_ends(array):
     for rank, dim in enumerate(latents.live[:12]):
         low, high = extremes(latents.mu[:, dim], 6)
         shown = ends[12 * rank : 12 * rank + 12]
-        assert [text.partition(",")[0] for text in shown] == [f"image {run.chosen[place]}" for place in (*low, *high)]
+        assert [text.partition(",")[0] for text in shown] == [f"#{run.chosen[place]}" for place in (*low, *high)]
         assert shown[-1].endswith(f"z{dim} {latents.mu[high[-1], dim]:.2f}".replace("-", "\N{MINUS SIGN}"))
+
+
+def test_captions_are_text_whatever_the_file_is_called(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in (b"\xff.png", b"\x1b[31m.png"):
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / os.fsdecode(name))
+    data = [f"data.path={tmp_path / 'photos'}", f"data.cache_dir={tmp_path / 'cache'}", "data.channels=1", "data.holdout=0"]
+    run = open_run(make_run(tmp_path / "run", "data.kind=image_folder", *data))
+    assert {*captions(run, range(2))} == {"\\udcff.png", "\\x1b[31m.png"}
+
+
+def test_a_map_of_one_latent_is_a_line():
+    gallery = Gallery(Sheet("", 20, 1, 8, 8), ["a", "b", "c"], [2], np.array([[0.0], [1.0], [4.0]]))
+    drawn = part("map", view=SimpleNamespace(prefix="", gallery=gallery, cards=[]))
+    assert "The images lie along one line, as one latent is live: to the right its mean, z2, grows." in drawn
+    assert "<select" not in drawn
+    assert re.findall("left:(.*?)%;bottom:(.*?)%", drawn) == [("4.0", "50.0"), ("27.0", "50.0"), ("96.0", "50.0")]
+
+
+def test_hundreds_of_dead_latents_are_one_picture(disks):
+    run = open_run(disks)
+    latents = encode(run, run.model)
+    many = {name: [0.01] * 400 for name in ("kl_per_dim", "information_per_dim")}
+    drawn = svg(training_curves(replace(run, log=[row | many for row in run.log]), latents))
+    assert drawn.count("<path") < 150
+    assert drawn.count("<image") == 1
+
+
+def test_scores_of_older_code_are_measured_again(disks, tmp_path):
+    shutil.copytree(disks, tmp_path / "disks")
+    run, scores = replace(open_run(disks), folder=tmp_path / "disks"), scores_of(disks)
+    assert _kept_scores(run) == scores
+    for older in ({"pca": None}, {"health": "healthy"}, {"health": None}):
+        (tmp_path / "disks/report/metrics.json").write_text(json.dumps(scores | older))
+        assert _kept_scores(run) is None
+
+
+def test_threads_bound_the_processes_that_score(collapsed, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("sami_fast.report.write_report", lambda folder, **options: asked.update(options))
+    for options, jobs in ((["--threads", "1"], 1), ([], None)):
+        assert main(["report", str(collapsed), *options]) == 0
+        assert asked["jobs"] == jobs
 
 
 def test_names_of_latents():

@@ -12,6 +12,7 @@ from sami_fast.errors import UserError
 from sami_fast.latents.axes import Axes
 from sami_fast.latents.images import GAP, image_grid
 from sami_fast.latents.sampling import (
+    RANGE_IMAGES,
     axis_values,
     edit,
     encode,
@@ -19,6 +20,7 @@ from sami_fast.latents.sampling import (
     invert,
     posterior_latents,
     prior_latents,
+    range_rows,
     reconstruct,
     resolve_eta,
     reverse_process,
@@ -521,3 +523,11 @@ def test_image_grid_channels(channels, colours):
     grid = image_grid(images, 1)
     assert grid.shape == (100, 100, 3)
     assert len(set(grid[0, 0].tolist())) == colours
+
+
+def test_images_that_tell_a_range_lie_all_over_the_data():
+    """Frames of videos come in their order: the first thousand of them are the first videos."""
+    assert range_rows(3).tolist() == [0, 1, 2]
+    rows = range_rows(6000)
+    assert (len(rows), rows[0], rows[-1]) == (RANGE_IMAGES, 0, 5999)
+    assert {*rows.diff().tolist()} == {6, 7}

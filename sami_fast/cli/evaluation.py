@@ -132,9 +132,9 @@ def run_report(arguments: argparse.Namespace) -> None:
 
     device = chosen_device(arguments)
     if output:
-        print(write_comparison(folders, output, trust_remote_code=arguments.trust, device=device))
+        print(write_comparison(folders, output, trust_remote_code=arguments.trust, device=device, jobs=arguments.threads))
         return
-    page = write_report(folders[0], trust_remote_code=arguments.trust, axes=arguments.axes, device=device)
+    page = write_report(folders[0], trust_remote_code=arguments.trust, axes=arguments.axes, device=device, jobs=arguments.threads)
     from ..engine.monitors import show_report
 
     show_report(folders[0])

@@ -10,7 +10,6 @@ from ..errors import UserError, printable
 from .files import (
     by_name,
     image_count,
-    image_names,
     in_rows,
     open_axes,
     open_images,
@@ -72,6 +71,7 @@ def run_data(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..config import load_config
+    from ..data.dataset import image_names
     from ..data.summary import summarize, throughput
 
     config = load_config(arguments.config, arguments.overrides)

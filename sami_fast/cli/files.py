@@ -78,16 +78,6 @@ def in_rows(images: "Tensor", names: Sequence[str]) -> "list[Strip]":
     return [Strip("", images[first : first + columns], names[first : first + columns]) for first in range(0, len(images), columns)]
 
 
-def image_names(dataset: "Dataset", index: "Tensor", numbers: Sequence[int] | None = None) -> list[str]:
-    """What images are called: their files, with the frame of a video, or their numbers; by default those of `index`."""
-    sources = dataset.sources(index)
-    if "files" not in sources:
-        return [str(number) for number in (index.tolist() if numbers is None else numbers)]
-    if "frames" not in sources:
-        return sources["files"]
-    return [f"{name} {frame}" for name, frame in zip(sources["files"], sources["frames"], strict=True)]
-
-
 def chosen_device(arguments: argparse.Namespace) -> "torch.device":
     """That of --device; the first GPU, if there is one, when left out."""
     import torch

@@ -75,10 +75,14 @@ def threads(arguments: argparse.Namespace) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
+
+
 def device_options() -> argparse.ArgumentParser:
     """Where a command's model runs: of every command that runs one."""
     options = argparse.ArgumentParser(add_help=False, parents=[threads_option()])
-    options.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
+    add_device(options)
     return options
 
 

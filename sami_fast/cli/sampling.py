@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, printable
 from .files import (
     image_count,
-    image_names,
     in_rows,
     numbered,
     open_axes,
@@ -74,6 +73,7 @@ def run_reconstruct(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
+    from ..data.dataset import image_names
     from ..latents import sampling
     from ..report.strips import Strip
 
@@ -107,12 +107,15 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     dataset = open_images(arguments, model)
     _known_axes(arguments.axis or [], model, axes)
     (image,) = numbered(arguments, dataset, [arguments.image]).split(1)
-    # Those that the report looks at first, with its noise, so that both go through the same range.
+    # Those of the report, with its noise, so that both go through the same range.
     known = run_config(arguments) if (Path(arguments.run) / "config.yaml").is_file() else None
-    seed, count = (known.seed, min(sampling.RANGE_IMAGES, known.report.images)) if known else (arguments.seed, sampling.RANGE_IMAGES)
-    x_0, absent = dataset.read(places(dataset, count))
-    posterior = sampling.encode(model, x_0[[place not in absent for place in range(len(x_0))]])
-    z = posterior.draw(torch.arange(len(posterior.mu), device=posterior.mu.device), seed).double().cpu()
+    seed, count = (known.seed, known.report.images) if known else (arguments.seed, sampling.RANGE_IMAGES)
+    evaluated = places(dataset, count)
+    rows = sampling.range_rows(len(evaluated))
+    x_0, absent = dataset.read(evaluated[rows])
+    there = [place not in absent for place in range(len(x_0))]
+    posterior = sampling.encode(model, x_0[there])
+    z = posterior.draw(rows[there].to(posterior.mu.device), seed).double().cpu()
     if axes:
         picked, coordinates = arguments.axis or list(range(len(axes.names))), torch.from_numpy(axes.coordinates(z.numpy()))
     else:
@@ -129,14 +132,15 @@ def run_traverse(arguments: argparse.Namespace) -> None:
     ]
     images = torch.stack(strips)  # [axes, values, C, H, W]
     names = [axes.names[axis] if axes else f"z{axis}" for axis in picked]
-    rows = [
+    drawn = [
         Strip(name, strip, [f"{value:.2f}" for value in moved.tolist()]) for name, strip, moved in zip(names, strips, values, strict=True)
     ]
-    write_pictures(output, rows, images=images, axes=picked, values=torch.stack(values))
+    write_pictures(output, drawn, images=images, axes=picked, values=torch.stack(values))
     for row, (axis, moved) in enumerate(zip(picked, values, strict=True)):
         print(f"row {row}: axis {axis}{f' ({printable(axes.names[axis])})' if axes else ''}, from {moved[0]:.2f} to {moved[-1]:.2f}")
     what = "z" if model.deterministic else "sampled z"
-    print(f"range: the middle {sampling.COVERAGE:.0%} of {what} over {len(z)} images, as in the report")
+    same = ", as in the report" if known and not arguments.data else ""
+    print(f"range: the middle {sampling.COVERAGE:.0%} of {what} over {len(z)} images{same}")
     print(f"{output}: {len(picked)} row(s) of {arguments.values} values")
 
 
@@ -144,6 +148,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
+    from ..data.dataset import image_names
     from ..latents import sampling
     from ..report.strips import Strip
 
@@ -153,7 +158,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     index = numbered(arguments, dataset, arguments.image)
     a, b = dataset.images(index).split(1)
     images = sampling.interpolate(model, a, b, arguments.count, seed=arguments.seed, **options).cpu()
-    first, last = image_names(dataset, index, arguments.image)
+    first, last = image_names(dataset, index)
     ticks = [first, *(f"{weight:.2f}" for weight in torch.linspace(0, 1, arguments.count).tolist()), last]
     write_pictures(output, [Strip("", torch.cat((a, images, b)), ticks)], images=images, ends=torch.cat((a, b)))
     print(f"{output}: image {arguments.image[0]}, {arguments.count} pictures on the way, image {arguments.image[1]}")
@@ -163,6 +168,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
     output = output_file(arguments, PICTURES)
     import torch
 
+    from ..data.dataset import image_names
     from ..latents import sampling
     from ..report.strips import Strip
 
@@ -178,7 +184,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
     ticks = ["image", *(f"{amount:+g}" for amount in amounts)]
     rows = [
         Strip(f"{name}\n{called}", shown, ticks)
-        for name, shown in zip(image_names(dataset, index, arguments.image), torch.cat((x_0[:, None], images), 1), strict=True)
+        for name, shown in zip(image_names(dataset, index), torch.cat((x_0[:, None], images), 1), strict=True)
     ]
     write_pictures(output, rows, images=x_0, edits=images, axis=arguments.axis, amounts=amounts)
     name = f" ({printable(called)})" if axes else ""

@@ -2,8 +2,9 @@
 
 import csv
 import io
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def columns_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         image, the number of the row; file and frame, where there are any; mu_0 ... and std_0 ..., the places along axes and the factors, by
-        their names, float32, NaN where an image cannot be read; and why it cannot be, absent, where there is such an image.
+        their names, float32, NaN where an image cannot be read; and why it cannot be, absent, where there is such an image. Of equal names
+        the second one gets _2 behind it, and so on.
     """
     columns: dict[str, Any] = {"image": np.arange(len(arrays["mu"]))}
     if "files" in arrays:
@@ -29,10 +31,17 @@ def columns_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
         columns |= {f"{name}_{latent}": values[:, latent] for latent in range(values.shape[1])}
     for values, names, kind in (("axes", "axis_names", "axis"), ("factors", "factor_names", "factor")):
         if values in arrays:
-            columns |= {f"{kind}_{name}": np.asarray(arrays[values])[:, place] for place, name in enumerate(arrays[names])}
+            for place, name in enumerate(arrays[names]):
+                columns[_free(f"{kind}_{_text(name)}", columns)] = np.asarray(arrays[values])[:, place]
     if "absent" in arrays:
         columns["absent"] = [*map(_text, arrays["absent"])]
     return columns
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, or where it is taken the first that is free of it with _2, _3, ... behind it."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def _text(text: object) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import AddCommand, at_least
+from .options import AddCommand, add_device, at_least
 
 EXAMPLE = "train --config disks train.steps=50 name=short"
 SEVERAL = "deepspeed -q --num_accelerators {ranks} --module sami_fast.train"  # the command for several processes
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="with --dry-run: also every setting, and those of DeepSpeed, if any")
     parser.add_argument("--settings", action="store_true", help="print every setting with its meaning, unit and default, and stop")
     parser.add_argument("--threads", dest="cpu_threads", type=at_least(1, 1024), metavar="N", help="CPU threads: engine.threads=N")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; the first GPU, if there is one, when left out")
+    add_device(parser)
     parser.add_argument(
         "--num_accelerators", "--num_gpus", dest="ranks", type=at_least(1), metavar="N", help="several processes: says the command for them"
     )

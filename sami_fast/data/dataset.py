@@ -113,6 +113,23 @@ class Dataset:
         raise NotImplementedError
 
 
+def image_names(dataset: Dataset, index: Tensor) -> list[str]:
+    """What images are called: their files, with the number of the frame in a video, or the numbers by which a person counts them.
+
+    Args:
+        index: [n] int64.
+    Returns:
+        n names; those of files may hold whatever bytes a file system allows.
+    """
+    sources = dataset.sources(index)
+    if "files" not in sources:
+        numbers = index if dataset.size is None else torch.argsort(dataset.in_order())[index]
+        return [f"#{number}" for number in numbers.tolist()]
+    if "frames" not in sources:
+        return [str(name) for name in sources["files"]]
+    return [f"{name} #{frame}" for name, frame in zip(sources["files"], sources["frames"], strict=True)]
+
+
 class EightBit(Dataset):
     """A dataset whose images are bytes. It gives `pixels` in place of `images`, and the feed moves a quarter of the memory."""
 

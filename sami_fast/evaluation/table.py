@@ -7,12 +7,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..config import Config
+from ..methods.card import BASELINES
 from ..metrics.latents import live_dims
 from .health import Health
 
 Scores = dict[str, Any]
 NOT_THE_METHOD = ("seed", "name", "runs_dir", "log", "checkpoint", "report", "engine")  # settings in which runs of one column may differ
-BASELINES = {"untrained": "untrained encoder", "pca": "PCA", "pixels": "pixels"}
 
 
 @dataclass(frozen=True)

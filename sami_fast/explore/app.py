@@ -5,6 +5,7 @@ is an answer like any other, {"error": sentence}. A request that this page never
 """
 
 import asyncio
+import io
 import json
 import logging
 import threading
@@ -33,6 +34,7 @@ PAGE = Path(__file__).with_name("page")
 FILES = {"/": ("index.html", "text/html"), "/explore.css": ("explore.css", "text/css"), "/explore.js": ("explore.js", "text/javascript")}
 MOST_JSON = 1 << 16  # bytes of any other request
 MOST_WAITING = 16  # requests that wait for the model
+MOST_UPLOADS = 2  # files that are in memory at a time
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -136,12 +138,12 @@ async def _body(request: Request, most: int) -> bytes:
     claimed = request.headers.get("content-length", "0")
     if not claimed.isdecimal() or int(claimed[:20]) > most:
         raise too_long
-    body = bytearray()
+    body = io.BytesIO()
     async for part in request.stream():
-        body += part
-        if len(body) > most:
+        body.write(part)
+        if body.tell() > most:
             raise too_long
-    return bytes(body)
+    return body.getvalue()  # without a copy
 
 
 async def _fields(request: Request) -> dict[str, Any]:
@@ -170,6 +172,7 @@ def build_app(explorer: Explorer, hosts: list[str], stopping: threading.Event | 
         stopping: Set it to end what is being drawn.
     """
     turns = Turns(stopping or threading.Event())
+    uploads = asyncio.Semaphore(MOST_UPLOADS)
     files = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
 
     async def file(request: Request) -> Response:
@@ -199,8 +202,9 @@ def build_app(explorer: Explorer, hosts: list[str], stopping: threading.Event | 
         return await answer(lambda: explorer.image_facts(key))
 
     async def upload(request: Request) -> Response:
-        data = await _body(request, MOST_BYTES)
-        return await answer(lambda: explorer.upload(data))
+        async with uploads:
+            data = await _body(request, MOST_BYTES)
+            return await answer(lambda: explorer.upload(data))
 
     async def held_out(request: Request) -> Response:
         number = _number(await _fields(request), "number")

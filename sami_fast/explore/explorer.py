@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset
+from ..data.dataset import image_names
 from ..data.decode import image_suffixes
 from ..data.pixels import resize, square, to_unit, with_channels
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, printable
 from ..evaluation.run import places, readable
 from ..latents import sampling
 from ..latents.axes import Axes
@@ -117,6 +118,8 @@ class Explorer:
         self._dataset = dataset
         self._index = torch.arange(0) if dataset is None else readable(dataset, places(dataset, REFERENCE_IMAGES))
         self.thumbnails = [png(image[None]) for image in self._images(torch.arange(min(HELD_OUT, len(self._index))))]
+        offered = self._index[: len(self.thumbnails)]
+        self.names = [] if dataset is None else [printable(name) for name in image_names(dataset, offered)]
         self._z, counted = self._reference(progress)
         self.information = counted if information is None else np.asarray(information, dtype=np.float64)
         self.sets = {LATENTS: self._latent_set()}
@@ -178,7 +181,7 @@ class Explorer:
             "channels": channels,
             "live": len(self.sets[LATENTS].order),
             "latents": self.model.latent_size,
-            "held_out": len(self.thumbnails),
+            "held_out": self.names,
             "missing": self.missing,
             "inverts": not self.model.decodes,
             "finds": self.model.guides and len(self.sets[LATENTS].order) > 1 and len(self._index) > 2 * len(self.sets[LATENTS].order),
@@ -226,7 +229,7 @@ class Explorer:
         if not 0 <= number < len(self.thumbnails):
             raise UserError(f"held-out image: expected 0 to {len(self.thumbnails) - 1}, found {number}")
         unseen = ", which training never saw" if self._dataset is not None and self._dataset.held_out else ""
-        return self._keep(self._images(torch.tensor([number])), f"image {number} of the data{unseen}")
+        return self._keep(self._images(torch.tensor([number])), f"{self.names[number]}{unseen}")
 
     def _keep(self, x_0: Tensor, note: str) -> Event:
         posterior = sampling.encode(self.model, x_0)
@@ -366,12 +369,14 @@ class Explorer:
             names: Of all its axes.
             replaces: Whether other axes that lie in the file may go; otherwise they are named in the answer, and nothing is written.
         Raises:
-            UserError: the file is none of axes, or cannot be written.
+            UserError: two names are the same, the file is none of axes, or cannot be written.
         """
         kept = self._set(key)
         if not isinstance(names, list) or len(names) != len(kept.axes.names) or not all(isinstance(name, str) for name in names):
             raise UserError(f"expected {len(kept.axes.names)} names")
-        words = [" ".join(name.split())[:MOST_NAME] or old for name, old in zip(names, kept.axes.names, strict=True)]
+        words = [_name(name) or old for name, old in zip(names, kept.axes.names, strict=True)]
+        if twice := [word for word in words if words.count(word) > 1]:
+            raise UserError(f"two axes are called {twice[0]}; give each a name of its own")
         named = replace(kept.axes, names=tuple(words))
         rows = kept.order if key == LATENTS and kept.order else list(range(len(words)))
         written = Axes(tuple(words[row] for row in rows), named.directions[rows], named.readouts[rows], named.center)
@@ -445,6 +450,11 @@ def _before(model: LatentModel, call: Callable[[], None]) -> Iterator[None]:
 
 def _numbers(values: Tensor) -> np.ndarray:
     return values.detach().double().cpu().numpy()
+
+
+def _name(text: str) -> str:
+    """On one line, without what moves a cursor or is no letter at all."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())[:MOST_NAME].strip()
 
 
 def _posterior(axes: Axes, shown: Shown) -> Event:

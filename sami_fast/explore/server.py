@@ -14,6 +14,8 @@ from .explorer import Explorer
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = {"0.0.0.0", "::"}  # every address that the machine has
+IP = (socket.AF_INET, socket.AF_INET6)
+CONNECTIONS = 64  # at a time; of more, each is told to come later
 LEAVE = 5  # seconds that requests have to end in
 
 
@@ -61,7 +63,7 @@ def names_of(host: str, sock: socket.socket) -> list[str]:
     if is_loopback(sock):
         addresses |= {"localhost", LOOPBACK}
     elif addresses & EVERYWHERE:
-        addresses |= {each.address.partition("%")[0] for found in psutil.net_if_addrs().values() for each in found}
+        addresses |= {each.address.partition("%")[0] for found in psutil.net_if_addrs().values() for each in found if each.family in IP}
         addresses |= {"localhost", socket.gethostname(), socket.getfqdn()}
     return sorted(addresses | {f"[{address}]" for address in addresses if ":" in address})
 
@@ -82,6 +84,7 @@ def server_of(explorer: Explorer, host: str, sock: socket.socket) -> Server:
         server_header=False,
         proxy_headers=False,
         ws="none",
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=LEAVE,
     )
     return Server(config, stopping)

@@ -29,6 +29,12 @@ COVERAGE = 0.95  # of the data, by the range of a traversal
 RANGE_IMAGES = 1000  # that this range is taken from: enough for its ends
 
 
+def range_rows(count: int) -> Tensor:
+    """Which of so many images tell the range of latents, at most `RANGE_IMAGES`: at equal distances, since frames of videos come in their
+    order. [n] int64."""
+    return torch.linspace(0, count - 1, min(count, RANGE_IMAGES), dtype=torch.float64).round().long()
+
+
 class SamplerOptions(TypedDict, total=False):
     """The settings of `reverse_process` that `sample`, `reconstruct`, `traverse`, `interpolate` and `edit` pass on."""
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 NAME = "README.md"
 MOST_CONFIG = 2**20  # bytes
 PLACES = ("runs_dir", "path", "labels", "cache_dir")  # settings that only say where files lie on the machine of the run
-BESIDE = {"untrained": "Untrained encoder", "pca": "PCA", "pixels": "Pixels"}  # what the same scores say of these
-SKIPPED = (*BESIDE, "axes")  # scores of something else
+BASELINES = {"untrained": "untrained encoder", "pca": "PCA", "pixels": "pixels"}  # what a run is scored beside, by key
+SKIPPED = (*BASELINES, "axes")  # scores of something else
 
 
 def write_card(model: "LatentModel", folder: Path, run: Path | None, repo_id: str | None = None, variant: str | None = None) -> None:
@@ -76,7 +76,7 @@ def _lines(model: "LatentModel", config: str, scores: Mapping[str, Any], name: s
     if isinstance(health := scores.get("health"), dict):
         yield ""
         yield f"**Health of the run:** {escaped(health.get('word', ''))}: {escaped(health.get('reason', ''))}"
-    beside = {key: title for key, title in BESIDE.items() if isinstance(scores.get(key), dict)}
+    beside = {key: label[:1].upper() + label[1:] for key, label in BASELINES.items() if isinstance(scores.get(key), dict)}
     if table := list(_table(scores, beside)):
         yield from ("", "## Scores", "", "On held-out images where there are any. What each means: the documentation of sami-fast.", "")
         yield f"| {' | '.join(['Score', 'This model', *beside.values()])} |"

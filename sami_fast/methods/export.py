@@ -5,6 +5,7 @@ operators alone, none of this package's, and its results are compared with the m
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def export_encoder(model: LatentModel, file: Path, form: str) -> float:
     """
     if "encoder" not in model.networks:
         raise UserError("export: expected an encoder that is a torch module, found a function")
-    encoder = Exported(copy.deepcopy(model)).cpu().eval()
+    encoder = copy.deepcopy(Exported(model)).cpu().eval()
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(count, *model.image_shape, generator=generator) * 2 - 1 for count in (MADE_WITH, *COMPARED)]
     expected = [encoder(x) for x in images]
@@ -70,12 +71,15 @@ def export_encoder(model: LatentModel, file: Path, form: str) -> float:
                 _WRITERS[form](encoder, images[0], stream)
             stream.flush()
             program = _READERS[form](Path(stream.name))
-            difference = max(_difference(program(x), results) for x, results in zip(images, expected, strict=True))
+            differences = [_difference(program(x), results) for x, results in zip(images, expected, strict=True)]
+            difference = float(torch.stack(differences).max())
         except (UserError, OSError):
             raise
         except Exception as error:  # of somebody's network: of many kinds
             raise UserError(f"export: this encoder cannot be written as {form} ({one_line(error)})") from None
-        if not difference <= TOLERANCE:
+        if not math.isfinite(difference):
+            raise UserError(f"export: the {form} program or the encoder gives results that are not finite numbers")
+        if difference > TOLERANCE:
             raise UserError(f"export: the {form} program differs from the encoder by {difference:.1e}, and {TOLERANCE:g} is allowed")
 
     if form == "onnx":
@@ -84,8 +88,9 @@ def export_encoder(model: LatentModel, file: Path, form: str) -> float:
     return difference
 
 
-def _difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(found, expected, strict=True))
+def _difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Tensor:
+    """The largest, as a share of the largest result or of 1; NaN where a result is NaN, which Python's own max would pass over."""
+    return torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1) for a, b in zip(found, expected, strict=True)]).max()
 
 
 @contextmanager

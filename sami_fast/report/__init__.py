@@ -72,8 +72,13 @@ def _charts(
 
 def _named(run: Run, axes: str | os.PathLike[str] | None) -> dict[int, str]:
     """Names of latents: of the file of axes that was given, or of the run's own where it has one."""
-    file = Path(axes) if axes is not None else run.folder / NAMES
-    return latent_names(Axes.load(file), run.model.latent_size) if axes is not None or file.is_file() else {}
+    file, size = Path(axes) if axes is not None else run.folder / NAMES, run.model.latent_size
+    if axes is None and not file.is_file():
+        return {}
+    named = Axes.load(file)
+    if axes is not None and len(named.center) != size:
+        raise UserError(f"{file}: expected axes of {size} latent dimensions, found {len(named.center)}")
+    return latent_names(named, size)
 
 
 def _view(
@@ -91,9 +96,11 @@ def _view(
     return View(run, scores, known_factors(run)[1], cards, gallery, rows, sheets, prefix=prefix), moved
 
 
-def _scores(run: Run, latents: Latents, measured: ScaleProfile | None, found: dict[str, Discovered], clips: Clips | None) -> Scores:
+def _scores(
+    run: Run, latents: Latents, measured: ScaleProfile | None, found: dict[str, Discovered], clips: Clips | None, jobs: int | None
+) -> Scores:
     """Everything that metrics.json holds."""
-    scores = score(run, latents, measured, jobs=cores())
+    scores = score(run, latents, measured, jobs=jobs or cores())
     if known_factors(run)[1]:
         scores |= plain(baseline_scores(run, make_baselines(run), quick=True))
     else:  # nothing of principal components and pixels could be scored
@@ -112,6 +119,7 @@ def write_report(
     dataset: Any = None,
     device: torch.device | str | None = None,
     axes: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
 ) -> Path:
     """Score a finished run and write its report/ folder.
 
@@ -124,10 +132,11 @@ def write_report(
         model, dataset, device: As in `open_run`.
         axes: A file of axes (`Axes.save`) whose names the latents get, where an axis runs along one; when None, axes.npz of the run folder
             if there is one.
+        jobs: Processes for the metrics that grow trees; as many as there are cores when None.
     Returns:
         Path of report/index.html.
     Raises:
-        UserError: not a run folder, no model in it yet, no log, data gone, no file of axes, or the disk refuses.
+        UserError: not a run folder, no model in it yet, no log, data gone, no file of axes or of other latents, or the disk refuses.
     """
     run = open_run(Path(run_folder), trust_remote_code=trust_remote_code, model=model, dataset=dataset, device=device)
     named = _named(run, axes)
@@ -135,7 +144,7 @@ def write_report(
     factors, names, _ = known_factors(run)
     measured = profile(run)
     found, clips = discoveries(run, latents), read_clips(run)
-    scores = _scores(run, latents, measured, found, clips)
+    scores = _scores(run, latents, measured, found, clips, jobs)
     view, moved = _view(run, latents, measured, scores, named)
     view.rows["samples"] = samples(run, latents)
     if "scale" in found:
@@ -156,12 +165,12 @@ def write_report(
     for name, chart in view.charts.items():
         _write(folder / f"{name}.svg", chart.encode())
     _write(folder / "metrics.json", (json.dumps(scores, indent=2) + "\n").encode())
-    _write(folder / "index.html", render(view).encode())
+    _write(folder / "index.html", render(view).encode(errors="backslashreplace"))
     return folder / "index.html"
 
 
 def _kept_scores(run: Run) -> Scores | None:
-    """Those of the run's report, if it was written after its last step."""
+    """Those of the run's report, if it was written after its last step, by code that measures what is shown now."""
     file = run.folder / "report" / "metrics.json"
     try:
         scores = parse_json(file.read_text())
@@ -169,6 +178,8 @@ def _kept_scores(run: Run) -> Scores | None:
     except (OSError, ValueError):
         return None
     known = isinstance(scores, dict) and {"steps", "num_images", "active_dims", "kl_nats"} <= scores.keys()
+    known = known and (run.model.deterministic or isinstance(scores.get("health"), dict))
+    known = known and (isinstance(scores.get("pca"), dict) or not known_factors(run)[1])
     return scores if known and newer and scores["steps"] == run.log[-1]["step"] and scores["num_images"] == run.count else None
 
 
@@ -178,6 +189,7 @@ def write_comparison(
     *,
     trust_remote_code: bool = False,
     device: torch.device | str | None = None,
+    jobs: int | None = None,
 ) -> Path:
     """Runs side by side on one page: how they are doing, their scores, what their latents do.
 
@@ -186,7 +198,7 @@ def write_comparison(
     Args:
         run_folders: Two or more, as in `write_report`.
         output: The page, one HTML file that needs nothing else; replaced.
-        trust_remote_code, device: As in `write_report`.
+        trust_remote_code, device, jobs: As in `write_report`.
     Returns:
         `output`.
     Raises:
@@ -196,7 +208,7 @@ def write_comparison(
     views = []
     for place, run in enumerate(runs):
         latents, measured = encode(run, run.model), profile(run)
-        scores = _kept_scores(run) or _scores(run, latents, measured, {}, None)
+        scores = _kept_scores(run) or _scores(run, latents, measured, {}, None, jobs)
         views.append(_view(run, latents, measured, scores, _named(run, None), prefix=f"r{place}-")[0])
-    _write(Path(output), render_comparison(views).encode())
+    _write(Path(output), render_comparison(views).encode(errors="backslashreplace"))
     return Path(output)

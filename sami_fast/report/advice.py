@@ -55,20 +55,34 @@ def _trained_again(run: Run, settings: Sequence[str]) -> str | None:
         load_config(str(file), asked)
     except UserError:  # settings that do not go together, or something of this run that only its program knows
         return None
-    if run.config.data.kind == "given" or run.model.architecture is None or not settings:
+    if not settings:
         return None
     return f"{TRAIN} {shlex.join(['--config', str(file), *asked])}"
 
 
+def names_classes(config: Config) -> bool:
+    """Whether a run's commands are asked for --trust."""
+    return any(part.class_ for part in (config.data, config.encoder, config.denoiser))
+
+
+def run_argument(run: Run) -> str | None:
+    """How a command is told of a run: its folder, and leave to import the classes that it names; None of a run that was given Python
+    objects, which no command has."""
+    if run.config.data.kind == "given" or run.model.architecture is None:
+        return None
+    return shlex.quote(str(run.folder)) + (" --trust" if names_classes(run.config) else "")
+
+
 def next_commands(run: Run, scores: Scores) -> list[tuple[str, str]]:
-    """What to do next: in words, and as a command that can be copied.
+    """What to do next: in words, and as a command that can be copied; nothing where no command can.
 
     Args:
         run: The run.
         scores: What stands in its metrics.json.
     """
     word = (scores.get("health") or {}).get("word")
-    folder = shlex.quote(str(run.folder))
+    if (folder := run_argument(run)) is None:
+        return []
     again = _trained_again(run, mended(run.config, word, scores["active_dims"])) if word else None
     commands = [("train again with what usually mends this", again)] if again else []
     if word == "tilted":

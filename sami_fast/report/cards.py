@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.dataset import image_names
+from ..errors import printable
 from ..evaluation import Latents, Run
 from ..latents.axes import Axes
 from ..latents.extremes import extremes
@@ -26,7 +28,7 @@ class Thumbnail:
     """An evaluation image in the page's sheet of thumbnails."""
 
     number: int  # place in that sheet
-    caption: str  # the file, or the number of the image
+    caption: str  # as `captions`
     value: float  # of the latent it stands beside
 
 
@@ -79,11 +81,8 @@ def latent_names(axes: Axes | None, latent_size: int) -> dict[int, str]:
 
 
 def captions(run: Run, index: Sequence[int]) -> list[str]:
-    """What evaluation images are called: their files, with the frame of a video, or their numbers."""
-    chosen = run.chosen[list(index)]
-    sources = run.evaluation.sources(chosen)
-    names = [str(name) for name in sources["files"]] if "files" in sources else [f"image {number}" for number in chosen.tolist()]
-    return [f"{name}, frame {frame}" for name, frame in zip(names, sources["frames"], strict=True)] if "frames" in sources else names
+    """What evaluation images are called, as a page can show it."""
+    return [printable(name) for name in image_names(run.evaluation, run.chosen[list(index)])]
 
 
 def _profile(measured: ScaleProfile, latent: int) -> list[tuple[float, float]]:

@@ -136,8 +136,10 @@ def _rates(axes: Axes, rows: Sequence[dict[str, Any]], steps: Sequence[int], liv
     if rows:
         nats = np.array([row[f"{measure}_per_dim"] for row in rows]).clip(min=1e-4)  # [rows, Z]; a log axis has no 0
         dead = [d for d in range(nats.shape[1]) if d not in live]
+        # Hundreds of lines are one picture in the SVG, of few bytes; a picture does not follow the paper, so it lets that show through.
+        look: dict[str, Any] = {"color": SOFT, "alpha": 0.4, "rasterized": True} if len(dead) > MATRIX_ROWS else {"color": FAINT}
         for place, d in enumerate(dead):
-            axes.plot(steps, nats[:, d], color=FAINT, linewidth=0.9, label="dead" if place == 0 else None)
+            axes.plot(steps, nats[:, d], linewidth=0.9, label="dead" if place == 0 else None, **look)
         for rank, d in enumerate(live):
             axes.plot(steps, nats[:, d], label=f"z{d}" if rank < LEGEND_ENTRIES else None, **line(rank))
         axes.legend(fontsize=8, ncols=2, loc="lower right", frameon=False, labelcolor=INK)

@@ -16,15 +16,15 @@ from ..config import to_yaml
 from ..evaluation import Run
 from ..evaluation.table import Scores, lines
 from ..latents.sampling import COVERAGE
+from ..methods.card import BASELINES
 from ..metrics.latents import LIVE_NATS
-from .advice import SENTENCES, next_commands
+from .advice import SENTENCES, names_classes, next_commands, run_argument
 from .cards import Card, Gallery
 from .charts import COLOURS, DARK, MATRIX_ROWS, MAX_AXES
 from .sheets import Sheet
 from .strips import Strip
 
 FOUND = 0.9  # rank correlation from which a factor counts as found on a latent of its own
-BESIDE = {"pca": "PCA", "pixels": "Pixels", "untrained": "Untrained"}  # whose scores stand beside those of the run
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class View:
     @property
     def beside(self) -> dict[str, float]:
         """The MCC of the run and of what it is compared with; empty where no factors are known."""
-        labels = {"this run": self.scores, **{label: self.scores.get(key) or {} for key, label in BESIDE.items()}}
+        labels = {"this run": self.scores, **{capitalised(label): self.scores.get(key) or {} for key, label in BASELINES.items()}}
         return {label: scores["mcc"] for label, scores in labels.items() if scores.get("mcc") is not None}
 
 
@@ -126,7 +126,7 @@ TEMPLATES.filters |= {
     "address": address,
 }
 CONSTANTS: dict[str, Any] = {
-    "BESIDE": BESIDE,
+    "BASELINES": BASELINES,
     "COLOURS": COLOURS,
     "COVERAGE": f"{COVERAGE:.0%}",
     "DARK": DARK,
@@ -157,7 +157,7 @@ def render(view: View) -> str:
         scores=view.scores,
         names=view.names,
         rated=view.rated,
-        folder=shlex.quote(str(view.run.folder)),
+        folder=run_argument(view.run),
         command=command_line(view.run.environment),
         configuration=to_yaml(view.run.config),
         environment=json.dumps(view.run.environment, indent=2),
@@ -168,7 +168,9 @@ def render_comparison(views: Sequence[View]) -> str:
     """The page of several runs side by side, as `render`; each with a prefix of its own."""
     columns = [(view.run.config.name, view.scores) for view in views]
     for view in views:  # principal components of the same images are the same, but for their number
-        columns += [(f"{BESIDE[key]} ({view.run.config.name})", view.scores[key]) for key in ("pca", "pixels") if view.scores.get(key)]
+        for key in ("pca", "pixels"):
+            if view.scores.get(key):
+                columns.append((f"{capitalised(BASELINES[key])} ({view.run.config.name})", view.scores[key]))
     known = max((scores for _, scores in columns), key=lambda scores: len(scores.get("linear_r2") or {}))
     rows = [(label, [_read(read, scores) for _, scores in columns], digits) for label, read, digits in lines(known)]
     return TEMPLATES.get_template("compare.html").render(
@@ -176,6 +178,7 @@ def render_comparison(views: Sequence[View]) -> str:
         columns=[label for label, _ in columns],
         rows=[row for row in rows if any(value is not None for value in row[1])],
         folders=shlex.join(str(view.run.folder) for view in views),
+        trust=any(names_classes(view.run.config) for view in views),
     )
 
 

@@ -172,9 +172,9 @@ def traversed(run: Run, latents: Latents, picked: Sequence[int], count: int, axe
     factors, names, _ = known_factors(run)
     center = central_image(latents)
     codes, own = (latents.z, latents.mu) if axes is None else (axes.coordinates(latents.z), axes.coordinates(latents.mu))
-    x_0, found = run.images(torch.tensor([center])), []
+    x_0, found, rows = run.images(torch.tensor([center])), [], sampling.range_rows(len(codes))
     for axis in picked:
-        values = sampling.axis_values(torch.from_numpy(codes[: sampling.RANGE_IMAGES]), axis, count)
+        values = sampling.axis_values(torch.from_numpy(codes)[rows], axis, count)
         images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
         follows = None
         if names:

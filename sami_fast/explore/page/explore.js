@@ -68,14 +68,14 @@ function progress(event) {
   at("status").textContent = `${job?.what ?? ""}${WORDS[event.progress]}: ${event.done} of ${event.of}${left >= 1 ? `, ${time(left)} left` : ""}`;
 }
 
-function idle() {
+function idle(failed) {
   const { coarse, fine, invert } = run.seconds;
   at("progress").value = 0;
   const parts = [];
   if (coarse) parts.push(`preview ${time(coarse)}`);
   if (fine) parts.push(`finished picture ${time(fine)}`);
   if (invert && fine > 1) parts.push(`a new image's noise ${time(invert)}, once`);
-  at("status").textContent = parts.length ? `Done: ${parts.join(", ")}` : "\u00a0";
+  at("status").textContent = parts.length && !failed ? `Done: ${parts.join(", ")}` : "\u00a0";
 }
 
 // One thing is drawn at a time. The sliders come first; what they made useless is cancelled.
@@ -83,6 +83,7 @@ function idle() {
 async function work() {
   if (job) return;
   at("status").textContent = "Drawing …";
+  let failed = false;
   for (;;) {
     const task = next ?? (changed ? edit : image && !alone ? reconstruct : null);
     if (!task) break;
@@ -90,16 +91,18 @@ async function work() {
     job = { control: new AbortController(), stage: "", what: "", stays: false };
     try {
       await task(job);
+      failed = false;
     } catch (error) {
       if (error.name !== "AbortError") {
         complain(error.message);
+        failed = true;
         changed = false;
         alone = true;
       }
     }
     job = null;
   }
-  idle();
+  idle(failed);
 }
 
 function redraw() {
@@ -151,7 +154,6 @@ async function choose(asked, name, thumbnail) {
   try {
     const found = await asked();
     complain("");
-    if (image && image.image !== found.image) alone = false;
     image = { ...found, name };
     alone = false;
   } catch (error) {
@@ -407,9 +409,8 @@ async function open() {
     document.querySelector("input[name=noise][value=new]").checked = true;
     document.querySelector("input[name=noise][value=own]").disabled = true;
   }
-  const thumbnails = Array.from({ length: run.held_out }, (_, number) => {
+  const thumbnails = run.held_out.map((name, number) => {
     const [button, picture] = ["button", "img"].map((tag) => document.createElement(tag));
-    const name = `image ${number}`;
     Object.assign(button, { type: "button", title: name });
     Object.assign(picture, { alt: name, loading: "lazy" });
     show(picture, `held-out/${number}.png`);

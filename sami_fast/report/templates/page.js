@@ -36,7 +36,7 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") hi
 for (const gallery of document.querySelectorAll(".gallery")) {
   const data = JSON.parse(gallery.querySelector("script").textContent);
   const thumbs = [...gallery.querySelectorAll(".thumb")];
-  const [across, up] = gallery.querySelectorAll("select");
+  const [across, up] = gallery.querySelectorAll("select"); {# of a single latent there are none, and nothing moves #}
   const place = () => {
     for (const [select, side] of [[across, "left"], [up, "bottom"]]) {
       const positions = data.positions[select.value];
@@ -48,15 +48,15 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     thumb.dataset.values = data.latents.slice(0, 6).map((latent, row) => `z${latent} ${format(data.positions[row][number], 2)}`).join(", ");
     thumb.tabIndex = number ? -1 : 0;
   });
-  across.addEventListener("change", place);
-  up.addEventListener("change", place);
+  across?.addEventListener("change", place);
+  up?.addEventListener("change", place);
   {# One stop of the tabulator for all thumbnails; arrows go to the next one in their direction. #}
   gallery.addEventListener("keydown", (event) => {
     const arrow = { ArrowLeft: [across, -1], ArrowRight: [across, 1], ArrowDown: [up, -1], ArrowUp: [up, 1] }[event.key];
     const at = thumbs.indexOf(document.activeElement);
     if (!arrow || at < 0) return;
     event.preventDefault();
-    const positions = data.positions[arrow[0].value];
+    const positions = data.positions[arrow[0]?.value ?? 0];
     const order = thumbs.map((_, number) => number).sort((a, b) => positions[a] - positions[b] || a - b);
     const next = order[order.indexOf(at) + arrow[1]];
     if (next === undefined) return;
