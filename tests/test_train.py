@@ -32,7 +32,7 @@ from sami_fast.methods.build import build_model
 from sami_fast.methods.sami import Sami
 from sami_fast.metrics.latents import information_per_dim, kl_per_dim
 from sami_fast.step import Draw
-from sami_fast.train import Trainer, _duration, main, train
+from sami_fast.train import Trainer, main, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -673,11 +673,6 @@ def test_resume_without_a_checkpoint_goes_on_with_its_own_settings_alone(tmp_pat
         train(tiny(tmp_path, "train.steps=6"), resume=True)
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
     train(tiny(tmp_path, "train.steps=5", "log.every=2"), resume=True)
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.7, "1 min 0 s"), (306, "5 min 6 s"), (29_929, "8 h 18 min")])
-def test_what_is_left_of_a_run_has_units(seconds, words):
-    assert _duration(seconds) == words
 
 
 # ---- what stops a run
