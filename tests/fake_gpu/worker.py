@@ -193,7 +193,7 @@ def main() -> None:
     found = []
     for job in json.loads(sys.argv[2]):
         # DeepSpeed, which these ask for on several GPUs, does not run without one.
-        config = load_config(job["config"], ["engine.zero_stage=0", *job["settings"]])
+        config = load_config(job["config"], ["engine.zero_stage=0", "log.tensorboard=false", *job["settings"]])
         found += [(job["config"], job["fault"], *rest) for rest in steps(config, FAULTS[job["fault"]])]
     print(json.dumps(found))
 
