@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.write_video import write_video
-from sami_fast.cli import files, main, parser
+from sami_fast.cli import facts, files, main, parser
 from sami_fast.cli.options import SOLVERS, STARTS, sampler_arguments
 from sami_fast.config import load_config, to_yaml
 from sami_fast.latents import sampling
@@ -160,6 +160,13 @@ def test_every_file_of_a_folder_has_its_row(run, tmp_path, capsys, monkeypatch):
     assert main([*start, "5"]) == 2
     assert "--image: expected 0 to 4, found 5" in capsys.readouterr().err
     assert main([*start, "4"]) == 0
+
+
+def test_factors_of_a_file_that_cannot_be_read_are_absent():
+    arrays = {"files": ["a.png", "c.png"], "mu": np.ones((2, 1)), "factors": np.array([[1.0], [2.0]]), "factor_names": ["size"]}
+    assert facts._with_rows_of({"b.png": "zero bytes"}, arrays, ["", ""]) == ["", "b.png: zero bytes", ""]
+    assert arrays["files"] == ["a.png", "b.png", "c.png"]
+    assert np.array_equal(arrays["factors"], [[1.0], [np.nan], [2.0]], equal_nan=True)
 
 
 def test_frames_are_encoded_in_the_order_of_time(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sami_fast import progress
+from sami_fast import __version__, progress
 from sami_fast.cli import main, parser
 from sami_fast.cli.tables import columns_of
 from sami_fast.config import builtin_configs, load_config, setting_keys, steps_beside_minutes, to_yaml
@@ -353,6 +353,23 @@ def test_factors_and_axes_are_columns(home, tmp_path):
 
 
 # Words of a command line
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sami-fast {__version__}\n"
+
+
+def test_options_and_settings_come_in_any_order():
+    for words in ("data video data.path=x --output y data.cache_dir=z", "data --output y video data.path=x data.cache_dir=z"):
+        arguments = parser().parse_args(words.split())
+        assert (arguments.config, arguments.overrides, arguments.output) == ("video", ["data.path=x", "data.cache_dir=z"], "y")
+
+
+def test_a_single_picture_is_no_folder(home, tmp_path, capsys):
+    assert main(["encode", str(home / "runs/disks"), "--data", str(home / "photos/0.png"), "--output", str(tmp_path / "z.npz")]) == 2
+    assert capsys.readouterr().err.endswith("0.png; give its folder\n")
 
 
 def test_numbers_of_an_option_take_no_other_words():
