@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import re
+import shutil
 import struct
 import sys
 import time
@@ -736,9 +737,10 @@ def test_cars3d_from_its_folder(tmp_path, monkeypatch, below):
 def test_published_sets_are_known_by_their_content(tmp_path):
     """At any place; and another image is another set."""
     sources = []
+    write_cars(tmp_path / "here", side=8)
+    write_norb(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")  # MATLAB files written twice hold the second of each
     for name in ("here", "there"):
-        write_cars(tmp_path / name, side=8)
-        write_norb(tmp_path / name)
         sources.append([kind(str(tmp_path / name), cache_dir=str(tmp_path / "cache")) for kind in (Cars3D, SmallNORB)])
     for one, other in zip(*sources, strict=True):
         assert one.fingerprint == other.fingerprint
