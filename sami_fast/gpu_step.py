@@ -61,7 +61,24 @@ class Kernel:
     fixed: int
 
 
-class Trace(TorchDispatchMode):
+class EachOperator(TorchDispatchMode):
+    """Shows `called` every operator of torch that runs inside, those within our own operators among them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "sami_fast":  # down to what it calls
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        if func.namespace == "prim":  # a question to a tensor
+            return func(*args, **kwargs)
+        return self.called(func, args, kwargs)
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operator gives for these arguments."""
+        raise NotImplementedError
+
+
+class Trace(EachOperator):
     """Counts what a GPU would do for what runs inside, on fake tensors and with the backend "triton".
 
     Args:
@@ -106,13 +123,7 @@ class Trace(TorchDispatchMode):
         fixed = sum(_bytes(tensor) for tensor in tensors if tensor.numel() % self.images)
         self.kernels.append(Kernel(name, flops, sum(map(_bytes, tensors)), fixed))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "sami_fast":  # down to what it calls
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        if func.namespace == "prim":  # a question to a tensor
-            return func(*args, **kwargs)
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         if func in CONVOLUTIONS:
             return self._convolution(func, args, out)

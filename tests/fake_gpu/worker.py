@@ -22,7 +22,6 @@ import torch  # noqa: E402
 from sami_fast.kernels._common import recording  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from sami_fast import plan, step  # noqa: E402
@@ -30,6 +29,7 @@ from sami_fast.config import Config, load_config  # noqa: E402
 from sami_fast.engine import base, direct  # noqa: E402
 from sami_fast.engine.bank import Bank  # noqa: E402
 from sami_fast.engine.capture import Captured  # noqa: E402
+from sami_fast.gpu_step import EachOperator  # noqa: E402
 from sami_fast.models.layers import lay_out_weights  # noqa: E402
 from sami_fast.step import Draw  # noqa: E402
 from sami_fast.train import TrainingModule  # noqa: E402
@@ -46,7 +46,7 @@ torch.cuda.is_bf16_supported = lambda *_, **__: True
 base.Measurement = lambda values: values
 
 
-class Watch(TorchDispatchMode):
+class Watch(EachOperator):
     """Counts what runs inside, and what should not: tensors of the CPU, waiting for the GPU, convolutions of images that do not lie
     channels-last."""
 
@@ -55,13 +55,7 @@ class Watch(TorchDispatchMode):
         self.operators = self.convolutions = 0
         self.found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "sami_fast":  # down to what it calls
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        if func.namespace == "prim":  # a question to a tensor
-            return func(*args, **kwargs)
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         self.operators += 1
         if name in WAITS:
