@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sami_fast import __version__, budget, ops, preview, score, stages
-from sami_fast.cli.training import SEVERAL, add_arguments
+from sami_fast.cli.options import SEVERAL, add_training_arguments
 from sami_fast.config import (
     Config,
     DataConfig,
@@ -748,7 +748,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="example: deepspeed -q --num_accelerators 2 sami_fast/train.py --config disks train.steps=50 name=short",
     )
     parser.add_argument("--version", action="version", version=f"sami-fast {__version__}")
-    add_arguments(parser)
+    add_training_arguments(parser)
     return parser.parse_intermixed_args(argv)
 
 
