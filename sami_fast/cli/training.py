@@ -1,4 +1,4 @@
-"""The training command: the arguments that `sami-fast train` and sami_fast/train.py share."""
+"""The command that trains: train, the same as the script sami_fast/train.py."""
 
 import argparse
 
