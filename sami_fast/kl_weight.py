@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 ALIVE_NATS = 0.2  # smoothed information of batches at which a latent has come alive beyond doubt
+DEAD_NATS = 0.05  # of the most informative one, below which that was too early
 SMOOTHING = 0.95  # decay per step of that average
 GROWTH_SMOOTHING = 0.98  # the same, of what is added to it per step
 
@@ -34,7 +35,8 @@ class KLWeight:
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
     auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
-                 slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving
+                 slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
+                 If no latent lives any more, it is at most what it was before the rebound, and falls as at first until one does
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
     them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive
@@ -53,7 +55,9 @@ class KLWeight:
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
         self.growth = 0.0  # auto: of the information of the most informative latent, nats per step, smoothed
         self.found: int | None = None  # auto: joint step at which the first latent came alive
-        self.highest = settings.high  # auto: beta from then on at most
+        self.woken = settings.high  # auto: beta at that step
+        self.asleep = True  # auto: whether no latent lives
+        self.highest = settings.high  # auto: beta from now on at most
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
@@ -89,10 +93,15 @@ class KLWeight:
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
             most = max(self.information)
             self.growth = GROWTH_SMOOTHING * self.growth + (1 - GROWTH_SMOOTHING) * (most - max(before))
-            if self.found is None and most > ALIVE_NATS:
-                self.found = joint_step
-                self.controlled = self.highest = min(s.high, s.rebound * self.controlled)
-            share, wanted = (s.search, ALIVE_NATS) if self.found is None else (s.fall, s.sharpest)
+            if self.asleep and most > ALIVE_NATS:
+                self.asleep = False
+                if self.found is None:
+                    self.found, self.woken = joint_step, self.controlled
+                    self.controlled = self.highest = min(s.high, s.rebound * self.controlled)
+            elif not self.asleep and most < DEAD_NATS:
+                self.asleep = True
+                self.highest = min(self.highest, self.woken)
+            share, wanted = (s.search, ALIVE_NATS) if self.asleep else (s.fall, s.sharpest)
             halving = max(1.0, share * self.joint_steps)
             speed = max(-1.0, min(1.0, 10.0 * (1.0 - most / wanted)))  # full from 10 % off
             if speed > 0:
@@ -103,7 +112,7 @@ class KLWeight:
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; what JSON can hold."""
-        keys = ("controlled", "information", "growth", "found", "highest", "scale")
+        keys = ("controlled", "information", "growth", "found", "woken", "asleep", "highest", "scale")
         return {key: getattr(self, key) for key in keys}
 
     def restore(self, state: dict[str, Any] | float) -> None:
@@ -114,14 +123,16 @@ class KLWeight:
         """
         if not isinstance(state, dict):
             state = {"controlled": state}
-        state = self.state | state
+        known = {} if state.get("found") is None else {"asleep": False}  # checkpoints of before 2026-11-30 do not say it
+        state = self.state | known | state
         information, found = state["information"], state["found"]
-        numbers = [state["controlled"], state["highest"], *(information if isinstance(information, list) else [None])]
+        numbers = [*(state[key] for key in ("controlled", "woken", "highest")), *(information if isinstance(information, list) else [None])]
         if (
             state.keys() != self.state.keys()
             or not all(isinstance(number, int | float) and 0 <= number < math.inf for number in [*numbers, state["scale"]])
             or not state["scale"] > 0
             or not isinstance(found, int | None)
+            or not isinstance(state["asleep"], bool)
         ):
             raise ValueError(f"state: expected what `KLWeight.state` gives, found {state}")
         for key, value in state.items():

@@ -166,6 +166,28 @@ def test_auto_may_rebound():
     assert course[weight.found + 1] == pytest.approx(1.5 * course[weight.found], rel=0.01)
 
 
+def test_auto_takes_a_rebound_back_that_no_latent_survives():
+    """At the higher beta all die; below the one at which the first came alive, and not before, one lives again."""
+    weight = KLWeight(settings(kind="auto", start=1.0, rebound=2.0), 2000)
+    threshold, told, course = 0.5, 1e-3, []
+    for step in range(2000):
+        course.append(weight(step))
+        if weight.found is not None and course[-1] > threshold:
+            threshold = 0.2  # what has died wakes later
+        told += 0.05 * ((2 * math.log(threshold / course[-1]) if course[-1] < threshold else 1e-3) - told)
+        weight.observe(step, 1.0, [told])
+        if weight.asleep and weight.found is not None:
+            assert weight(step + 1) <= weight.woken
+    before, after = course[: weight.found + 1], course[weight.found + 1 :]
+    assert after[0] == pytest.approx(2 * before[-1], rel=0.02)
+    died = next(step for step, beta in enumerate(after) if beta < 1.5 * before[-1])
+    assert died < 200  # of 2000 steps, in which a halving takes 400 while a latent lives
+    assert after[died] == pytest.approx(before[-1], rel=0.02)
+    assert after[died + 79] < 0.6 * before[-1]  # halves every 4 % of the steps again
+    assert not weight.asleep
+    assert min(course) < 0.2 * math.exp(-1.0)
+
+
 def test_auto_finds_nothing_where_nothing_lives():
     weight = KLWeight(settings(kind="auto", start=1.0, low=0.01), 500)
     course = alive(weight, 0.0, 500)
