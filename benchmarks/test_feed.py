@@ -21,8 +21,9 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data import Dataset as MapDataset
 
-from sami_fast.config import load_config
-from sami_fast.data import Feed, ImageFolder, VideoFolder, open_dataset
+from sami_fast.config import DataConfig, load_config
+from sami_fast.data import Dataset, Feed, ImageFolder, VideoFolder, open_dataset
+from sami_fast.data.pack import Packing, pack
 from sami_fast.engine.threads import set_threads
 from sami_fast.methods.build import build_model
 from sami_fast.step import Draw
@@ -221,6 +222,34 @@ def test_images(image_folder: tuple[str, Path], compete: Callable[..., None], tm
         dataset.images(torch.arange(NUM_IMAGES))  # fills the kept pixels, if they are kept
         ready.append(contestant(f"sami-fast, {name}", feeding(partial(make, decoder, kept))))
     compete(described(f"feed {form} 178x218"), ready, "DataLoader + Pillow", peak=False, targets={"sami-fast, DALI": TARGETS["images"]})
+
+
+@pytest.mark.parametrize("decoder", ["torch", "dali"], ids=["Pillow", "DALI"])
+def test_shards(decoder: str, image_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:
+    """The same image files, one by one in a folder and many to a shard."""
+    form, folder = image_folder
+
+    def make(kind: str) -> Dataset:
+        path = folder if kind == "image_folder" else tmp_path / kind
+        settings = {"image_size": SIZE, "holdout": 0.0, "cache_dir": str(tmp_path / "cache"), "cache_gib": 0.0, "workers": WORKERS}
+        return open_dataset(DataConfig(kind=kind, path=str(path), decoder=decoder, **settings), 0)
+
+    for kind in ("webdataset", "parquet"):
+        pack(
+            Packing(DataConfig(kind="image_folder", path=str(folder)), form=kind, samples=100),
+            tmp_path / kind,
+            1,
+            False,
+            lambda done, of: None,
+        )
+    expected = make("image_folder").images(torch.arange(NUM_IMAGES))
+    ready = []
+    for kind in ("image_folder", "webdataset", "parquet"):
+        assert torch.equal(make(kind).images(torch.arange(NUM_IMAGES)), expected)
+        ready.append(contestant(f"sami-fast, {kind}", feeding(partial(make, kind))))
+    (name,) = (name for name, value in {"Pillow": "torch", "DALI": "dali"}.items() if value == decoder)
+    targets = {f"sami-fast, {kind}": 1.0 for kind in ("webdataset", "parquet")}
+    compete(described(f"feed {form} 178x218 by {name}"), ready, "sami-fast, image_folder", peak=False, targets=targets)
 
 
 def test_videos(video_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:

@@ -655,14 +655,15 @@ def test_what_cannot_be_packed(arguments, words, tmp_path, capsys, monkeypatch):
 # Training, and what is done with a trained model
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch_with_another_number_of_ranks(tmp_path):
+@each_kind
+def test_a_run_goes_on_in_the_middle_of_an_epoch_with_another_number_of_ranks(kind, tmp_path):
     """Two ranks are killed, one goes on: every step shows the images that the feed names, and the model encodes shards."""
     from test_feed_training import SETTINGS, shown
 
-    folder, records = shards(tmp_path / "shards", "webdataset"), tmp_path / "shown"
+    folder, records = shards(tmp_path / "shards", kind), tmp_path / "shown"
     settings = [setting for setting in SETTINGS if not setting.startswith(("data.video", "data.holdout", "data.flip"))]
     places = [f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", f"runs_dir={tmp_path}", "name=run"]
-    arguments = ["--config", "images", "--resume", "--no-report", "data.kind=webdataset", "data.labels=all", *places, *settings]
+    arguments = ["--config", "images", "--resume", "--no-report", f"data.kind={kind}", "data.labels=all", *places, *settings]
 
     def run(ranks: int, **environment: str) -> subprocess.CompletedProcess[str]:
         launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
@@ -677,12 +678,12 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_with_another_number_of_ranks(tm
     assert "resumed from" in done.stdout + done.stderr
 
     steps = shown(records, 2)
-    data = DataConfig(kind="webdataset", path=str(folder), image_size=16, cache_dir=str(tmp_path / "cache"), holdout=0.1)
+    data = DataConfig(kind=kind, path=str(folder), image_size=16, cache_dir=str(tmp_path / "cache"), holdout=0.1)
     feed = Feed(open_dataset(data, 0), 8, 1, 0, 1, 0, torch.device("cpu"))
     assert {step: [index for _, (index, _, _) in sorted(row.items())] for step, row in steps.items()} == {
         step: feed.indices(step, 0)[0].tolist() for step in range(12)
     }
     assert main(["encode", str(tmp_path / "run"), "--data", str(folder), "--output", str(tmp_path / "z.npz")]) == 0
     with np.load(tmp_path / "z.npz") as encoded_images:
-        assert [*encoded_images["files"]] == [*opened(folder, "webdataset").index.names]
+        assert [*encoded_images["files"]] == [*opened(folder, kind).index.names]
         assert np.isfinite(encoded_images["mu"]).all()
