@@ -28,11 +28,11 @@ from sami_fast.data import open_dataset
 from sami_fast.environment import cores, describe
 from sami_fast.evaluation import Evaluated, Latents, Run, encode, evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.clips import straightness_scores
+from sami_fast.evaluation.factors import matched_scores
 from sami_fast.evaluation.latents import make_baselines
 from sami_fast.evaluation.scores import plain
 from sami_fast.latents.discovery import discover
 from sami_fast.metrics.attributes import tad
-from sami_fast.metrics.identifiability import mcc
 
 from .recovery import pixel_energy
 from .rows import ROOT, Row, address, committed
@@ -144,7 +144,7 @@ def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row
     scores: Row = json.loads((folder / "used.json").read_text()) if (folder / "used.json").is_file() else {}
     if clips := judged_clips(run, data):
         scores["straightness_by_source"] = straightness_by_source(run, latents, clips, baselines)
-    factors, names, _ = known_factors(run, attributes=False)
+    factors, names, periods = known_factors(run, attributes=False)
     attributes, *_ = known_factors(run, attributes=True)
     if not (names or attributes.size) or run.model.deterministic:
         return scores
@@ -156,8 +156,8 @@ def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row
         axes = discover(run.model, run.images, AXES_IMAGES, **settings)
         found = {each.method: each.axes.coordinates(latents.z) for each in axes}
     if names:
-        scores["mcc_mu"] = mcc(latents.mu[:, latents.live], factors)[0]
-        scores["mcc_axes"] = {method: mcc(codes, factors)[0] for method, codes in found.items()}
+        scores["mcc_mu"] = matched_scores(latents.mu[:, latents.live], factors, names, periods)["mcc"]
+        scores["mcc_axes"] = {method: matched_scores(codes, factors, names, periods)["mcc"] for method, codes in found.items()}
     else:
         scores["tad_axes"] = {method: tad(codes, attributes).score for method, codes in found.items()}
     return scores

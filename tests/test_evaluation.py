@@ -14,7 +14,14 @@ from sami_fast.config import load_config
 from sami_fast.data import Dataset, ImageFolder
 from sami_fast.errors import UserError
 from sami_fast.evaluation import evaluate, known_factors, open_run, tables
-from sami_fast.evaluation.factors import DCI_LEAST, attribute_scores, factor_classes, learned_scores, recovery_scores
+from sami_fast.evaluation.factors import (
+    DCI_LEAST,
+    attribute_scores,
+    factor_classes,
+    factor_correlations,
+    learned_scores,
+    recovery_scores,
+)
 from sami_fast.evaluation.run import places, readable
 from sami_fast.evaluation.scores import plain
 from sami_fast.evaluation.table import spread
@@ -68,6 +75,24 @@ def test_a_circular_factor_is_scored_by_sine_and_cosine():
     assert circular == pytest.approx(1.0)
     assert plain < 0.7
     assert plain == pytest.approx(linear_r2(codes, turn[:, None])[0])
+
+
+def test_where_a_circular_factor_begins_does_not_matter():
+    """A hue is the same hue wherever red is said to begin; its own values, and a rank correlation with them, are not."""
+    generator = np.random.default_rng(0)
+    turn, size = generator.uniform(size=(2, 2000))
+    codes = np.column_stack((np.sin(2 * np.pi * turn), np.cos(2 * np.pi * turn), size))
+    names, periods = ("hue", "size"), {"hue": 1.0}
+    for begins in (0.0, 0.25, 0.5):
+        factors = np.column_stack(((turn + begins) % 1.0, size))
+        found = recovery_scores(codes, factors, names, periods)
+        assert found["mcc_per_factor"] == pytest.approx({"hue": 1.0, "size": 1.0})
+        assert (found["mcc"], found["mcc_pearson"]) == pytest.approx((1.0, 1.0))
+        assert found["sap"] > 0.98
+        strength = factor_correlations(codes, factors, names, periods)
+        assert strength == pytest.approx(np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), abs=0.06)
+        taken_as_it_is = recovery_scores(codes, factors, names, {})
+        assert taken_as_it_is["mcc"] < 0.9
 
 
 def test_a_perfect_code_scores_perfectly_everywhere():

@@ -420,7 +420,7 @@ def test_correlations_are_drawn_in_the_order_of_the_rates():
     generator = np.random.default_rng(0)
     latents, factors = latents_of(generator.normal(size=(200, 3))), generator.normal(size=(200, 2))
     factors[:, 1] = -np.exp(latents.z[:, 2])
-    figure = correlations(latents, factors, ("a", "b"))
+    figure = correlations(latents, correlation_matrix(latents.z, factors), ("a", "b"))
     drawn = np.asarray(figure.axes[0].images[0].get_array())
     assert drawn == pytest.approx(correlation_matrix(latents.z, factors).T[::-1])
     assert drawn[0, 1] == 1
@@ -432,7 +432,7 @@ def test_correlations_of_many_latents_and_factors():
     """As many as CelebA's attributes: no numbers in the cells, no scatter plots."""
     generator = np.random.default_rng(0)
     latents, names = latents_of(generator.normal(size=(50, 40))), [f"attribute_{number}" for number in range(40)]
-    figure = correlations(latents, generator.normal(size=(50, 40)), names)
+    figure = correlations(latents, generator.uniform(size=(40, 40)), names)
     assert figure.axes[0].images[0].get_array().shape == (MATRIX_ROWS, 40)
     assert not figure.axes[0].texts
     assert not scatter_fits(latents, names)
@@ -486,7 +486,7 @@ def test_axes_that_undo_a_rotation_recover_the_factors(disks):
     rotation, factors = np.full((3, 3), -2 / 3) + np.eye(3), generator.uniform(size=(500, 3))
     latents = latents_of(factors @ rotation + 1.0)
     found = replace(found, directions=rotation, readouts=rotation, center=np.ones(3), score=np.array([np.nan, -1.5, np.nan]))
-    scores = axis_scores({"scale": found}, latents, factors, ("a", "b", "c"))
+    scores = axis_scores({"scale": found}, latents, factors, ("a", "b", "c"), {})
     assert scores["scale"]["mcc"] == pytest.approx(1.0)
     assert scores["latents"]["mcc"] < 0.9
     assert scores["scale"]["score"] == [None, -1.5, None]
@@ -494,7 +494,7 @@ def test_axes_that_undo_a_rotation_recover_the_factors(disks):
     tables = part("axes", axes=scores, names=("a", "b", "c"))
     assert "1.000" in tables
     assert re.search("below all levels.*-1.5.*above all levels", tables, re.DOTALL)
-    assert set(axis_scores({"scale": found}, latents, factors[:, :0], ())) == {"scale", "logsnr_levels"}  # nothing to compare with
+    assert set(axis_scores({"scale": found}, latents, factors[:, :0], (), {})) == {"scale", "logsnr_levels"}  # nothing to compare with
 
 
 def test_no_axes_where_there_is_nothing_to_find(array, collapsed, vae):
@@ -1026,7 +1026,7 @@ def test_sheets_hold_their_images():
 def test_charts_follow_the_paper():
     """Every ink of a chart is one of those that change with the reader's scheme, and names are no mathematics."""
     generator = np.random.default_rng(0)
-    drawn = svg(correlations(latents_of(generator.normal(size=(50, 2))), generator.normal(size=(50, 2)), [literal("$x"), literal("y$_")]))
+    drawn = svg(correlations(latents_of(generator.normal(size=(50, 2))), np.eye(2), [literal("$x"), literal("y$_")]))
     assert INK.lower() not in drawn.partition("</style>")[2].lower()
     assert f":root{{--c0:{DARK[COLOURS[0]]}" in drawn
     assert "figure.facecolor" not in drawn

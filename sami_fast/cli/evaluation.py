@@ -70,8 +70,8 @@ def run_axes(arguments: argparse.Namespace) -> None:
     if picture.exists() and not arguments.overwrite:
         raise UserError(f"--output: {picture}, where the pictures go, exists; choose another name or add --overwrite")
     from ..evaluation import encode, known_factors, open_run
+    from ..evaluation.factors import factor_correlations
     from ..latents.discovery import discover
-    from ..metrics.identifiability import correlation_matrix
     from ..report.strips import axis_strips, png, strips
 
     run = open_run(Path(arguments.run), trust_remote_code=arguments.trust, device=chosen_device(arguments))
@@ -83,10 +83,11 @@ def run_axes(arguments: argparse.Namespace) -> None:
         found = discover(run.model, run.images, count, **options)
     except ValueError as error:
         raise UserError(f"{arguments.run}: {error}") from None
-    latents, (factors, names, _) = encode(run, run.model), known_factors(run)
+    latents, (factors, names, periods) = encode(run, run.model), known_factors(run)
     print("undecided at logsnr", " ".join(f"{level:.1f}" for level in found[0].logsnr))
     for axes in found:
-        print("\n".join(_lines(axes, names, correlation_matrix(axes.axes.coordinates(latents.mu), factors) if names else None)))
+        codes = axes.axes.coordinates(latents.mu)
+        print("\n".join(_lines(axes, names, factor_correlations(codes, factors, names, periods) if names else None)))
     chosen = _chosen(found, arguments.method, arguments.logsnr)
     chosen.axes.save(output)
     write_bytes(picture, png(strips(axis_strips(run, chosen, latents))))

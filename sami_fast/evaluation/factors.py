@@ -1,12 +1,13 @@
 """How well codes recover known factors: every factor metric, on one set of codes, under one protocol."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..metrics.attributes import FOLDS, latent_quality, tad
 from ..metrics.dci import dci, dci_from_importance
-from ..metrics.identifiability import linear_r2, mcc, nonlinear_r2
+from ..metrics.identifiability import correlation_matrix, linear_r2, mcc, nonlinear_r2
 from ..metrics.interventions import beta_vae_score, factor_vae_score
 from ..metrics.irs import irs
 from ..metrics.mig import discretize, mig, mig_ceiling
@@ -27,28 +28,63 @@ def factor_classes(factors: np.ndarray, bins: int = 20) -> np.ndarray:
     return np.where(whole, factors, discretize(factors, bins)).astype(np.int64)
 
 
-def _r2(measure: Any, codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
-    """R2 by factor; of one that comes round again, the mean of its sine's and its cosine's."""
+def targets(factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """What a code is compared with: the factors; of one that comes round again, such as a hue, its sine and its cosine, since where its own
+    values begin is a convention that no code can know.
+
+    Args:
+        factors: [N, K].
+        names: Of the factors.
+        periods: Of those that come round again.
+    Returns:
+        Columns [N, T], and the place of the factor that each belongs to, [T].
+    """
     columns, owners = [], []
-    for name, values in zip(names, factors.T, strict=True):
+    for place, (name, values) in enumerate(zip(names, factors.T, strict=True)):
         angle = 2 * np.pi * values / periods[name] if name in periods else None
-        targets = [values] if angle is None else [np.sin(angle), np.cos(angle)]
-        columns += targets
-        owners += [name] * len(targets)
-    scores = measure(codes, np.column_stack(columns))
-    return {name: float(np.mean([score for score, owner in zip(scores, owners, strict=True) if owner == name])) for name in names}
+        own = [values] if angle is None else [np.sin(angle), np.cos(angle)]
+        columns += own
+        owners += [place] * len(own)
+    return np.column_stack(columns), np.array(owners)
+
+
+def factor_correlations(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> np.ndarray:
+    """|Rank correlation| of each factor with each code, [K, D]: the larger one of two targets. Arguments as in `targets`."""
+    columns, owners = targets(factors, names, periods)
+    return np.maximum.reduceat(correlation_matrix(codes, columns), np.searchsorted(owners, np.arange(len(names))))
+
+
+def by_factor(
+    measure: Callable[[np.ndarray, np.ndarray], Iterable[float]],
+    codes: np.ndarray,
+    factors: np.ndarray,
+    names: Sequence[str],
+    periods: Mapping[str, float],
+) -> dict[str, float]:
+    """A measure of codes [N, D] and targets [N, T], one number for each target, by factor.
+
+    Of a factor that has two targets it is the mean of their numbers.
+    """
+    columns, owners = targets(factors, names, periods)
+    scores = np.array([*measure(codes, columns)])
+    return {name: float(scores[owners == place].mean()) for place, name in enumerate(names)}
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return float(np.mean([*scores.values()]))
 
 
 def linear_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
     """Linear R2 by factor; arguments as in `recovery_scores`."""
-    return _r2(linear_r2, codes, factors, names, periods)
+    return by_factor(linear_r2, codes, factors, names, periods)
 
 
-def matched_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...]) -> dict[str, Any]:
+def matched_scores(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> dict[str, Any]:
     """MCC, of ranks and of values; arguments as in `recovery_scores`."""
-    mean, per_factor = mcc(codes, factors)
-    each = dict(zip(names, per_factor.tolist(), strict=True))
-    return {"mcc": mean, "mcc_per_factor": each, "mcc_pearson": mcc(codes, factors, "pearson")[0]}
+    each, of_values = (
+        by_factor(lambda c, f, kind=kind: mcc(c, f, kind)[1], codes, factors, names, periods) for kind in ("spearman", "pearson")
+    )
+    return {"mcc": _mean(each), "mcc_per_factor": each, "mcc_pearson": _mean(of_values)}
 
 
 def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, Any]:
@@ -61,10 +97,10 @@ def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ..
         periods: Of those that come round again.
     """
     classes = factor_classes(factors)
-    scores: dict[str, Any] = {"linear_r2": linear_scores(codes, factors, names, periods), **matched_scores(codes, factors, names)}
+    scores: dict[str, Any] = {"linear_r2": linear_scores(codes, factors, names, periods), **matched_scores(codes, factors, names, periods)}
     scores["mig"], per_factor = mig(codes, classes)
     scores["mig_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
-    scores["sap"] = sap(codes, factors)[0]
+    scores["sap"] = _mean(by_factor(lambda c, f: sap(c, f)[1], codes, factors, names, periods))
     if len(names) > 1:
         scores["modularity"] = modularity(codes, classes)[0]
     return scores
@@ -98,7 +134,7 @@ def learned_scores(
         ("nonlinear_r2", "explicitness", "factor_vae", "beta_vae", "irs", "dci_d", "dci_c", "dci_i", "dci_images")
     )
     if enough:
-        scores["nonlinear_r2"] = _r2(lambda c, f: nonlinear_r2(c, f, seed=seed), codes, factors, names, periods)
+        scores["nonlinear_r2"] = by_factor(lambda c, f: nonlinear_r2(c, f, seed=seed), codes, factors, names, periods)
         scores["explicitness"] = explicitness(codes[:train], coarse[:train], codes[train:], coarse[train:])[0]
     scores["irs"] = irs(codes, classes)[0]
     if several:

@@ -103,7 +103,7 @@ def baseline_scores(
         if not (np.ptp(first, axis=0).all() and np.ptp(second, axis=0).all()):
             count = run.count
         pixels, factors = baselines.pixels[:count], factors[:count]
-        scores["pixels"] = of_factors.matched_scores(pixels, factors, names) | {
+        scores["pixels"] = of_factors.matched_scores(pixels, factors, names, periods) | {
             "linear_r2": of_factors.linear_scores(pixels, factors, names, periods)
         }
     return scores

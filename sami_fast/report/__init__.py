@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ..environment import cores
 from ..errors import UserError
 from ..evaluation import Latents, Run, encode, known_factors, open_run, profile, score
+from ..evaluation.factors import factor_correlations
 from ..evaluation.latents import make_baselines, untrained
 from ..evaluation.scores import baseline_scores, latent_scores, plain
 from ..evaluation.table import Scores
@@ -50,13 +51,14 @@ def _charts(
     scores: Scores,
 ) -> dict[str, Figure]:
     """What the run has to show, by the names of templates/figures.html."""
-    names = tuple(map(literal, names))
     figures = {"training": training_curves(run, latents)}
     if len(latents.live):
         if names:
-            figures["correlations"] = correlations(latents, factors, names)
+            strength = factor_correlations(latents.z, factors, names, run.evaluation.periods)
+            names = tuple(map(literal, names))
+            figures["correlations"] = correlations(latents, strength, names)
             if scatter_fits(latents, names):
-                figures["latents"] = latents_against_factors(latents, factors, names)
+                figures["latents"] = latents_against_factors(latents, factors, strength, names)
         if measured is not None:
             x_0 = run.images(torch.tensor([central_image(latents)]))
             figures |= {"information": information(measured, latents, x_0), "calibration": calibration(measured, latents)}
@@ -107,7 +109,7 @@ def _scores(
         scores["untrained"] = latent_scores(run, encode(run, untrained(run)), quick=True)
     if found:
         recovered, recovered_names, _ = known_factors(run, attributes=False)
-        scores["axes"] = axis_scores(found, latents, recovered, recovered_names)
+        scores["axes"] = axis_scores(found, latents, recovered, recovered_names, run.evaluation.periods)
     return scores | (clip_scores(clips) if clips is not None else {})
 
 

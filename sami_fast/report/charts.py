@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..evaluation import Latents, Run
 from ..latents.images import image_grid
-from ..metrics.identifiability import correlation_matrix
 from ..metrics.latents import LIVE_NATS
 from ..metrics.scale_profile import ScaleProfile
 from ..schedule import alpha_sigma
@@ -149,16 +148,16 @@ def _rates(axes: Axes, rows: Sequence[dict[str, Any]], steps: Sequence[int], liv
     tidy(axes, f"{'Information in' if measure == 'information' else 'KL of'} each latent dimension", "nats")
 
 
-def correlations(latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
+def correlations(latents: Latents, strength: np.ndarray, names: Sequence[str]) -> Figure:
     """|Rank correlation| of sampled latents with factors: a row per live dimension, a column per factor.
 
     Args:
         latents: With at least one live dimension.
-        factors: [N, F], F >= 1.
+        strength: As `evaluation.factors.factor_correlations` gives it. [F, Z], F >= 1.
         names: Of the factors.
     """
     rows = latents.live[:MATRIX_ROWS]
-    matrix = correlation_matrix(latents.z[:, rows], factors).T  # [L, F]
+    matrix = strength[:, rows].T  # [L, F]
     figure = new_figure(1.6 + max(1.6, 0.34 * len(names) if len(names) > 8 else 0.8 * len(names)), 0.9 + 0.34 * len(rows))
     axes = figure.subplots()
     shown = axes.imshow(matrix, cmap=STRENGTH, vmin=0, vmax=1, aspect="auto")
@@ -185,28 +184,27 @@ def scatter_fits(latents: Latents, names: Sequence[str]) -> bool:
     return min(len(latents.live), MAX_AXES) * len(names) <= SCATTER_PANELS
 
 
-def latents_against_factors(latents: Latents, factors: np.ndarray, names: Sequence[str]) -> Figure:
+def latents_against_factors(latents: Latents, factors: np.ndarray, strength: np.ndarray, names: Sequence[str]) -> Figure:
     """One sampled latent per image against each factor, a row per live dimension.
 
     Args:
         latents: With at least one live dimension.
         factors: [N, F], F >= 1.
-        names: Of the factors.
+        strength, names: As in `correlations`.
     """
     rows = latents.live[:MAX_AXES]
     shown = slice(0, SCATTER_POINTS)
-    correlation = correlation_matrix(latents.z[:, rows], factors)  # [F, L]
     figure = new_figure(0.8 + 2.1 * len(names), 0.6 + 1.7 * len(rows))
     grid = figure.subplots(len(rows), len(names), squeeze=False, sharex="col", sharey="row")
     for rank, dim in enumerate(rows):
         for column, name in enumerate(names):
-            axes, strength = grid[rank, column], correlation[column, rank]
+            axes, follows = grid[rank, column], strength[column, dim]
             axes.scatter(
                 factors[shown, column], latents.z[shown, dim], s=2.5, alpha=0.35, color=colour(rank), linewidths=0, rasterized=True
             )
             tidy(axes, "", f"z{dim}" if column == 0 else "")
-            weight = "bold" if strength > 0.5 else "normal"
-            axes.set_title(f"|{RHO}| {strength:.2f}", loc="right", fontsize=8, fontweight=weight, color=INK, pad=2)
+            weight = "bold" if follows > 0.5 else "normal"
+            axes.set_title(f"|{RHO}| {follows:.2f}", loc="right", fontsize=8, fontweight=weight, color=INK, pad=2)
             if rank == len(rows) - 1:
                 axes.set_xlabel(name, fontsize=9.5, color=INK)
     return figure

@@ -1,14 +1,14 @@
 """Axes that the report finds without labels, and how they compare where the factors are known."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..evaluation import Latents, Run
+from ..evaluation.factors import matched_scores
 from ..latents.discovery import Discovered, discover
-from ..metrics.identifiability import mcc
 
 # For a report in seconds; `sami-fast axes` takes more of each.
 IMAGES, DRAWS, STEPS = 128, 2, 16
@@ -27,7 +27,9 @@ def discoveries(run: Run, latents: Latents) -> dict[str, Discovered]:
     return {axes.method: axes for axes in found if axes.method != "level"}  # level has a set of axes per noise level
 
 
-def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def axis_scores(
+    found: dict[str, Discovered], latents: Latents, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]
+) -> dict[str, Any]:
     """What the page says of the axes, as plain numbers: the score of each and, with factors, MCC of the live latents and of each method.
 
     Args:
@@ -35,13 +37,14 @@ def axis_scores(found: dict[str, Discovered], latents: Latents, factors: np.ndar
         latents: Of the evaluation images; sampled z is scored.
         factors: [N, F], F may be 0.
         names: Of the factors, none of them an attribute.
+        periods: Of those that come round again.
     """
 
     def recovery(codes: np.ndarray) -> dict[str, Any]:
         if not names:
             return {}
-        mean, each = mcc(codes, factors)
-        return {"mcc": mean, "mcc_per_factor": dict(zip(names, each.tolist(), strict=True))}
+        scores = matched_scores(codes, factors, names, periods)
+        return {key: scores[key] for key in ("mcc", "mcc_per_factor")}
 
     scores = {"latents": recovery(latents.z[:, latents.live])} if found and names else {}
     for method, axes in found.items():

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..errors import printable
 from ..evaluation import Latents, Run, known_factors
+from ..evaluation.factors import factor_correlations
 from ..latents import sampling
 from ..latents.axes import Axes
 from ..latents.discovery import Discovered
 from ..latents.images import image_grid
-from ..metrics.identifiability import correlation_matrix
 from .charts import DPI, INK, MAX_AXES, RHO, colour, literal
 
 CELL = 160  # pixels: smaller images are enlarged to about this side, larger ones are shrunk to it
@@ -169,7 +169,7 @@ def traversed(run: Run, latents: Latents, picked: Sequence[int], count: int, axe
         count: Values of each.
         axes: What they are coordinates of; None for the latents themselves.
     """
-    factors, names, _ = known_factors(run)
+    factors, names, periods = known_factors(run)
     center = central_image(latents)
     codes, own = (latents.z, latents.mu) if axes is None else (axes.coordinates(latents.z), axes.coordinates(latents.mu))
     x_0, found, rows = run.images(torch.tensor([center])), [], sampling.range_rows(len(codes))
@@ -178,7 +178,7 @@ def traversed(run: Run, latents: Latents, picked: Sequence[int], count: int, axe
         images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
         follows = None
         if names:
-            correlation = correlation_matrix(codes[:, [axis]], factors)[:, 0]  # [F]
+            correlation = factor_correlations(codes[:, [axis]], factors, names, periods)[:, 0]  # [F]
             follows = names[correlation.argmax()], float(correlation.max())
         nearest = int(np.abs(values.numpy() - own[center, axis]).argmin())
         found.append(Traversal(axis, values.numpy(), images.cpu(), nearest, follows))
