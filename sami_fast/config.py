@@ -518,6 +518,19 @@ class BetaVAEConfig(Section):
 
 
 @dataclass(frozen=True)
+class SamiConfig(Section):
+    """`logsnr_max` is None, written `auto`, until the data have been seen (data/spectrum.py)."""
+
+    section = "sami"
+    logsnr_max: float | None = setting(
+        30.0,
+        "cleanest level at which latents guide, and learn; auto: where as many of the data's strongest components as there are latents "
+        "stand out from the noise",
+        number(-30, 30),
+    )
+
+
+@dataclass(frozen=True)
 class DiffAEConfig(Section):
     section = "diffae"
     stochastic: bool = setting(False, "draw z from q(z|x) and charge its KL; otherwise z is the encoder's mean")
@@ -538,6 +551,7 @@ class Config(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kl_weight: KLWeightConfig = field(default_factory=KLWeightConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sami: SamiConfig = field(default_factory=SamiConfig)
     beta_vae: BetaVAEConfig = field(default_factory=BetaVAEConfig)
     diffae: DiffAEConfig = field(default_factory=DiffAEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -573,6 +587,9 @@ class Config(Section):
             raise UserError(f"train.mode: expected joint with method {self.method}, found {mode}")
         if (mode in ("frozen", "finetune")) != bool(pretrained):
             raise UserError(f"denoiser.pretrained: train.mode frozen and finetune need it, and train.mode {mode} has no use for it")
+        guided, noisiest = self.sami.logsnr_max, self.schedule.logsnr_min
+        if guided is not None and noisiest is not None and not guided > noisiest:
+            raise UserError(f"sami.logsnr_max: expected more than schedule.logsnr_min = {noisiest:g}, found {guided:g}")
         if self.encoder.start == "denoiser" and not pretrained and mode != "staged":
             raise UserError("encoder.start: denoiser needs denoiser.pretrained, or train.mode staged")
         if self.schedule.kind == "discrete" and not pretrained and not (self.denoiser.class_ and self.denoiser.time == "timestep"):
@@ -954,7 +971,11 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         "train.mode frozen, finetune or staged",
         lambda c: c.mode in ("frozen", "finetune", "staged"),
     ),
-    (("engine.score", "objective.unconditional_weight", "objective.free_bits"), "method sami", lambda c: c.method == "sami"),
+    (
+        ("engine.score", "objective.unconditional_weight", "objective.free_bits", "sami.logsnr_max"),
+        "method sami",
+        lambda c: c.method == "sami",
+    ),
     (
         ("objective.weighting", "objective.noise_levels", "objective.time_power", "engine.store_eps", "denoiser.embedding_size"),
         "a method with noise, sami or diffae",

@@ -75,7 +75,7 @@ class Schedule(ABC):
         raw = self._raw(t)
         return self._raw_slope(raw, self.logsnr(t)) * (self._raw_last - self._raw_first)
 
-    def weight(self, t: Tensor, weighting: str, power: float = 1.0) -> Tensor:
+    def weight(self, t: Tensor, weighting: str, power: float = 1.0, first: float = 0.0) -> Tensor:
         """Factor on ||eps - eps_hat||^2 that makes its mean over sampled t the wanted integral over logsnr, in nats.
 
         elbo:    1/2 integral ||.||^2 d logsnr, the bound itself
@@ -86,7 +86,7 @@ class Schedule(ABC):
         Args:
             t: Sampled times in [0, 1], any shape.
             weighting: One of the four names.
-            power: a of the density a t^(a-1) that t was drawn from (`sample`).
+            power, first: Of the density that t was drawn from (`sample`).
         Returns:
             Same shape as t.
         """
@@ -101,30 +101,36 @@ class Schedule(ABC):
             weight = (math.log(5.0) - logsnr).clamp_max(0).exp()
         else:
             weight = 0.5 * self.slope(t) * torch.sigmoid(2.0 - logsnr)
+        if first:
+            weight, t = (1.0 - first) * weight, (t - first) / (1.0 - first)
         return weight / (power * t ** (power - 1.0)) if power != 1.0 else weight
 
-    def sample(self, index: Tensor, levels: int, global_batch: int, *, seed: int, step: int, power: float = 1.0) -> Tensor:
+    def sample(
+        self, index: Tensor, levels: int, global_batch: int, *, seed: int, step: int, power: float = 1.0, first: float = 0.0
+    ) -> Tensor:
         """K noise levels per image, nested stratified: one image covers all K strata, the whole batch covers all B*K.
 
-            u = (k + (rank(b) + v_bk) / B) / K,   t = u^(1/a)
+            u = (k + (rank(b) + v_bk) / B) / K,   t = first + (1 - first) u^(1/a)
 
         (`ops.stratified_uniform`). A level picked at random among the K of an image has density
-        a t^(a-1) on [0, 1]; level k alone is confined to its stratum.
+        a s^(a-1) on [0, 1], with s = (t - first) / (1 - first); level k alone is confined to its stratum.
 
         Args:
             index: Place of each local image in the global batch. [B_local] int64.
             levels: K.
             global_batch: B, images of one step over all ranks and micro-batches.
             power: a; above 1 favours high noise.
+            first: The smallest t, below 1: cleaner levels do not come up.
         Returns:
             [B_local, K] float32.
         """
         u = ops.stratified_uniform(index, levels, global_batch, seed=seed, step=step)
         if power == 1.0:
-            return u
+            return u if first == 0.0 else first + (1.0 - first) * u
         # Zero has density zero but may come up in float32, where elbo weights of some schedules are not finite. The power is taken in
         # float64, since in float32 its last bit can depend on how many others are taken with it.
-        return (u.clamp_min(1e-6).double() ** (1.0 / power)).float()
+        u = (u.clamp_min(1e-6).double() ** (1.0 / power)).float()
+        return u if first == 0.0 else first + (1.0 - first) * u
 
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:

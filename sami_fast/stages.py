@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import Config, EncoderConfig, KLWeightConfig, TrainConfig, load_config, settings_of
+from .config import Config, EncoderConfig, KLWeightConfig, SamiConfig, TrainConfig, load_config, settings_of
 from .data import Dataset, open_dataset
-from .data.spectrum import noisiest_level
+from .data.spectrum import cleanest_guided_level, eigenvalues, noisiest_level
 from .engine.processes import agreed, on_chief, on_each
 from .errors import UserError
 from .methods.build import noisiest_level_of_denoiser, with_images_of_denoiser
@@ -25,17 +25,22 @@ DENOISERS = "denoisers"  # folder of the first stages, beside the runs
 
 
 def with_data(config: Config) -> tuple[Config, Dataset]:
-    """Open the data to train on, and settle what the config leaves to them: their size, and the noisiest level. Every rank calls it.
+    """Open the data to train on, and settle what the config leaves to them: their size, the noisiest level and the cleanest that latents
+    guide at. Every rank calls it.
 
     Raises:
         UserError: the data cannot be used.
     """
     config = with_images_of_denoiser(config)
     dataset = opened(config)
+    variances = eigenvalues(dataset) if None in (config.schedule.logsnr_min, config.sami.logsnr_max) else []
     if config.schedule.logsnr_min is None:
         known = noisiest_level_of_denoiser(config)
-        level = agreed(noisiest_level(dataset) if known is None else known)  # the same on every rank, to the last bit
+        level = agreed(noisiest_level(variances) if known is None else known)  # the same on every rank, to the last bit
         config = replace(config, schedule=replace(config.schedule, logsnr_min=level))
+    if config.sami.logsnr_max is None:
+        level = agreed(cleanest_guided_level(variances, config.encoder.latent_size))
+        config = replace(config, sami=replace(config.sami, logsnr_max=level))
     return config, dataset
 
 
@@ -105,6 +110,7 @@ def denoiser_stage(config: Config, dataset: Dataset, name: str = "") -> Config:
         config,
         encoder=EncoderConfig(latent_size=1, channels=[8]),  # a run has one; this one never learns
         kl_weight=KLWeightConfig(),
+        sami=SamiConfig(),
         objective=replace(config.objective, free_bits=0.0, unconditional_weight=0.0),
         optimizer=replace(config.optimizer, encoder_lr=0.0),
         train=train,

@@ -55,15 +55,15 @@ class StepTerms:
 
 
 def noised(
-    schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective, store_eps: bool
+    schedule: Schedule, x_0: Tensor, draw: Draw, objective: Objective, store_eps: bool, first: float = 0.0
 ) -> tuple[Tensor, Tensor | ops.Noise, Tensor, Tensor, Tensor]:
-    """x_t and eps [B*K, C, H, W]; t, sigma_t and weight [B*K], the weight divided by K so that a sum over levels is their mean."""
-    t = schedule.sample(
-        draw.index, objective.noise_levels, draw.global_batch, seed=draw.seed, step=draw.step, power=objective.time_power
-    ).to(x_0.dtype)  # [B, K]
+    """x_t and eps [B*K, C, H, W]; t from `first` on, sigma_t and weight [B*K], the weight divided by K so that a sum over levels is their
+    mean."""
+    of_step = {"seed": draw.seed, "step": draw.step, "power": objective.time_power, "first": first}
+    t = schedule.sample(draw.index, objective.noise_levels, draw.global_batch, **of_step).to(x_0.dtype)  # [B, K]
     alpha_t, sigma_t = alpha_sigma(schedule.logsnr(t))
     x_t, eps = ops.noise_sample(x_0, alpha_t, sigma_t, draw.index, seed=draw.seed, step=draw.step, store_eps=store_eps)
-    weight = schedule.weight(t, objective.weighting, objective.time_power) / objective.noise_levels
+    weight = schedule.weight(t, objective.weighting, objective.time_power, first) / objective.noise_levels
     return x_t, eps, t.flatten(), sigma_t.flatten(), weight.flatten()
 
 
@@ -125,6 +125,8 @@ def training_step(
     global_mean: Callable[[Tensor], Tensor] = lambda local_mean: local_mean,
     clean_encoder: score.Encoder | None = None,
     terms_of: Callable[..., tuple[Tensor, Tensor]] = guided_terms,
+    guided_from: float = 0.0,
+    shown_from: float = 0.0,
 ) -> tuple[Tensor, StepTerms]:
     """The loss of one batch: both networks learn from it.
 
@@ -140,6 +142,8 @@ def training_step(
         store_eps: Keep the noise from noising to loss; otherwise it is drawn twice, for 4 bytes per noisy pixel less memory.
         global_mean: Averages a [Z] tensor over ranks; free bits are granted to the mean of one micro-batch of all ranks.
         clean_encoder, terms_of: `encoder` for the clean images and `guided_terms`, either of them compiled.
+        guided_from: t below which latents do not guide.
+        shown_from: t below which no noisy image is shown: the terms are integrals from there on.
     Returns:
         loss: scalar, nats per image, mean over the batch.
         terms: The measured parts.
@@ -155,7 +159,9 @@ def training_step(
     z = ops.gaussian_reparameterize(mu_0, var_0, eps_z).repeat_interleave(levels, 0)
 
     # x_t = alpha_t x_0 + sigma_t eps
-    x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps)
+    x_t, eps, t, sigma_t, weight = noised(schedule, x_0, draw, objective, store_eps, shown_from)
+    if guided_from > shown_from:
+        sigma_t = sigma_t * (t >= guided_from)  # which the score is multiplied by, and nothing else
 
     # w ||eps - eps_hat||^2 + u w ||eps - eps_theta||^2, then the K levels of each image together
     weighted, unguided = terms_of(encoder, denoiser, x_t, z, eps, t, sigma_t, weight, objective.unconditional_weight, score_method)

@@ -17,7 +17,7 @@ from sami_fast import budget, progress, stages
 from sami_fast.budget import Pace
 from sami_fast.config import load_config, to_yaml
 from sami_fast.data import Dataset
-from sami_fast.data.spectrum import largest_eigenvalue, noisiest_level
+from sami_fast.data.spectrum import cleanest_guided_level, eigenvalues, noisiest_level
 from sami_fast.engine.bank import Bank
 from sami_fast.errors import UserError
 from sami_fast.named import _digest
@@ -248,8 +248,12 @@ def test_data_are_known_by_content_and_not_by_place(tmp_path):
 
 
 def test_the_noisiest_level_follows_from_the_spectrum():
-    assert largest_eigenvalue(Striped()) == pytest.approx(4.5, rel=1e-3)  # half of 3^2
-    assert noisiest_level(Striped()) == pytest.approx(-np.log(4.5) - 3, abs=0.05)
+    variances = eigenvalues(Striped())
+    assert variances[0] == pytest.approx(4.5, rel=1e-3)  # half of 3^2
+    assert noisiest_level(variances) == pytest.approx(-np.log(4.5) - 3, abs=0.05)
+    assert cleanest_guided_level([8.0, 4.0, 0.5], 3) == pytest.approx(-np.log(0.5) + 1, abs=0.05)
+    assert cleanest_guided_level([8.0, 4.0, 0.5], 16) == cleanest_guided_level([8.0, 4.0, 0.5], 3)  # of as many as there are
+    assert cleanest_guided_level([8.0, 4.0, 0.0], 3) == 15.0
 
 
 def test_auto_is_written_and_read_and_settled(finished):
@@ -257,7 +261,7 @@ def test_auto_is_written_and_read_and_settled(finished):
     assert config.schedule.logsnr_min is None
     assert "logsnr_min: auto" in to_yaml(config)
     settled = load_config(str(train(config) / "config.yaml")).schedule
-    assert settled.logsnr_min == noisiest_level(stages.open_dataset(config.data, 0))
+    assert settled.logsnr_min == noisiest_level(eigenvalues(stages.open_dataset(config.data, 0)))
     assert settled.logsnr_max == config.schedule.logsnr_max
     beside = train(tiny(finished.parent, "name=beside", "train.mode=frozen", f"denoiser.pretrained={finished}", "schedule.logsnr_min=auto"))
     assert load_config(str(beside / "config.yaml")).schedule.logsnr_min == -7  # the given denoiser's own

@@ -20,6 +20,7 @@ from .scores import (
     health_of,
     known_factors,
     latent_scores,
+    pixel_scores,
     plain,
     profile_scores,
     training_scores,
@@ -75,7 +76,7 @@ def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: in
     say("bound")
     scores = training_scores(run) | bound_scores(run) | profile_scores(measured)
     say("factors")
-    scores |= latent_scores(run, latents, jobs=jobs)
+    scores |= latent_scores(run, latents, jobs=jobs) | pixel_scores(run)
     guided = guidance(run)
     scores |= guidance_scores(guided, scores) | health_of(run, latents, guided, scores)
     factors, *_ = known_factors(run, attributes=False)

@@ -11,6 +11,7 @@ MODEST = 0.3  # mean squared standardised error below which latents say less tha
 OVERSURE = 2.0  # and above which the encoder is surer than it may be
 RISING = 0.15  # share of the information that the last fifth of training brought, from which a run was cut short
 COPIED = 0.7  # rank correlation of two latents above which they share half of their variance: they say the same
+OVERLOOKED = 0.3  # share of what principal components tell of the pixels, below which latents tell of something else
 READABLE, MIXED = 0.9, 0.8  # linear R2 and MCC: factors that can be read, but lie on several latents each
 
 
@@ -18,7 +19,7 @@ READABLE, MIXED = 0.9, 0.8  # linear R2 and MCC: factors that can be read, but l
 class Health:
     """The verdict on a run."""
 
-    word: str  # healthy, collapsed, undertrained, repairing the denoiser, redundant or tilted
+    word: str  # healthy, collapsed, undertrained, repairing the denoiser, overlooking, redundant or tilted
     reason: str  # one sentence with its figures
     remedy: str  # what to change, as settings; empty where all is well
 
@@ -47,6 +48,8 @@ def diagnose(
     correlation: np.ndarray | None = None,  # [Z, Z] rank correlations of the latents
     linear_r2: float | None = None,
     mcc: float | None = None,
+    pixel_r2: float | None = None,
+    pixel_r2_of_components: float | None = None,
 ) -> Health:
     """The first that applies, the gravest first.
 
@@ -58,6 +61,7 @@ def diagnose(
         rising: As `rise`.
         correlation: Rank correlations of sampled latents.
         linear_r2, mcc: Means over known factors.
+        pixel_r2, pixel_r2_of_components: R2 of all pixels (`metrics.pixels`) from the latents, and from as many principal components.
     """
     live, told = live_dims(information), float(np.sum(information))
     if not len(live):
@@ -81,6 +85,13 @@ def diagnose(
                 f"the latents hold {told:.1f} nats and guidance gains nothing for them ({gain:.1f} nats).",
                 "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
             )
+    if pixel_r2 is not None and pixel_r2_of_components is not None and pixel_r2 < OVERLOOKED * pixel_r2_of_components:
+        return Health(
+            "overlooking",
+            f"the latents hold {told:.1f} nats, but a linear map reads {max(0.0, pixel_r2):.0%} of the pixels' variance from them, and "
+            f"{pixel_r2_of_components:.0%} from as many principal components: they miss what is largest in the images.",
+            "encoder.smooth=0.5, and a lower schedule.logsnr_max",
+        )
     if rising > RISING:
         return Health(
             "undertrained",

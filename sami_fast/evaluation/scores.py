@@ -1,19 +1,23 @@
 """The numbers of a run: what report/metrics.json holds and `sami-fast evaluate` prints."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
 
 from ..errors import UserError
+from ..methods.latent_model import LatentModel
 from ..metrics.bound import fit_decoder_var, is_eight_bit, negative_elbo
 from ..metrics.guidance import GuidanceProfile
 from ..metrics.identifiability import correlation_matrix
 from ..metrics.latents import live_dims
+from ..metrics.pixels import pixel_r2
 from ..metrics.scale_profile import ScaleProfile, half_point
 from . import factors as of_factors
 from .health import diagnose, rise
@@ -21,6 +25,9 @@ from .latents import Baselines, Latents
 from .run import Run
 from .table import mean_of
 
+READ_IMAGES, READ_VALUES = 2000, 1 << 25  # images, and values of their pixels, that a linear map is fitted on and scored on, at most
+FITTED_PER_LATENT = 4  # images to fit on, at least
+COMPONENTS_OF = 512  # images that the principal components are of which the run's latents are measured by
 CORRELATED_IMAGES = 512  # from which it is told whether two latents say the same
 QUICK_PIXEL_VALUES, QUICK_PIXEL_IMAGES = 2_000_000, 500  # pixels, of this many images at least, that are scored in a second or two
 DECODER_IMAGES = 1024  # training images that the decoder's variance is fitted on
@@ -89,11 +96,13 @@ def baseline_scores(
     """
     say("untrained encoder")
     scores = {"untrained": latent_scores(run, baselines.untrained_latents, quick=quick, jobs=jobs)}
+    scores["untrained"]["pixel_r2"] = pixel_r2_of(run, sampled(run, baselines.untrained))
     say("pca")
     components = baselines.components.transform(baselines.pixels).astype(np.float64)
     noiseless = np.broadcast_to(0.0, components.shape)
     live = np.arange(components.shape[1])
     scores["pca"] = latent_scores(run, Latents(components, noiseless, components, None, live), quick=quick, jobs=jobs)
+    scores["pca"]["pixel_r2"] = pixel_r2_of(run, lambda pixels, images, index: baselines.components.transform(pixels))
     say("pixels")
     factors, names, periods = known_factors(run, attributes=False)
     scores["pixels"] = {}
@@ -107,6 +116,49 @@ def baseline_scores(
             "linear_r2": of_factors.linear_scores(pixels, factors, names, periods)
         }
     return scores
+
+
+Code = Callable[[np.ndarray, Tensor, Tensor], np.ndarray]  # pixels [n, P], the same images [n, C, H, W], their index [n] -> [n, D]
+
+
+def sampled(run: Run, model: LatentModel) -> Code:
+    """Sampled latents of images."""
+
+    def code(pixels: np.ndarray, images: Tensor, index: Tensor) -> np.ndarray:
+        posterior = model.encode(images)
+        return posterior.draw(index.to(posterior.mu.device), run.config.seed).double().cpu().numpy()
+
+    return code
+
+
+@torch.no_grad()
+def pixel_r2_of(run: Run, code: Code) -> float | None:
+    """R2 of all pixels of evaluation images under a linear map of a code, fitted on training images; None with too few to fit one."""
+    most = max(1, min(READ_IMAGES, READ_VALUES // math.prod(run.evaluation.image_shape)))
+
+    def batches(images: Callable[[Tensor], Tensor], count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index in torch.linspace(0, count - 1, min(count, most)).long().split(run.batch_size):
+            shown = images(index)
+            pixels = shown.flatten(1).double().cpu().numpy()
+            yield code(pixels, shown, index), pixels
+
+    if min(run.num_train, most) < FITTED_PER_LATENT * run.model.latent_size:
+        return None
+    try:
+        return pixel_r2(batches(run.train_images, run.num_train), batches(run.images, run.count))
+    except ValueError:  # all evaluation images are the same, or there is one
+        return None
+
+
+def pixel_scores(run: Run) -> dict[str, Any]:
+    """What a linear map reads from the run's latents, and from as many principal components of the pixels of some training images."""
+    found = pixel_r2_of(run, sampled(run, run.model))
+    if found is None:
+        return {}
+    some = torch.linspace(0, run.num_train - 1, min(run.num_train, COMPONENTS_OF)).long()
+    pixels = torch.cat([run.train_images(index).flatten(1).cpu() for index in some.split(run.batch_size)]).numpy()
+    components = PCA(min(run.model.latent_size, *pixels.shape), random_state=run.config.seed).fit(pixels)
+    return {"pixel_r2": found, "pixel_r2_of_components": pixel_r2_of(run, lambda pixels, images, index: components.transform(pixels))}
 
 
 def bound_scores(run: Run) -> dict[str, Any]:
@@ -205,6 +257,8 @@ def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores
                 correlation=correlation_matrix(codes, codes),
                 linear_r2=mean_of(scores.get("linear_r2")),
                 mcc=scores.get("mcc"),
+                pixel_r2=scores.get("pixel_r2"),
+                pixel_r2_of_components=scores.get("pixel_r2_of_components"),
             )
         )
     }

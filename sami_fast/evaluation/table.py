@@ -65,6 +65,7 @@ def lines(scores: Scores) -> list[tuple[str, Callable[[Scores], Any], int]]:
         ("TAD, InfoDiffusion protocol", of("tad_infodiffusion"), 3),
         ("attributes captured, InfoDiffusion protocol", of("attributes_captured_infodiffusion"), 1),
         ("latent quality, AUROC", of("latent_quality"), 3),
+        ("linear R2 of all pixels", of("pixel_r2"), 3),
         ("total correlation, nats", of("total_correlation"), 2),
         ("live dimensions", of("active_dims"), 1),
         ("information, sum over dimensions, nats", of("information_sum_nats"), 2),

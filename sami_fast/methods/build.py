@@ -170,14 +170,15 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
         known = noisiest_level_of_denoiser(config)
         level = ScheduleConfig().logsnr_min if known is None else known
         config = replace(config, schedule=replace(config.schedule, logsnr_min=level))
+    # The section with the method's name holds what it takes beside its networks; of what is not settled yet, its default.
+    own = {name: value for name, value in asdict(getattr(config, config.method)).items() if value is not None}
     try:
         if not config.denoiser.pretrained:
             torch.manual_seed(config.seed)
-            own = getattr(config, config.method, None)  # the section with the method's name, if it has one
             named = config.denoiser
             levels = timestep_levels(alphas_cumprod(named.betas, named.timesteps)).tolist() if named.time == "timestep" else ()
             settings = schedule_of(config, levels).settings
-            model = method.build(architecture_of(config, image_shape), settings, **asdict(own) if own else {})
+            model = method.build(architecture_of(config, image_shape), settings, **own)
             return _with_latents_found(model, config)
         denoiser, its_architecture, schedule = given_denoiser(config)
         if (shape := tuple(denoiser.image_shape)) != image_shape:  # pyrefly: ignore[bad-argument-type] (denoisers of either kind have one)
@@ -185,7 +186,7 @@ def build_model(config: Config, image_shape: tuple[int, int, int]) -> LatentMode
         architecture = architecture_of(config, image_shape, its_architecture)
         torch.manual_seed(config.seed)
         encoder = build_encoder(architecture["encoder"], denoiser)
-        model = _with_latents_found(method(encoder, denoiser, schedule, architecture), config)
+        model = _with_latents_found(method(encoder, denoiser, schedule, architecture, **own), config)
     except ValueError as error:
         raise UserError(f"encoder, denoiser or data.image_size: {error}") from None
     denoiser.requires_grad_(config.first_denoiser_step < config.train.steps)

@@ -13,6 +13,7 @@ SENTENCES = {
     "collapsed": "It did not work: the latents say nothing about the images.",
     "tilted": "It nearly worked: the latents hold the known factors, but several factors share a latent.",
     "undertrained": "It is not done: the latents were still learning when training ended.",
+    "overlooking": "It did not work as meant: the latents tell of details, and not of what is largest in the images.",
     "redundant": "It worked in part: some latents say what others say already, or the model does without them.",
     "repairing the denoiser": "It did not work as meant: the latents mend the denoiser's faults instead of describing the images.",
 }
