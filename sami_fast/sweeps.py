@@ -224,6 +224,21 @@ class ReLU(Pointwise):
         return None
 
 
+class SiLU(Pointwise):
+    """x sigmoid(x)."""
+
+    def function(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return s * (1 + x * (1 - s))
+
+    def curvature(self, x: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
 # Layers one after another, which share one tape
 
 

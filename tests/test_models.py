@@ -268,8 +268,8 @@ def test_non_contiguous_images(style):
         (lambda: Encoder(1, 16, 4, [8, 8], attention=[16]), r"attention 16: the encoder has no such resolution, its own are 8, 4"),
         (lambda: Denoiser(1, 16, [8, 8], attention=[4]), r"attention 4: the denoiser has no such resolution, its own are 16, 8"),
         (lambda: Denoiser(1, 3, [8, 8, 8]), r"image size 3 is below 4, which the denoiser's 2 halvings need"),
-        (lambda: Encoder(1, 16, 4, [8], style="relu"), r"style: expected one of group_norm_silu, bias_free_relu, found 'relu'"),
-        (lambda: Denoiser(1, 16, [8], style="relu"), r"style: expected one of group_norm_silu, bias_free_relu, found 'relu'"),
+        (lambda: Encoder(1, 16, 4, [8], style="relu"), r"style: expected one of group_norm_silu, silu, bias_free_relu, found 'relu'"),
+        (lambda: Denoiser(1, 16, [8], style="relu"), r"style: expected one of group_norm_silu, silu, bias_free_relu, found 'relu'"),
     ],
 )
 def test_wrong_arguments(build, message):

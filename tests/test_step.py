@@ -96,7 +96,7 @@ def test_against_the_method_written_out(objective):
 
 
 @pytest.mark.parametrize("kind", sorted(SCHEDULES))
-@pytest.mark.parametrize("style", ["group_norm_silu", "bias_free_relu"])
+@pytest.mark.parametrize("style", ["group_norm_silu", "silu", "bias_free_relu"])
 def test_other_schedules_styles_and_densities(kind, style):
     encoder, denoiser, schedule = tiny_encoder(style=style), tiny_denoiser(style=style), SCHEDULES[kind](-7.0, 5.0)
     objective = Objective(noise_levels=2, time_power=2.0, unconditional_weight=0.1)

@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
         blocks: Residual blocks per resolution, down and up alike.
         attention: Resolutions (side lengths) that get self-attention.
         groups: Groups of the norms (fewer where the width does not divide).
-        style: "group_norm_silu" or "bias_free_relu".
+        style: "group_norm_silu", "silu" or "bias_free_relu".
         embedding_size: Width of the noise-level embedding, even.
         latent_size: Z of a conditional denoiser, whose embedding of z is added to that of the noise level; 0 for an unconditional one.
     Shapes:

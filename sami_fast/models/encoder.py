@@ -11,6 +11,7 @@ from ..sweeps import Chain, Layer, Linear, Pointwise, Tape, chain_adjoint, chain
 from .layers import AttentionBlock, ResBlock, check_size, check_sizes, checked_sides, conv, norm_act
 
 MIN_VAR = 1e-4
+SCALED_ON = 64  # images
 
 
 class Variance(Pointwise):
@@ -63,6 +64,38 @@ def smooth_kernels(module: nn.Module, share: float) -> None:
             weight.mul_(math.sqrt(1 - share)).add_(math.sqrt(share) * mixed[:, :, None, None] * blur.to(weight.device))
 
 
+@torch.no_grad()
+def scale_kernels(body: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Scale new convolutions, one after the other, so that each gives every channel mean 0 and variance 1 on images of equal parts of noise
+    and of a single colour, of variance 1 together.
+
+    Without norms, torch's own start makes activations smaller from layer to layer. Noisy images keep their variance at all noise levels, so
+    what fits these fits the images of a run. The norms that are missing would take an image's brightness and contrast out of its features,
+    by another factor at each noise level.
+    Source: layer-sequential unit variance, Mishkin and Matas, arXiv:1511.06422.
+    """
+    device = next(body.parameters()).device
+    if device.type == "meta":  # weights without numbers
+        return
+    images = torch.randn(SCALED_ON, *shape, device=device) + torch.randn(SCALED_ON, shape[0], 1, 1, device=device)
+    hooks = []
+
+    def scale(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert isinstance(conv, nn.Conv2d)
+        mean, std = output.mean((0, 2, 3)), output.std((0, 2, 3)).clamp_min(1e-6)
+        conv.weight.div_(std[:, None, None, None])
+        if conv.bias is not None:
+            conv.bias.sub_(mean).div_(std)
+        return (output - mean[:, None, None]) / std[:, None, None]
+
+    for part in body.modules():
+        if isinstance(part, nn.Conv2d):
+            hooks.append(part.register_forward_hook(scale))
+    body(for_convolutions(images / math.sqrt(2)))
+    for hook in hooks:
+        hook.remove()
+
+
 class Encoder(Layer[tuple[Tensor, Tensor]]):
     """Images to a diagonal Gaussian over latents.
 
@@ -76,7 +109,8 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         blocks: Residual blocks per stage.
         attention: Resolutions (side lengths) that get self-attention.
         groups: Groups of the norms (fewer where the width does not divide).
-        style: "group_norm_silu" or "bias_free_relu" (no norms, no biases; the paper's).
+        style: "group_norm_silu", "silu" (no norms; scaled at the start, see `scale_kernels`) or "bias_free_relu" (no norms, no biases; the
+            paper's).
         init_std: Posterior standard deviation at the start, and the scale of the variance head's first weights is 0.1 of the default.
         smooth: Share of the kernels' variance at the start that is a blur, 0 to 1; see `smooth_kernels`.
     Shapes:
@@ -120,6 +154,8 @@ class Encoder(Layer[tuple[Tensor, Tensor]]):
         self.body: Layer[Tensor] = Chain(*layers)
         if smooth:
             smooth_kernels(self.body, smooth)
+        if style == "silu":
+            scale_kernels(self.body, self.image_shape)
         self.mu, self.raw_var, self.var = gaussian_heads(width * side * side, latent_size, init_std, style != "bias_free_relu")
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

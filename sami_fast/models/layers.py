@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.conv2d import channels_last
-from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, Tape
+from ..sweeps import Conv2d, Identity, Layer, ReLU, Residual, SiLU, Tape
 
 MOST, MOST_BLOCKS, MOST_LEVELS = 2**16, 64, 16  # of a size or a width; of blocks per resolution; of resolutions
 
-STYLES = ("group_norm_silu", "bias_free_relu")
+STYLES = ("group_norm_silu", "silu", "bias_free_relu")
 
 
 class GroupNormSiLU(Layer[Tensor]):
@@ -59,8 +59,10 @@ class GroupNormSiLU(Layer[Tensor]):
 
 
 def norm_act(channels: int, groups: int, style: str) -> Layer[Tensor]:
-    """What stands between two convolutions: GroupNorm + SiLU, or a ReLU alone (the paper's bias-free networks)."""
-    return GroupNormSiLU(channels, groups) if style == "group_norm_silu" else ReLU()
+    """What stands between two convolutions: GroupNorm + SiLU, SiLU alone, or ReLU alone (the paper's bias-free networks)."""
+    if style == "group_norm_silu":
+        return GroupNormSiLU(channels, groups)
+    return SiLU() if style == "silu" else ReLU()
 
 
 def conv(in_channels: int, out_channels: int, size: int, style: str, stride: int = 1) -> Conv2d:
