@@ -155,12 +155,13 @@ def numeric(function, limits=(-7.0, 5.0)) -> float:
     return integrate.quad(lambda x: function(torch.tensor(x, dtype=torch.float64)).item(), *limits, epsabs=1e-10, limit=200)[0]
 
 
-def assert_mean_is(expected: float, schedule, weighting: str, power: float) -> None:
+def assert_mean_is(expected: float, schedule, weighting: str, power: float, first: float = 0.0, probe=probe) -> None:
     """The weighted mean over sampled levels, within five of its standard errors and one of them small enough to mean something."""
     means, batch = [], 1000
     for step in range(12):
-        t = schedule.sample(torch.arange(batch), 3, batch, seed=7, step=step, power=power).double()
-        means.append((schedule.weight(t, weighting, power) * probe(schedule.logsnr(t))).mean())
+        t = schedule.sample(torch.arange(batch), 3, batch, seed=7, step=step, power=power, first=first).double()
+        assert first <= t.min()
+        means.append((schedule.weight(t, weighting, power, first) * probe(schedule.logsnr(t))).mean())
     means = torch.stack(means)
     standard_error = (means.std() / len(means) ** 0.5).item()
     assert standard_error < 3e-3 * expected
@@ -171,6 +172,18 @@ def assert_mean_is(expected: float, schedule, weighting: str, power: float) -> N
 @pytest.mark.parametrize("power", [1.0, 3.0])
 def test_elbo_is_half_the_integral_over_logsnr(kind, power):
     assert_mean_is(0.5 * numeric(probe), SCHEDULES[kind](-7.0, 5.0), "elbo", power)
+
+
+@each_kind
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_an_integral_over_the_noisier_levels(kind, power):
+    schedule = SCHEDULES[kind](-7.0, 5.0)
+    first = schedule.t(torch.tensor(-1.0, dtype=torch.float64)).item()
+
+    def vanishing(logsnr):  # at the first level, where the density of power 3 does
+        return probe(logsnr + 6.0)
+
+    assert_mean_is(0.5 * numeric(vanishing, (-7.0, -1.0)), schedule, "elbo", power, first, vanishing)
 
 
 @each_kind

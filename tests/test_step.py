@@ -17,7 +17,7 @@ import torch
 from helpers import assert_same_gradients, core_launchers, gradients, normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import Tensor, nn
 
-from sami_fast import ops, score
+from sami_fast import Sami, ops, score
 from sami_fast.data import Disks, Feed
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.reference.step import step as reference_step
@@ -46,10 +46,10 @@ def images(size: int, side: int = 8) -> Tensor:
     return normal(size, 1, side, side, seed=11).tanh()
 
 
-def literal_loss(encoder, denoiser, schedule, x_0, draw, objective, kl_weight) -> Tensor:
+def literal_loss(encoder, denoiser, schedule, x_0, draw, objective, kl_weight, guided_from=0.0, shown_from=0.0) -> Tensor:
     """L = mean_b [ mean_k w ( ||eps - eps_hat||^2 + u ||eps - eps_theta||^2 ) + beta KL ], image by image and level by level."""
     levels, power, u = objective.noise_levels, objective.time_power, objective.unconditional_weight
-    times = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=power)
+    times = schedule.sample(draw.index, levels, draw.global_batch, seed=draw.seed, step=draw.step, power=power, first=shown_from)
     losses = []
     for b, place in enumerate(draw.index.tolist()):
         # z ~ q(z | x_0)
@@ -65,8 +65,10 @@ def literal_loss(encoder, denoiser, schedule, x_0, draw, objective, kl_weight) -
             t, logsnr = t.detach(), logsnr.detach()
             snr = torch.exp(logsnr)
             alpha, sigma = (snr / (1 + snr)) ** 0.5, (1 / (1 + snr)) ** 0.5
-            # d logsnr = |slope| dt, and t has density a t^(a-1)
-            w = {"elbo": -0.5 * slope, "simple": 1.0}[objective.weighting] / (power * t ** (power - 1))
+            # d logsnr = |slope| dt, and s, the place of t between the first one and 1, has density a s^(a-1)
+            assert shown_from <= t <= 1
+            density = power * ((t - shown_from) / (1 - shown_from)) ** (power - 1) / (1 - shown_from)
+            w = {"elbo": -0.5 * slope, "simple": 1.0}[objective.weighting] / density
 
             sample = torch.tensor([place * levels + k])
             eps = ops.random_normal(draw.seed, draw.step, ops.Stream.EPS, sample, x_0[b].numel())[0].double().view_as(x_0[b])
@@ -76,7 +78,7 @@ def literal_loss(encoder, denoiser, schedule, x_0, draw, objective, kl_weight) -
             toward_mu, toward_var = (z - mu) / var, ((z - mu) ** 2 / var - 1) / (2 * var)
             (grad_log_q,) = torch.autograd.grad((mu, var), x_t, (toward_mu, toward_var), create_graph=True)
             eps_theta = denoiser(x_t.detach()[None], t[None])[0]
-            eps_hat = eps_theta - sigma * grad_log_q
+            eps_hat = eps_theta - sigma * grad_log_q if t >= guided_from else eps_theta
             loss = loss + w / levels * (((eps - eps_hat) ** 2).sum() + u * ((eps - eps_theta) ** 2).sum())
         losses.append(loss)
     return sum(losses) / len(losses)
@@ -104,6 +106,51 @@ def test_other_schedules_styles_and_densities(kind, style):
     loss, expected = training_step(*arguments)[0], literal_loss(*arguments)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert_same_gradients(gradients(loss, encoder, denoiser), gradients(expected, encoder, denoiser), 1e-10)
+
+
+@pytest.mark.parametrize("method", ["reverse", "sweeps", "dual"])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("shown_from", [0.0, 0.45])
+def test_latents_guide_from_a_noise_level_on(method, power, shown_from):
+    """At cleaner levels the denoiser goes its own way, or they are not shown at all."""
+    encoder, denoiser, schedule = tiny_encoder(), tiny_denoiser(), Cosine(-6.0, 4.0)
+    objective = Objective(noise_levels=3, time_power=power, unconditional_weight=0.2)
+    arguments = encoder, denoiser, schedule, images(4), whole_batch(4), objective, BETA
+    bounds = {"guided_from": 0.45, "shown_from": shown_from}
+    loss, terms = training_step(*arguments, score_method=method, **bounds)
+    expected = literal_loss(*arguments, **bounds)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert_same_gradients(gradients(loss, encoder, denoiser), gradients(expected, encoder, denoiser), 1e-10)
+    everywhere, _ = training_step(*arguments, score_method=method)
+    assert abs(everywhere - loss) > 1e-3
+    if not shown_from:  # the levels are the same, and without guidance so is what they cost
+        assert torch.equal(terms.unguided, training_step(*arguments, score_method=method)[1].unguided)
+
+
+def test_a_model_guides_up_to_its_level():
+    schedule = Cosine(-6.0, 4.0)
+    model = Sami(tiny_encoder(), tiny_denoiser(), schedule, logsnr_max=-1.0)
+    x_t, z = images(5), normal(5, 3, seed=3)
+    t = schedule.t(torch.tensor([3.0, -0.9, -1.0, -1.1, -6.0], dtype=torch.float64))
+    everywhere = Sami(model.encoder, model.denoiser, schedule)
+    assert everywhere.settings == {}
+    assert model.settings == {"logsnr_max": -1.0}
+    alone, guided = model.predict_eps(x_t, t), everywhere.predict_eps(x_t, t, z)
+    found = model.predict_eps(x_t, t, z)
+    assert torch.equal(found[:2], alone[:2])
+    assert torch.equal(found[2:], guided[2:])
+    assert not torch.isclose(guided, alone).all(dim=(1, 2, 3)).any()
+
+    # In training alike: the encoder's own phase shows no cleaner levels, a joint one does and leaves them alone.
+    draw, parts = whole_batch(4), model.parts()
+    arguments = model.encoder, model.denoiser, schedule, images(4), draw, parts.objective, BETA
+    for phase, shown_from in (("encoder", model.guided_from), ("both", 0.0)):
+        loss, *_ = model.training_loss(images(4), draw, BETA, parts, phase)
+        expected, _ = training_step(*arguments, guided_from=model.guided_from, shown_from=shown_from)
+        assert loss.item() == expected.item()
+    for unusable in (math.nan, "auto", None):
+        with pytest.raises(ValueError, match="logsnr_max: expected a number, found"):
+            Sami(model.encoder, model.denoiser, schedule, logsnr_max=unusable)
 
 
 @each_objective

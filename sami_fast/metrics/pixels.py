@@ -36,7 +36,7 @@ def pixel_r2(fitted: Iterable[Batch], scored: Iterable[Batch]) -> float:
         raise ValueError("fitted: expected images, found none")
     count, columns = products[-1, -1], len(products) - 1
     variance = np.diag(products)[:-1] / count - (products[-1, :-1] / count) ** 2
-    penalty = np.diag([*[RIDGE * count * max(variance.mean(), 1e-300)] * columns, 0.0])
+    penalty = np.diag([*[RIDGE * count * (max(variance.mean(), 0.0) or 1.0)] * columns, 0.0])
     solution = np.linalg.solve(products + penalty, targets)
 
     missed, squares, total, number = 0.0, 0.0, 0.0, 0
