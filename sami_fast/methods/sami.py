@@ -66,17 +66,13 @@ class Sami(LatentModel):
         if not isinstance(logsnr_max, int | float) or math.isnan(logsnr_max):
             raise ValueError(f"logsnr_max: expected a number, found {logsnr_max!r}")
         self.logsnr_max = logsnr_max
+        bounded = logsnr_max < self.schedule.logsnr_max
+        level = torch.tensor(logsnr_max, dtype=torch.float64, device="cpu")
+        self.guided_from = self.schedule.t(level).item() if bounded else 0.0  # t below which latents do not guide
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"logsnr_max": self.logsnr_max} if self.logsnr_max < self.schedule.logsnr_max else {}
-
-    @property
-    def guided_from(self) -> float:
-        """t below which latents do not guide."""
-        if self.logsnr_max >= self.schedule.logsnr_max:
-            return 0.0
-        return self.schedule.t(torch.tensor(self.logsnr_max, dtype=torch.float64)).item()
+        return {"logsnr_max": self.logsnr_max} if self.guided_from else {}
 
     @classmethod
     def build_encoder(cls, arguments: dict[str, Any], partner: nn.Module | None = None) -> nn.Module:
