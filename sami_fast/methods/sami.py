@@ -63,11 +63,11 @@ class Sami(LatentModel):
 
     def __init__(self, *arguments: Any, logsnr_max: float = math.inf, **others: Any) -> None:
         super().__init__(*arguments, **others)
-        if not isinstance(logsnr_max, int | float) or math.isnan(logsnr_max):
+        if not isinstance(logsnr_max, int | float) or isinstance(logsnr_max, bool) or math.isnan(logsnr_max):
             raise ValueError(f"logsnr_max: expected a number, found {logsnr_max!r}")
         self.logsnr_max = logsnr_max
         bounded = logsnr_max < self.schedule.logsnr_max
-        level = torch.tensor(logsnr_max, dtype=torch.float64, device="cpu")
+        level = torch.tensor(logsnr_max, dtype=torch.float64)
         self.guided_from = self.schedule.t(level).item() if bounded else 0.0  # t below which latents do not guide
 
     @property

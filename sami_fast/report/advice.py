@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from ..config import Config, load_config
+from ..config import Config, SamiConfig, load_config
 from ..errors import UserError
 from ..evaluation import Run
 from ..evaluation.table import Scores
@@ -39,6 +39,10 @@ def mended(config: Config, word: str, live: int) -> list[str]:
         return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
     if word == "collapsed":
         return [f"kl_weight.start={max(price.low, price.start / 4):g}"]
+    if word == "overlooking" and config.own_encoder:
+        wanted = {"encoder.groups": (config.encoder.groups, 1), "encoder.smooth": (config.encoder.smooth, 0.5)}
+        changed = [f"{key}={value:g}" for key, (found, value) in wanted.items() if found != value]
+        return [*changed, *(["sami.logsnr_max=auto"] if config.sami.logsnr_max == SamiConfig().logsnr_max else [])]
     if word == "redundant" and 0 < live < config.encoder.latent_size:
         return [f"encoder.latent_size={live}"]
     if word == "redundant":
