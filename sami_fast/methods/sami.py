@@ -66,9 +66,9 @@ class Sami(LatentModel):
         if not isinstance(logsnr_max, int | float) or isinstance(logsnr_max, bool) or math.isnan(logsnr_max):
             raise ValueError(f"logsnr_max: expected a number, found {logsnr_max!r}")
         self.logsnr_max = logsnr_max
-        bounded = logsnr_max < self.schedule.logsnr_max
-        level = torch.tensor(logsnr_max, dtype=torch.float64)
-        self.guided_from = self.schedule.t(level).item() if bounded else 0.0  # t below which latents do not guide
+        self.guided_from = 0.0  # t below which latents do not guide
+        if logsnr_max < math.inf and logsnr_max < self.schedule.logsnr_max:
+            self.guided_from = self.schedule.t(torch.tensor(logsnr_max, dtype=torch.float64)).item()
 
     @property
     def settings(self) -> dict[str, Any]:
