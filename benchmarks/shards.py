@@ -28,6 +28,7 @@ from sami_fast.config import DataConfig
 from sami_fast.data import Feed, open_dataset
 from sami_fast.environment import describe
 
+from .performance import feed
 from .rows import RESULTS, ROOT, Row, address, committed, write_rows
 from .table import Columns, page_table
 from .tables import rewrite, write_block
@@ -117,8 +118,8 @@ def table(rows: list[Row]) -> str:
 
 
 def generated(what: str) -> str:
-    """The table of docs/data.md."""
-    return table(committed("shards.jsonl"))
+    """The tables of docs/data.md: starts and memory, or, `feed`, rows of `pytest benchmarks/test_feed.py -k shards`."""
+    return feed(committed("shards_feed.jsonl")) if what else table(committed("shards.jsonl"))
 
 
 def main() -> None:
