@@ -58,7 +58,8 @@ TRAINING = r"(?:sami_fast/train\.py|sami-fast train) [^#\n']*?(?= *(?:#|'|$))"  
 SMALL = {  # networks of one small layer, two steps
     "data.image_size": "8",
     "encoder.channels": "[8]",
-    "encoder.smooth": "0",  # after two steps of so few pixels no latent would be live
+    "encoder.groups": "4",  # with this and no smooth kernels some latent is live, of so few pixels and after two steps
+    "encoder.smooth": "0",
     "denoiser.channels": "[4]",
     "train.mode": "joint",
     "train.minutes": "0",
@@ -87,7 +88,10 @@ def shorter_training(command: re.Match[str]) -> str:
         for key in ("data.image_size", "denoiser.channels", "train.mode"):
             settings.pop(key)
     if config == "examples/own_networks.yaml" or "data.class" in printed:  # sizes are the classes' own
-        for key in ("data.image_size", *(("encoder.channels", "encoder.smooth", "denoiser.channels") if config.endswith(".yaml") else ())):
+        for key in (
+            "data.image_size",
+            *(("encoder.channels", "encoder.groups", "encoder.smooth", "denoiser.channels") if config.endswith(".yaml") else ()),
+        ):
             settings.pop(key)
     if "method=diffae" in words:  # which has no KL
         settings.pop("kl_weight.kind")
