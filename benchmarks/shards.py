@@ -10,22 +10,21 @@ the first start also takes what reading every header takes there.
 
 import argparse
 import json
-import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-import zlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
 from sami_fast.config import DataConfig
 from sami_fast.data import Feed, open_dataset
+from sami_fast.data.pack import ENDINGS, Item, encode_image, write_parquet, write_tar
 from sami_fast.environment import describe
 
 from .performance import feed
@@ -36,32 +35,24 @@ from .tables import rewrite, write_block
 SIDE = 8  # pixels
 SHARDS = 100
 BATCH, BATCHES = 64, 400  # batches after which memory is looked at again
-KINDS = {"webdataset": ".tar", "parquet": ".parquet"}
 KEY = ("kind", "images", "start")
 
 
-def png(number: int) -> bytes:
-    """A grey image whose first pixels spell a number, so that no two are the same."""
-    pixels = struct.pack(">I", number) + bytes(SIDE * SIDE - 4)
-    lines = b"".join(b"\0" + pixels[SIDE * row : SIDE * (row + 1)] for row in range(SIDE))
-    parts = (b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(lines, 1)), (b"IEND", b"")
-    chunks = (struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)) for name, content in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+def items(numbers: range) -> Iterator[Item]:
+    """Grey images whose first pixels spell their numbers, so that no two are the same."""
+    for number in numbers:
+        pixels = np.zeros(SIDE * SIDE, np.uint8)
+        pixels[:4] = np.frombuffer(number.to_bytes(4), np.uint8)
+        content, ending = encode_image((pixels / np.float32(127.5) - 1).reshape(1, SIDE, SIDE), None)
+        yield Item(f"{number:07}", ending, content, {})
 
 
 def write_shard(path: Path, numbers: range) -> None:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        rows = [{"image": {"bytes": png(number), "path": None}} for number in numbers]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
-        return
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number in numbers:
-            info, content = tarfile.TarInfo(f"{number:07}.png"), png(number)
-            info.size = len(content)
-            archive.addfile(info, BytesIO(content))
+    with open(path, "wb") as stream:
+        if path.suffix == ENDINGS["parquet"]:
+            write_parquet(stream, items(numbers), {})
+        else:
+            write_tar(stream, items(numbers))
 
 
 def opened(kind: str, folder: Path, images: int) -> Row:
@@ -94,7 +85,7 @@ def measured(kind: str, images: int) -> list[Row]:
         folder.mkdir()
         for shard in range(SHARDS):
             numbers = range(shard * images // SHARDS, (shard + 1) * images // SHARDS)
-            write_shard(folder / f"{shard:05}{KINDS[kind]}", numbers)
+            write_shard(folder / f"{shard:05}{ENDINGS[kind]}", numbers)
         rows = []
         for start in ("first", "later"):
             command = [sys.executable, "-m", "benchmarks.shards", "--measure", kind, str(folder), "--images", str(images)]
@@ -125,7 +116,7 @@ def generated(what: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of images (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="(%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=ENDINGS, default=[*ENDINGS], help="(%(default)s)")
     parser.add_argument("--output", type=Path, help="markdown file for the table, with rows beside it; docs/data.md by default")
     parser.add_argument("--measure", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -224,8 +224,8 @@ def test_images(image_folder: tuple[str, Path], compete: Callable[..., None], tm
     compete(described(f"feed {form} 178x218"), ready, "DataLoader + Pillow", peak=False, targets={"sami-fast, DALI": TARGETS["images"]})
 
 
-@pytest.mark.parametrize("decoder", ["torch", "dali"], ids=["Pillow", "DALI"])
-def test_shards(decoder: str, image_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "decoder"), [("Pillow", "torch"), ("DALI", "dali")], ids=["Pillow", "DALI"])
+def test_shards(name: str, decoder: str, image_folder: tuple[str, Path], compete: Callable[..., None], tmp_path: Path) -> None:
     """The same image files, one by one in a folder and many to a shard."""
     form, folder = image_folder
 
@@ -235,19 +235,13 @@ def test_shards(decoder: str, image_folder: tuple[str, Path], compete: Callable[
         return open_dataset(DataConfig(kind=kind, path=str(path), decoder=decoder, **settings), 0)
 
     for kind in ("webdataset", "parquet"):
-        pack(
-            Packing(DataConfig(kind="image_folder", path=str(folder)), form=kind, samples=100),
-            tmp_path / kind,
-            1,
-            False,
-            lambda done, of: None,
-        )
+        packing = Packing(DataConfig(kind="image_folder", path=str(folder)), form=kind, samples=100)
+        pack(packing, tmp_path / kind, workers=1, overwrite=False, progress=lambda done, count: None)
     expected = make("image_folder").images(torch.arange(NUM_IMAGES))
     ready = []
     for kind in ("image_folder", "webdataset", "parquet"):
         assert torch.equal(make(kind).images(torch.arange(NUM_IMAGES)), expected)
         ready.append(contestant(f"sami-fast, {kind}", feeding(partial(make, kind))))
-    (name,) = (name for name, value in {"Pillow": "torch", "DALI": "dali"}.items() if value == decoder)
     targets = {f"sami-fast, {kind}": 1.0 for kind in ("webdataset", "parquet")}
     compete(described(f"feed {form} 178x218 by {name}"), ready, "sami-fast, image_folder", peak=False, targets=targets)
 

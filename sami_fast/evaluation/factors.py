@@ -14,6 +14,7 @@ from ..metrics.mig import discretize, mig, mig_ceiling
 from ..metrics.modularity import explicitness, modularity
 from ..metrics.sap import sap
 from ..metrics.total_correlation import gaussian_total_correlation, mean_pairwise_mi
+from .table import mean_of
 
 TRAIN_SHARE = 2 / 3  # of the images, for metrics that learn on some and are scored on others: 10 000 of 15 000
 CLASSES = 256  # a factor with at most as many whole-numbered values is taken as classes, any other is binned
@@ -70,10 +71,6 @@ def by_factor(
     return {name: float(scores[owners == place].mean()) for place, name in enumerate(names)}
 
 
-def _mean(scores: Mapping[str, float]) -> float:
-    return float(np.mean([*scores.values()]))
-
-
 def linear_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
     """Linear R2 by factor; arguments as in `recovery_scores`."""
     return by_factor(linear_r2, codes, factors, names, periods)
@@ -84,7 +81,7 @@ def matched_scores(codes: np.ndarray, factors: np.ndarray, names: Sequence[str],
     each, of_values = (
         by_factor(lambda c, f, kind=kind: mcc(c, f, kind)[1], codes, factors, names, periods) for kind in ("spearman", "pearson")
     )
-    return {"mcc": _mean(each), "mcc_per_factor": each, "mcc_pearson": _mean(of_values)}
+    return {"mcc": mean_of(each), "mcc_per_factor": each, "mcc_pearson": mean_of(of_values)}
 
 
 def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, Any]:
@@ -100,7 +97,7 @@ def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ..
     scores: dict[str, Any] = {"linear_r2": linear_scores(codes, factors, names, periods), **matched_scores(codes, factors, names, periods)}
     scores["mig"], per_factor = mig(codes, classes)
     scores["mig_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
-    scores["sap"] = _mean(by_factor(lambda c, f: sap(c, f)[1], codes, factors, names, periods))
+    scores["sap"] = mean_of(by_factor(lambda c, f: sap(c, f)[1], codes, factors, names, periods))
     if len(names) > 1:
         scores["modularity"] = modularity(codes, classes)[0]
     return scores
