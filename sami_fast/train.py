@@ -66,6 +66,7 @@ from sami_fast.engine.processes import (
     lost_rank,
     on_chief,
     set_arithmetic,
+    set_way_on,
     take_device,
     torch_as_it_was,
     wait_for_all,
@@ -765,6 +766,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.cpu_threads:
         arguments.overrides = [*arguments.overrides, f"engine.threads={arguments.cpu_threads}"]
+    set_way_on(lambda: _way_on(arguments))
     with interruption.handled(), shown() if speaks() else nullcontext():
         try:
             return _command(arguments)

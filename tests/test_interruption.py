@@ -243,6 +243,16 @@ def test_a_port_that_is_taken(port):
             meet(0, 2, 1.0)
 
 
+def test_a_port_where_another_program_listens_and_says_nothing(port, monkeypatch):
+    """Torch binds what is left of the port, IPv4, and both ranks reach the other program."""
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    with socket.create_server(("::1", port), family=socket.AF_INET6):
+        with pytest.raises(UserError, match=rf"cannot listen at \[::1\]:{port} .it is taken.; give the launcher another port"):
+            meet(0, 2, 2.0)
+        with pytest.raises(RankLostError, match=rf"rank 0, at \[::1\]:{port}, did not come within 2 s"):
+            meet(1, 2, 2.0)
+
+
 def together(port, patience=60.0):
     """The store of two ranks, as each sees it."""
     with ThreadPoolExecutor(2) as pool:
@@ -254,6 +264,19 @@ def test_two_trainings_do_not_mix(port):
     with pytest.raises(UserError, match=f"another training uses 127.0.0.1:{port} already"):
         meet(1, 2, 5.0)
     del stores
+
+
+@pytest.mark.parametrize("explained", [False, True], ids=["without a word", "with its own words"])
+def test_a_process_that_hangs_says_what_is_kept(explained, monkeypatch, capsys):
+    """Its main thread waits in a collective that nobody will answer, so the watch speaks for it."""
+    statuses: list[int] = []
+    monkeypatch.setattr(watching, "GRACE", 0.05)
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    watch = Watch(0, 1, None, 60.0, lambda: "step_12 is kept; go on")
+    watch._end_process(RankLostError("rank 1: lost", True, explained=explained))
+    assert statuses == [1]
+    assert capsys.readouterr().err == ("sami-fast: rank 1: lost\n" if explained else "sami-fast: rank 1: lost; step_12 is kept; go on\n")
+    watch.close()
 
 
 @pytest.mark.parametrize("silent", [0, 1])

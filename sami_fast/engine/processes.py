@@ -20,6 +20,7 @@ from ..methods.ranks import ranks
 from .watch import Watch, interface, meet
 
 _watch: Watch | None = None
+_way_on: Callable[[], str] = str  # what `set_way_on` was given; until then no words, as str() has none
 _actions = itertools.count()  # every rank counts the same
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
             os.environ["GLOO_SOCKET_IFNAME"] = name
         join_group(device, rank, world_size, store)
     if _watch is None:
-        _watch = Watch(rank, world_size, store, patience)
+        _watch = Watch(rank, world_size, store, patience, lambda: _way_on())
     return rank, world_size, device
 
 
@@ -182,6 +183,12 @@ def end_run(words: str, status: int) -> None:
     """Let the other ranks know why this one ends the run."""
     if _watch is not None:
         _watch.end(words, status)
+
+
+def set_way_on(words: Callable[[], str]) -> None:
+    """What is kept of the run and how to go on: of this process from now on, for where it hangs and another rank is lost."""
+    global _way_on
+    _way_on = words
 
 
 def lost_rank() -> RankLostError | None:

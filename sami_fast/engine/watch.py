@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from queue import Empty, Queue
 
 import psutil
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
@@ -118,13 +119,35 @@ def _store(rank: int, seconds: float) -> Store | None:
     try:
         if not holds:  # torch would wait for rank 0 too, but deaf to signals, and with a stack of C++ at the end
             socket.create_connection((os.environ["MASTER_ADDR"], port), seconds).close()
-        store = TCPStore(os.environ["MASTER_ADDR"], port, None, holds, limit, wait_for_workers=False, multi_tenant=True)
+        store = _within(
+            seconds, lambda: TCPStore(os.environ["MASTER_ADDR"], port, None, holds, limit, wait_for_workers=False, multi_tenant=True)
+        )
     except (OSError, DistNetworkError, DistStoreError) as error:
         if not holds:
             time.sleep(0.2)
             return None
         raise UserError(f"MASTER_PORT: cannot listen at {_place()} ({_reason(error)}); {OTHER_PORT}") from None
     return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if held else store
+
+
+def _within(seconds: float, make: Callable[[], TCPStore]) -> TCPStore:
+    """A store, unless who listens there is another program: torch would wait for its first word for ever."""
+    made: Queue[TCPStore | Exception] = Queue()
+
+    def begin() -> None:
+        try:
+            made.put(make())
+        except Exception as error:  # for who waits to judge
+            made.put(error)
+
+    threading.Thread(target=begin, name="store", daemon=True).start()
+    try:
+        found = made.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError("EADDRINUSE: another program answers") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -138,10 +161,11 @@ class Watch:
         rank, world_size: This process among all.
         store: From `meet`; None where one process works alone.
         patience: Seconds of silence after which a rank is given up.
+        way_on: Says what is kept of the run and how to go on, for where this process can only be ended from here.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Store | None, patience: float) -> None:
-        self.rank, self.world_size, self.patience = rank, world_size, patience
+    def __init__(self, rank: int, world_size: int, store: Store | None, patience: float, way_on: Callable[[], str] = lambda: "") -> None:
+        self.rank, self.world_size, self.patience, self._way_on = rank, world_size, patience, way_on
         # A connection of its own: another thread may wait in the first.
         self._store, self._beats = store, store.clone() if store else None  # pyrefly: ignore[missing-attribute] (stubs lack it)
         self._launchers = _launchers()
@@ -273,8 +297,9 @@ class Watch:
     def _end_process(self, lost: RankLostError) -> None:
         """The main thread ends by itself, unless it waits in a collective that nobody will ever answer."""
         if not self._over.wait(GRACE):
-            if lost.speaks:
-                _say(f"sami-fast: {lost}")
+            with suppress(Exception):  # nothing may keep it from ending
+                if lost.speaks:
+                    _say(f"sami-fast: {'; '.join(filter(None, [str(lost), '' if lost.explained else self._way_on()]))}")
             os._exit(lost.status)
 
     def _places(self, store: Store) -> dict[int, str]:
