@@ -37,6 +37,10 @@ MpiDefault=none
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
 """
 BEGIN = """
+# slurmd looks for control groups, of version 1 where the kernel still has them; the host's own /sys shows none
+mount -t tmpfs none /sys/fs/cgroup && mkdir /sys/fs/cgroup/systemd /sys/fs/cgroup/freezer
+{ mount -t cgroup -o none,name=systemd none /sys/fs/cgroup/systemd && mount -t cgroup -o freezer none /sys/fs/cgroup/freezer; } ||
+    mount -t cgroup2 none /sys/fs/cgroup
 mkdir -p /run/munge /run/slurm/state /run/slurm/spool && chmod 755 /run /run/munge
 for n in {0..7}; do mknod /run/gpu$n c 1 3; done; mount -t tmpfs none /etc/slurm && cp /mnt/slurm/*.conf /etc/slurm/
 cp /mnt/slurm/munge.key /run/munge/key && chmod 400 /run/munge/key
