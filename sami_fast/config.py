@@ -55,6 +55,7 @@ def interval(low: float, high: float) -> Check:
     return f"two numbers [low, high] with {low:g} <= low <= high <= {high:g}", lambda v: len(v) == 2 and low <= v[0] <= v[1] <= high
 
 
+SHARES: Check = ("numbers above 0 and below 1", lambda v: all(0 < share < 1 for share in v))
 PAIR_OF_DECAYS: Check = ("two numbers of at least 0 and below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 ANYTHING: Check = ("anything", lambda value: True)
 NAMED: Check = ("package.module:Name or path/to/file.py:Name", lambda v: not v or re.fullmatch(r".+:[^\W\d][\w.]*", v) is not None)
@@ -452,6 +453,11 @@ class TrainConfig(Section):
         number(0),
     )
     encoder_warmup: float = setting(0.5, "finetune, staged: share of steps in which the encoder learns alone; 1 is all", number(0, 1))
+    turn: list[float] = setting(
+        [],
+        "shares of the encoder's steps after which the axes of its latents are turned to where pixels tell them apart; [] never",
+        SHARES,
+    )
 
 
 @dataclass(frozen=True)
@@ -976,6 +982,8 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
         "method sami",
         lambda c: c.method == "sami",
     ),
+    (("train.turn",), "method sami and an encoder of this package", lambda c: c.method == "sami" and not c.encoder.class_),
+    (("train.turn",), "a mode in which an encoder learns", lambda c: c.mode != "denoiser"),
     (
         ("objective.weighting", "objective.noise_levels", "objective.time_power", "engine.store_eps", "denoiser.embedding_size"),
         "a method with noise, sami or diffae",

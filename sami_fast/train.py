@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sami_fast import __version__, budget, ops, preview, score, stages
+from sami_fast import __version__, budget, ops, preview, score, stages, turning
 from sami_fast.cli.options import SEVERAL, add_training_arguments
 from sami_fast.config import (
     Config,
@@ -61,6 +61,7 @@ from sami_fast.engine.memory import enough_memory, keep_freed_memory
 from sami_fast.engine.processes import (
     agreed,
     end_run,
+    gathered,
     init_distributed,
     leave_distributed,
     lost_rank,
@@ -266,6 +267,8 @@ class Trainer:
         )
         joint_steps = config.train.steps - config.first_joint_step
         scale = RESTART_SCALE**attempt
+        turns = config.method == "sami" and not config.encoder.class_
+        self.turns = {config.first_joint_step + max(1, round(share * joint_steps)) for share in config.train.turn if turns}
         self.kl_weight = KLWeight(config.kl_weight, joint_steps, scale)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
@@ -410,9 +413,27 @@ class Trainer:
 
     def update(self) -> tuple[float, Measurement]:
         """Take the optimiser step that is number `step`. Returns its beta and what it measured."""
+        if self.step in self.turns:
+            self._turn_axes()
         phase = self.config.phase(self.step)
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0
         return kl_weight, self.engine.update(self.step, lambda micro: self._losses(micro, kl_weight, phase))
+
+    def _turn_axes(self) -> None:
+        """Before a step: turn the latents' axes, and with them the encoder's heads. All ranks read the same images, and take the turn of
+        the first."""
+        places = torch.arange(turning.IMAGES)
+        if self.dataset.size is not None:
+            places = torch.randperm(self.dataset.size, generator=torch.Generator().manual_seed(self.config.seed))[: turning.IMAGES]
+        turn = turning.turn_of(*turning.read(self.model.encode, self.dataset.training_images(places).to(self.device), self.config.seed))
+        turn = torch.tensor(gathered(turn.tolist())[0], dtype=torch.float64)
+        # Variances of a mixture add up by the squares of its shares. Here the raw values do, all but logarithms where deviations are small:
+        # a geometric mean in place of the sum, which the steps that follow make good.
+        for head, mixing in (("mu", turn), ("raw_var", turn.square())):
+            for name in [name for name in self.engine.parameters if name.startswith(f"encoder.{head}.")]:
+                self.engine.mix_rows(name, mixing)
+        angles = torch.rad2deg(torch.acos(turn.diag().clamp(-1, 1)))
+        self.say(f"step {self.step}: {int((angles > 1).sum())} latent axes turned, by {angles.max():.0f} degrees at most")
 
     def _losses(self, micro: int, kl_weight: float, phase: str) -> Losses:
         shown = self.config.shown(self.step)

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from sami_fast import turning
 from sami_fast.config import Config, load_config
 from sami_fast.engine import base
 from sami_fast.engine.capture import WAIT, Captured
@@ -32,6 +34,7 @@ COMMON = [
     "kl_weight.gain=0.1",
     "optimizer.clip=0.5",
     "checkpoint.keep_last=3",
+    "train.turn=[0.3,0.6]",  # at steps 6 and 9: before and after the checkpoint that runs go on from
 ]
 STAGED = [
     *("train.mode=staged", "train.denoiser_steps=6", "train.bank_steps=3"),
@@ -51,6 +54,11 @@ VARIANTS = (
     | {"captured2": ["engine.zero_stage=2", "objective.free_bits=0"]}
     | {f"recomputed{stage}": [f"engine.zero_stage={stage}", "engine.checkpoint_activations=true"] for stage in (2, 3)}
 )
+
+
+def all_live(information: np.ndarray) -> np.ndarray:
+    """In place of `turning.live_dims`: so few steps leave hardly a latent alive, and without two there is nothing to turn."""
+    return np.arange(len(information))
 
 
 def settings(folder: str, name: str, *overrides: str) -> Config:
@@ -83,6 +91,7 @@ def kill_last_rank() -> None:
 def main(folder: str, part: str = "") -> None:
     # Memory that nobody has written yet holds NaN instead of, mostly, harmless numbers. DeepSpeed pads the last rank's parts with it.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    turning.live_dims = all_live
     if part:
         stage = part[-1]
         config = settings(folder, f"zero{stage}", f"engine.zero_stage={stage}")

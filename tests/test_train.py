@@ -16,10 +16,10 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import TINY, assert_same_weights, log_rows, rows, tiny, weights
-from ranks_worker import COMMON, MODES, STAGED, STAGES, VARIANTS, settings
+from ranks_worker import COMMON, MODES, STAGED, STAGES, VARIANTS, all_live, settings
 from safetensors.torch import load_file, save_file
 
-from sami_fast import cli
+from sami_fast import cli, turning
 from sami_fast.config import load_config
 from sami_fast.data import open_dataset
 from sami_fast.engine import checkpoints
@@ -295,6 +295,14 @@ def test_own_images_train_encode_and_report(tmp_path, monkeypatch):
 
 
 # ---- ranks: one launch of the real launcher, several runs inside
+
+
+@pytest.fixture(scope="module", autouse=True)
+def axes_are_turned():
+    """As in the ranks' own runs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(turning, "live_dims", all_live)
+        yield
 
 
 def launch(folder: Path, *command) -> subprocess.CompletedProcess:

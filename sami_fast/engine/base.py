@@ -203,6 +203,27 @@ class BaseEngine:
             if name in self.averaged:
                 yield f"{name}/averaged", shards.whole(parameter, self.averaged[name])
 
+    def mix_rows(self, name: str, mixing: Tensor) -> None:
+        """Put mixtures of a trained weight's rows in their place, and of its average's and its moments' with them. Every rank calls it,
+        between two steps.
+
+        Args:
+            name: Of the parameter.
+            mixing: [rows, rows]; row r says what the new row r is of the old ones.
+        """
+        parameter, is_averaged = self._trained[name], name in self.averaged
+
+        def mixed(values: Tensor, by: Tensor = mixing) -> Tensor:
+            return torch.tensordot(by.to(values), values, 1)
+
+        # Adam's second moment is one of squares.
+        moments = {kind: mixed(self._moment(name, kind), mixing.square() if kind == "exp_avg_sq" else mixing) for kind in shards.MOMENTS}
+        averaged = mixed(shards.whole(parameter, self.averaged[name])) if is_averaged else None
+        self._restore(name, mixed(shards.whole_weight(parameter)), moments)
+        if averaged is not None:
+            self.averaged[name].copy_(shards.part_of(parameter, averaged))
+        self._refresh()
+
     def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write checkpoint step_<n>: whole tensors, then a manifest, then one rename. Any engine can read it: any number of ranks, at any
         ZeRO stage.
