@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from ..metrics.attributes import FOLDS, latent_quality, tad
 from ..metrics.dci import dci, dci_from_importance
@@ -20,6 +21,7 @@ TRAIN_SHARE = 2 / 3  # of the images, for metrics that learn on some and are sco
 CLASSES = 256  # a factor with at most as many whole-numbered values is taken as classes, any other is binned
 CLASSIFIER_BINS = 10  # of a continuous factor, for classifiers, whose time grows with the classes; 20 elsewhere
 DCI_VALUES, DCI_LEAST = 24_000, 1000  # code values that trees are grown on: more codes mean fewer images, but not fewer than these
+STARTS = np.arange(12) * (np.pi / 24)  # of sines and cosines, a quarter turn: from there on they are the same two again
 SMALLEST_SPLIT = 200  # images below which nothing is learnt from them
 
 
@@ -29,29 +31,33 @@ def factor_classes(factors: np.ndarray, bins: int = 20) -> np.ndarray:
     return np.where(whole, factors, discretize(factors, bins)).astype(np.int64)
 
 
-def targets(factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """What a code is compared with: the factors; of one that comes round again, such as a hue, its sine and its cosine, since where its own
-    values begin is a convention that no code can know.
+def targets(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """What codes are compared with: the factors; of one that comes round again, such as a hue, its sine and its cosine, counted from where
+    two codes match them best. Where its own values begin is a convention that no code can know.
 
     Args:
+        codes: [N, D].
         factors: [N, K].
         names: Of the factors.
         periods: Of those that come round again.
     Returns:
         Columns [N, T], and the place of the factor that each belongs to, [T].
     """
-    columns, owners = [], []
-    for place, (name, values) in enumerate(zip(names, factors.T, strict=True)):
-        angle = 2 * np.pi * values / periods[name] if name in periods else None
-        own = [values] if angle is None else [np.sin(angle), np.cos(angle)]
-        columns += own
-        owners += [place] * len(own)
-    return np.column_stack(columns), np.array(owners)
+    round_again = [place for place, name in enumerate(names) if name in periods]
+    angles = {place: 2 * np.pi * factors[:, place] / periods[names[place]] for place in round_again}
+    pairs = {place: [np.column_stack((np.sin(a + start), np.cos(a + start))) for start in STARTS] for place, a in angles.items()}
+    best = {}
+    if round_again:
+        strength = correlation_matrix(codes, np.column_stack([pair for place in round_again for pair in pairs[place]]))
+        matched = [each[linear_sum_assignment(-each)].sum() for each in strength.reshape(-1, 2, codes.shape[1])]
+        best = dict(zip(round_again, np.reshape(matched, (-1, len(STARTS))).argmax(1), strict=True))
+    own = [pairs[place][best[place]] if place in pairs else factors[:, [place]] for place in range(len(names))]
+    return np.column_stack(own), np.repeat(np.arange(len(names)), [columns.shape[1] for columns in own])
 
 
 def factor_correlations(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> np.ndarray:
     """|Rank correlation| of each factor with each code, [K, D]: the larger one of two targets. Arguments as in `targets`."""
-    columns, owners = targets(factors, names, periods)
+    columns, owners = targets(codes, factors, names, periods)
     return np.maximum.reduceat(correlation_matrix(codes, columns), np.searchsorted(owners, np.arange(len(names))))
 
 
@@ -66,7 +72,7 @@ def by_factor(
 
     Of a factor that has two targets it is the mean of their numbers.
     """
-    columns, owners = targets(factors, names, periods)
+    columns, owners = targets(codes, factors, names, periods)
     scores = np.array([*measure(codes, columns)])
     return {name: float(scores[owners == place].mean()) for place, name in enumerate(names)}
 
