@@ -37,8 +37,9 @@ def missing(programs: dict[str, str] = PROGRAMS) -> str:
         return "needs Linux and root"
     if lacking := sorted({package for program, package in programs.items() if not shutil.which(program, path=PATH)}):
         return f"needs the packages {', '.join(lacking)}"
-    tried = subprocess.run([*ALONE, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True, check=False)
-    return f"needs namespaces: {tried.stderr.strip()}" if tried.returncode else ""
+    needed = "mount -t tmpfs none /mnt && ip link add br0 type bridge && ip link add veth0 type veth peer name veth1"
+    tried = subprocess.run([*ALONE, "sh", "-c", needed], capture_output=True, text=True, check=False, env={"PATH": PATH})
+    return f"needs namespaces, a bridge and pairs of interfaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
