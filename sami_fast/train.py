@@ -61,16 +61,15 @@ from sami_fast.engine.memory import enough_memory, keep_freed_memory
 from sami_fast.engine.processes import (
     agreed,
     end_run,
-    gathered,
     init_distributed,
     leave_distributed,
     lost_rank,
     on_chief,
     set_arithmetic,
-    set_way_on,
     take_device,
     torch_as_it_was,
     wait_for_all,
+    way_on,
 )
 from sami_fast.engine.run_folder import RunFolder
 from sami_fast.engine.threads import multiplications, set_threads
@@ -82,6 +81,7 @@ from sami_fast.methods.build import build_model, weights_sha256
 from sami_fast.methods.latent_model import FORMAT, GIVEN, LatentModel
 from sami_fast.methods.ranks import ranks
 from sami_fast.metrics.latents import gaussian_information, live_dims
+from sami_fast.models import Encoder, HalfUNet
 from sami_fast.progress import hms, shown
 from sami_fast.saved import tensors_of, weight_files, write_model
 from sami_fast.schedule import Discrete
@@ -267,8 +267,8 @@ class Trainer:
         )
         joint_steps = config.train.steps - config.first_joint_step
         scale = RESTART_SCALE**attempt
-        turns = config.method == "sami" and not config.encoder.class_
-        self.turns = {config.first_joint_step + max(1, round(share * joint_steps)) for share in config.train.turn if turns}
+        turns = config.train.turn if config.method == "sami" and _has_heads(self.model.encoder) else []
+        self.turns = {config.first_joint_step + max(1, round(share * joint_steps)) for share in turns}  # steps before which axes are turned
         self.kl_weight = KLWeight(config.kl_weight, joint_steps, scale)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
@@ -421,14 +421,21 @@ class Trainer:
 
     def _turn_axes(self) -> None:
         """Before a step: turn the latents' axes, and with them the encoder's heads. All ranks read the same images, and take the turn of
-        the first."""
+        the first.
+
+        Raises:
+            NonFiniteError: the step before left numbers that are not finite.
+        """
+        if (bad := self.engine.not_finite()) is not None:
+            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
         places = torch.arange(turning.IMAGES)
         if self.dataset.size is not None:
             places = torch.randperm(self.dataset.size, generator=torch.Generator().manual_seed(self.config.seed))[: turning.IMAGES]
-        turn = turning.turn_of(*turning.read(self.model.encode, self.dataset.training_images(places).to(self.device), self.config.seed))
-        turn = torch.tensor(gathered(turn.tolist())[0], dtype=torch.float64)
-        # Variances of a mixture add up by the squares of its shares. Here the raw values do, all but logarithms where deviations are small:
-        # a geometric mean in place of the sum, which the steps that follow make good.
+        batch_size = min(VALIDATION_BATCH, self.config.checkpoint.validation_images)  # which there is memory for: it has been tried
+        found = turning.read(self.model.encode, self.dataset.training_images, places, batch_size, self.config.seed)
+        turn = torch.from_numpy(agreed(turning.turn_of(*found)))
+        # raw_var is nearly the logarithm of a small deviation. Its mixture by squares is a geometric mean of variances, where a mixture of
+        # latents has their sum; the steps that follow make up for the difference.
         for head, mixing in (("mu", turn), ("raw_var", turn.square())):
             for name in [name for name in self.engine.parameters if name.startswith(f"encoder.{head}.")]:
                 self.engine.mix_rows(name, mixing)
@@ -663,6 +670,13 @@ def _networks(config: Config, dataset: Dataset, model: LatentModel | None) -> La
     return model
 
 
+def _has_heads(encoder: object) -> bool:
+    """Whether an encoder ends in two linear heads that are known, and learn."""
+    if not isinstance(encoder, Encoder | HalfUNet):
+        return False
+    return all(parameter.requires_grad for head in (encoder.mu, encoder.raw_var) for parameter in head.parameters())
+
+
 def _described(model: LatentModel) -> dict[str, Any]:
     """The architecture of a model; of networks that nobody can make again from settings, their classes by name."""
     return model.architecture or {name: {"class": type(network).__qualname__} for name, network in model.networks.items()}
@@ -787,8 +801,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.cpu_threads:
         arguments.overrides = [*arguments.overrides, f"engine.threads={arguments.cpu_threads}"]
-    set_way_on(lambda: _way_on(arguments))
-    with interruption.handled(), shown() if speaks() else nullcontext():
+    with way_on(lambda: _way_on(arguments)), interruption.handled(), shown() if speaks() else nullcontext():
         try:
             return _command(arguments)
         except (Exception, Interrupted) as error:

@@ -34,7 +34,7 @@ COMMON = [
     "kl_weight.gain=0.1",
     "optimizer.clip=0.5",
     "checkpoint.keep_last=3",
-    "train.turn=[0.3,0.6]",  # at steps 6 and 9: before and after the checkpoint that runs go on from
+    "train.turn=[0.3,0.6]",  # of a joint run at steps 6 and 9, before and after the checkpoint that it goes on from
 ]
 STAGED = [
     *("train.mode=staged", "train.denoiser_steps=6", "train.bank_steps=3"),

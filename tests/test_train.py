@@ -327,6 +327,7 @@ def two_ranks(tmp_path_factory, alone):
                 shutil.rmtree(folder / f"from_one{stage}/checkpoints/step_12")
             done = launch(folder, ROOT / "tests/ranks_worker.py", folder)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            assert re.search("step 6: [1-4] latent axes turned", done.stdout), done.stdout
             (folder / "done").touch()
     return folder
 

@@ -12,7 +12,9 @@ from scipy.stats import ortho_group
 from sami_fast import turning
 from sami_fast.engine.checkpoints import WEIGHTS, list_checkpoints
 from sami_fast.errors import UserError
+from sami_fast.methods.build import build_model
 from sami_fast.methods.latent_model import Posterior
+from sami_fast.methods.sami import Sami
 from sami_fast.train import Trainer, train
 from sami_fast.turning import COUPLED, read, rotation, turn_of
 
@@ -47,8 +49,8 @@ def test_an_axis_keeps_its_place_and_its_sign(degrees):
     np.testing.assert_allclose(found @ turn, np.eye(2), atol=1e-9)
 
 
-def test_gradients_are_compared_per_standard_deviation():
-    """A latent of half the spread has half the gradient for the same share of it; the axes sought are those of latents of one spread."""
+def test_the_turn_is_that_of_latents_of_one_spread():
+    """A latent of half the spread has half the gradient for the same share of it."""
     coupling, _ = mixed([1.0, 6.0, 2.5], 3)
     spread = np.diag([1.0, 0.5, 0.8])
     found = rotation(spread @ spread, spread @ coupling @ spread, 1e-9)
@@ -77,8 +79,9 @@ def test_only_live_latents_are_turned():
     np.testing.assert_array_equal(turn[:, [1, 3]], np.eye(4)[:, [1, 3]])
     assert abs(turn[0, 2]) > 0.05
     np.testing.assert_allclose(turn @ turn.T, np.eye(4), atol=1e-12)
-    for few in (mu * [1.0, 1.0, 0.0, 1.0], mu * 0.0):  # one live latent, none
-        np.testing.assert_array_equal(turn_of(few, np.full_like(mu, 0.01), coupling), np.eye(4))
+    copied = np.column_stack((mu[:, 0], mu[:, 1], -mu[:, 0], mu[:, 3]))
+    for few in (mu * [1.0, 1.0, 0.0, 1.0], mu * 0.0, mu[:2], copied):  # one live latent, none, two images, two latents that say the same
+        np.testing.assert_array_equal(turn_of(few, np.full_like(few, 0.01), coupling), np.eye(4))
 
 
 # What is read
@@ -94,16 +97,18 @@ def test_the_coupling_is_that_of_the_gradients(dtype):
         h = x.flatten(1) @ weight.T
         return Posterior(torch.stack((h[:, 0], h[:, 1].sin(), h[:, 2] * h[:, 0]), 1), torch.full_like(h, 0.1))
 
-    mu, var, coupling = read(encode, x_0, 0)
+    def images(places):
+        return x_0[places]
+
+    mu, var, coupling = read(encode, images, torch.arange(300), 64, 0)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x: encode(x[None]).mu[0]))(x_0).flatten(2).double()
     expected = (jacobian @ jacobian.mT).mean(0).numpy()
     scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
     assert np.abs((coupling - expected) / scale).max() < 0.06  # 2400 random directions
     np.testing.assert_allclose(mu, encode(x_0).mu.double().numpy(), rtol=1e-6)
     np.testing.assert_allclose(var, 0.1, rtol=1e-6)
-    again = read(encode, x_0, 0)
-    np.testing.assert_array_equal(again[2], coupling)
-    assert not np.array_equal(read(encode, x_0, 1)[2], coupling)
+    np.testing.assert_array_equal(read(encode, images, torch.arange(300), 64, 0)[2], coupling)
+    assert not np.array_equal(read(encode, images, torch.arange(300), 64, 1)[2], coupling)
 
 
 # In training
@@ -195,3 +200,24 @@ def test_methods_that_read_latents_never_turn(tmp_path, monkeypatch):
         tiny(tmp_path, "method=beta_vae", "train.turn=[0.5]")
     with pytest.raises(UserError, match=r"train\.turn: expected numbers above 0 and below 1"):
         tiny(tmp_path, "train.turn=[1.0]")
+
+
+def test_an_encoder_of_ones_own_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    """Its last layers are not known, though they may have the same names."""
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mu, self.raw_var = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.Tanh()) for _ in range(2))
+
+        def forward(self, x):
+            return self.mu(x), self.raw_var(x).exp()
+
+    monkeypatch.setattr(turning, "turn_of", lambda *_: pytest.fail("turned"))
+    config = tiny(tmp_path)
+    ours = build_model(config, (1, 8, 8))
+    train(
+        replace(config, train=replace(config.train, turn=[0.5])),
+        Sami(Own(), ours.denoiser, ours.schedule, image_shape=(1, 8, 8), latent_size=4),
+    )
+    assert "turned" not in capsys.readouterr().out

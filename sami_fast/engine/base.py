@@ -207,6 +207,9 @@ class BaseEngine:
         """Put mixtures of a trained weight's rows in their place, and of its average's and its moments' with them. Every rank calls it,
         between two steps.
 
+        The moments are those of the new rows' gradients where the mixing is a rotation and gradients of two rows are independent; otherwise
+        Adam learns them anew, in 1 / (1 - decay) steps.
+
         Args:
             name: Of the parameter.
             mixing: [rows, rows]; row r says what the new row r is of the old ones.
@@ -216,7 +219,6 @@ class BaseEngine:
         def mixed(values: Tensor, by: Tensor = mixing) -> Tensor:
             return torch.tensordot(by.to(values), values, 1)
 
-        # Adam's second moment is one of squares.
         moments = {kind: mixed(self._moment(name, kind), mixing.square() if kind == "exp_avg_sq" else mixing) for kind in shards.MOMENTS}
         averaged = mixed(shards.whole(parameter, self.averaged[name])) if is_averaged else None
         self._restore(name, mixed(shards.whole_weight(parameter)), moments)

@@ -20,7 +20,7 @@ from ..methods.ranks import ranks
 from .watch import Watch, interface, meet
 
 _watch: Watch | None = None
-_way_on: Callable[[], str] = str  # what `set_way_on` was given; until then no words, as str() has none
+_way_on: Callable[[], str] | None = None  # of `way_on`
 _actions = itertools.count()  # every rank counts the same
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def init_distributed(patience: float) -> tuple[int, int, torch.device]:
             os.environ["GLOO_SOCKET_IFNAME"] = name
         join_group(device, rank, world_size, store)
     if _watch is None:
-        _watch = Watch(rank, world_size, store, patience, lambda: _way_on())
+        _watch = Watch(rank, world_size, store, patience, lambda: _way_on() if _way_on else "")
     return rank, world_size, device
 
 
@@ -185,10 +185,15 @@ def end_run(words: str, status: int) -> None:
         _watch.end(words, status)
 
 
-def set_way_on(words: Callable[[], str]) -> None:
-    """What is kept of the run and how to go on: of this process from now on, for where it hangs and another rank is lost."""
+@contextmanager
+def way_on(words: Callable[[], str]) -> Iterator[None]:
+    """Inside, who hangs because another rank is lost can be told what is kept of the run, and how to go on."""
     global _way_on
-    _way_on = words
+    before, _way_on = _way_on, words
+    try:
+        yield
+    finally:
+        _way_on = before
 
 
 def lost_rank() -> RankLostError | None:

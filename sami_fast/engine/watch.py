@@ -144,14 +144,14 @@ def _within(seconds: float, make: Callable[[], TCPStore]) -> TCPStore:
     try:
         found = made.get(timeout=seconds)
     except Empty:
-        raise TimeoutError("EADDRINUSE: another program answers") from None
+        raise TimeoutError("no answer") from None
     if isinstance(found, Exception):
         raise found
     return found
 
 
 def _reason(error: Exception) -> str:
-    return "it is taken" if "EADDRINUSE" in str(error) else one_line(error, 200)
+    return "it is taken" if isinstance(error, TimeoutError) or "EADDRINUSE" in str(error) else one_line(error, 200)
 
 
 class Watch:
@@ -297,10 +297,22 @@ class Watch:
     def _end_process(self, lost: RankLostError) -> None:
         """The main thread ends by itself, unless it waits in a collective that nobody will ever answer."""
         if not self._over.wait(GRACE):
-            with suppress(Exception):  # nothing may keep it from ending
-                if lost.speaks:
-                    _say(f"sami-fast: {'; '.join(filter(None, [str(lost), '' if lost.explained else self._way_on()]))}")
+            if lost.speaks:
+                _say(f"sami-fast: {'; '.join(filter(None, [str(lost), '' if lost.explained else self._kept()]))}")
             os._exit(lost.status)
+
+    def _kept(self) -> str:
+        """The words of `way_on`; none where there are none in time: they come from files, and a file system may be gone as well."""
+        found: Queue[str] = Queue()
+
+        def ask() -> None:
+            with suppress(Exception):
+                found.put(self._way_on())
+
+        threading.Thread(target=ask, name="way on", daemon=True).start()
+        with suppress(Empty):
+            return found.get(timeout=GRACE)
+        return ""
 
     def _places(self, store: Store) -> dict[int, str]:
         """The host of each rank; none where all have the same."""

@@ -1,6 +1,6 @@
 """How well codes recover known factors: every factor metric, on one set of codes, under one protocol."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,23 +31,26 @@ def factor_classes(factors: np.ndarray, bins: int = 20) -> np.ndarray:
     return np.where(whole, factors, discretize(factors, bins)).astype(np.int64)
 
 
-def targets(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """What codes are compared with: the factors; of one that comes round again, such as a hue, its sine and its cosine, counted from where
-    two codes match them best. Where its own values begin is a convention that no code can know.
+def targets(
+    factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float], codes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What codes are compared with: the factors; of one that comes round again, such as a hue, its sine and its cosine. Where its own
+    values begin is a convention that no code can know.
 
     Args:
-        codes: [N, D].
         factors: [N, K].
         names: Of the factors.
         periods: Of those that come round again.
+        codes: [N, D]; sines and cosines are counted from where two of these match them best, by rank correlation. From the factor's own
+            beginning where None, for measures that are the same from anywhere.
     Returns:
         Columns [N, T], and the place of the factor that each belongs to, [T].
     """
     round_again = [place for place, name in enumerate(names) if name in periods]
     angles = {place: 2 * np.pi * factors[:, place] / periods[names[place]] for place in round_again}
     pairs = {place: [np.column_stack((np.sin(a + start), np.cos(a + start))) for start in STARTS] for place, a in angles.items()}
-    best = {}
-    if round_again:
+    best = dict.fromkeys(round_again, 0)
+    if round_again and codes is not None:
         strength = correlation_matrix(codes, np.column_stack([pair for place in round_again for pair in pairs[place]]))
         matched = [each[linear_sum_assignment(-each)].sum() for each in strength.reshape(-1, 2, codes.shape[1])]
         best = dict(zip(round_again, np.reshape(matched, (-1, len(STARTS))).argmax(1), strict=True))
@@ -57,36 +60,26 @@ def targets(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], period
 
 def factor_correlations(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> np.ndarray:
     """|Rank correlation| of each factor with each code, [K, D]: the larger one of two targets. Arguments as in `targets`."""
-    columns, owners = targets(codes, factors, names, periods)
+    columns, owners = targets(factors, names, periods, codes)
     return np.maximum.reduceat(correlation_matrix(codes, columns), np.searchsorted(owners, np.arange(len(names))))
 
 
-def by_factor(
-    measure: Callable[[np.ndarray, np.ndarray], Iterable[float]],
-    codes: np.ndarray,
-    factors: np.ndarray,
-    names: Sequence[str],
-    periods: Mapping[str, float],
-) -> dict[str, float]:
-    """A measure of codes [N, D] and targets [N, T], one number for each target, by factor.
-
-    Of a factor that has two targets it is the mean of their numbers.
-    """
-    columns, owners = targets(codes, factors, names, periods)
-    scores = np.array([*measure(codes, columns)])
+def by_factor(each: Iterable[float], owners: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """One number for each target, by factor: of one that has two, their mean. `owners` as `targets` gives them."""
+    scores = np.array([*each])
     return {name: float(scores[owners == place].mean()) for place, name in enumerate(names)}
 
 
 def linear_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ...], periods: dict[str, float]) -> dict[str, float]:
     """Linear R2 by factor; arguments as in `recovery_scores`."""
-    return by_factor(linear_r2, codes, factors, names, periods)
+    columns, owners = targets(factors, names, periods)
+    return by_factor(linear_r2(codes, columns), owners, names)
 
 
 def matched_scores(codes: np.ndarray, factors: np.ndarray, names: Sequence[str], periods: Mapping[str, float]) -> dict[str, Any]:
     """MCC, of ranks and of values; arguments as in `recovery_scores`."""
-    each, of_values = (
-        by_factor(lambda c, f, kind=kind: mcc(c, f, kind)[1], codes, factors, names, periods) for kind in ("spearman", "pearson")
-    )
+    columns, owners = targets(factors, names, periods, codes)
+    each, of_values = (by_factor(mcc(codes, columns, kind)[1], owners, names) for kind in ("spearman", "pearson"))
     return {"mcc": mean_of(each), "mcc_per_factor": each, "mcc_pearson": mean_of(of_values)}
 
 
@@ -103,7 +96,8 @@ def recovery_scores(codes: np.ndarray, factors: np.ndarray, names: tuple[str, ..
     scores: dict[str, Any] = {"linear_r2": linear_scores(codes, factors, names, periods), **matched_scores(codes, factors, names, periods)}
     scores["mig"], per_factor = mig(codes, classes)
     scores["mig_per_factor"] = dict(zip(names, per_factor.tolist(), strict=True))
-    scores["sap"] = mean_of(by_factor(lambda c, f: sap(c, f)[1], codes, factors, names, periods))
+    columns, owners = targets(factors, names, periods, codes)
+    scores["sap"] = mean_of(by_factor(sap(codes, columns)[1], owners, names))
     if len(names) > 1:
         scores["modularity"] = modularity(codes, classes)[0]
     return scores
@@ -137,7 +131,8 @@ def learned_scores(
         ("nonlinear_r2", "explicitness", "factor_vae", "beta_vae", "irs", "dci_d", "dci_c", "dci_i", "dci_images")
     )
     if enough:
-        scores["nonlinear_r2"] = by_factor(lambda c, f: nonlinear_r2(c, f, seed=seed), codes, factors, names, periods)
+        columns, owners = targets(factors, names, periods)
+        scores["nonlinear_r2"] = by_factor(nonlinear_r2(codes, columns, seed=seed), owners, names)
         scores["explicitness"] = explicitness(codes[:train], coarse[:train], codes[train:], coarse[train:])[0]
     scores["irs"] = irs(codes, classes)[0]
     if several:

@@ -116,6 +116,6 @@ def diagnose(
         return Health(
             "tilted",
             f"the factors can be read linearly (R2 {linear_r2:.2f}) but not from a latent each (MCC {mcc:.2f}).",
-            "train.turn=[0.5], a slower fall of beta (kl_weight.fall), or `sami-fast axes` for directions",
+            "a slower fall of beta (kl_weight.search, kl_weight.fall), or `sami-fast axes` for directions",
         )
     return Health("healthy", f"{len(live)} of {len(information)} latents hold {told:.1f} nats of information.", "")

@@ -47,7 +47,7 @@ def mended(config: Config, word: str, live: int) -> list[str]:
         return [f"encoder.latent_size={live}"]
     if word == "redundant":
         return [f"kl_weight.sharpest={0.75 * price.sharpest:g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
-    if word == "tilted" and config.method == "sami" and config.own_encoder and not train.turn:
+    if word == "tilted" and config.method == "sami" and not config.encoder.class_ and not train.turn:
         return ["train.turn=[0.5]"]
     if word == "tilted" and price.kind == "auto":
         return [f"kl_weight.fall={min(1.0, 2 * price.fall):g}"]

@@ -173,13 +173,13 @@ def traversed(run: Run, latents: Latents, picked: Sequence[int], count: int, axe
     center = central_image(latents)
     codes, own = (latents.z, latents.mu) if axes is None else (axes.coordinates(latents.z), axes.coordinates(latents.mu))
     x_0, found, rows = run.images(torch.tensor([center])), [], sampling.range_rows(len(codes))
+    strength = factor_correlations(codes, factors, names, periods) if names else None  # [F, D]
     for axis in picked:
         values = sampling.axis_values(torch.from_numpy(codes)[rows], axis, count)
         images = sampling.traverse(run.model, x_0, axis, values, seed=run.config.seed, axes=axes, **_options(run))
         follows = None
-        if names:
-            correlation = factor_correlations(codes[:, [axis]], factors, names, periods)[:, 0]  # [F]
-            follows = names[correlation.argmax()], float(correlation.max())
+        if strength is not None:
+            follows = names[strength[:, axis].argmax()], float(strength[:, axis].max())
         nearest = int(np.abs(values.numpy() - own[center, axis]).argmin())
         found.append(Traversal(axis, values.numpy(), images.cpu(), nearest, follows))
     return found
