@@ -174,21 +174,21 @@ class Engine(BaseEngine):
         for engine in self._learning:
             for group in engine.optimizer.param_groups:
                 group["lr"] = self.learning_rate(group["name"], step)
-        total = torch.zeros(())
+        measured: list[Tensor] = []
         micro_batches = self.config.engine.gradient_accumulation
         for micro in range(micro_batches):
-            loss, measured, *_ = losses(micro)
+            loss, found, *_ = losses(micro)
+            measured.append(found)
             self._around_step.backward(loss)
             if self._remote is not None and self._remote.engine in self._learning:
                 self._remote.backward()
                 if micro + 1 == micro_batches and self.config.optimizer.clip > 0:
                     self._share_clip()
-            total = total + measured if micro else measured
             for engine in self._learning:
                 engine.step()
         if self.averaged:
             self._average(step, list(self.averaged.values()), self._averaged_parts)
-        return self._measured(total)
+        return self._measured(sum(measured[1:], start=measured[0]))
 
     def _share_clip(self) -> None:
         """Each engine clips by its own norm. Set its limit so that it shrinks its gradients as much as the norm over both asks for."""
