@@ -426,8 +426,7 @@ class Trainer:
         Raises:
             NonFiniteError: the step before left numbers that are not finite.
         """
-        if (bad := self.engine.not_finite()) is not None:
-            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
+        self._require_finite_weights()
         places = torch.arange(turning.IMAGES)
         if self.dataset.size is not None:
             places = torch.randperm(self.dataset.size, generator=torch.Generator().manual_seed(self.config.seed))[: turning.IMAGES]
@@ -472,6 +471,10 @@ class Trainer:
         for what, value in (named[0], ("the encoder's KL", sum(kl)), *named[1:], ("the loss", loss)):
             if not abs(value) < float("inf"):
                 raise NonFiniteError(f"step {step}: {what} is {value}; {self._stopped}")
+
+    def _require_finite_weights(self) -> None:
+        if (bad := self.engine.not_finite()) is not None:
+            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
 
     def _parts(self, values: list[float]) -> tuple[float, dict[str, float], list[float]]:
         """Measured numbers as the loss, the terms by name, and the KL per latent dimension."""
@@ -533,9 +536,7 @@ class Trainer:
         return f"{rate:.0f} images/s | {hms(left)} left"
 
     def _checkpoint(self, validate: bool) -> None:
-        bad = self.engine.not_finite()
-        if bad is not None:
-            raise NonFiniteError(f"step {self.step - 1}: the update left {bad} not finite; {self._stopped}")
+        self._require_finite_weights()
         with self.engine.averaged_weights():
             validation_nats = self._validate() if validate else None
         if validation_nats is not None and not math.isfinite(validation_nats):

@@ -6,14 +6,14 @@ no network of SAMI reads latents, so its encoder's two heads are all that has to
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from .methods.latent_model import Posterior
-from .metrics.latents import information_per_dim, live_dims
+from .metrics.latents import information_per_dim, live_dims, whitening
 
 IMAGES = 512
 PROBES, STEP = 8, 0.02  # pairs of images around each, and how far from it, per pixel
@@ -64,10 +64,11 @@ def rotation(covariance: np.ndarray, coupling: np.ndarray, coupled: float = COUP
         coupled: Correlation of two gradients, 0 to 1.
     Returns:
         [D, D], orthogonal: row d is the new axis d.
+    Raises:
+        ValueError: the covariance is not of full rank.
     Source: Jacobi's eigenvalue algorithm; the axes are those of `latents.discovery.gradient_axes`.
     """
-    values, vectors = eigh(covariance)
-    white = vectors / np.sqrt(values) @ vectors.T  # pyrefly: ignore[missing-attribute] (scipy has no types)
+    white = whitening(covariance)
     left, turned = white @ coupling @ white, np.eye(len(coupling))
     for _ in range(100):
         quiet = True
@@ -90,8 +91,8 @@ def turn_of(mu: np.ndarray, var: np.ndarray, coupling: np.ndarray) -> np.ndarray
     """The turn of all latents: `rotation` of those that live, the others as they are. Nothing turns where the images are too few to tell
     the live ones apart. Arguments from `read`. [Z, Z]."""
     turn, live = np.eye(mu.shape[1]), np.sort(live_dims(information_per_dim(mu, var)))
-    if 1 < len(live) < len(mu):
-        covariance, inside = np.cov(mu[:, live], rowvar=False), np.ix_(live, live)
-        if np.linalg.matrix_rank(covariance, hermitian=True) == len(live):
-            turn[inside] = rotation(covariance, coupling[inside])
+    if len(live) > 1:
+        inside = np.ix_(live, live)
+        with suppress(ValueError):  # of a covariance that is not of full rank
+            turn[inside] = rotation(np.cov(mu[:, live], rowvar=False), coupling[inside])
     return turn

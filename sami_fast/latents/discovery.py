@@ -35,7 +35,7 @@ from .. import ops
 from ..methods.latent_model import LatentModel
 from ..metrics.bound import Images
 from ..metrics.checks import as_table
-from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims
+from ..metrics.latents import LIVE_RULE, information_per_dim, live_dims, whitening
 from ..metrics.scale_profile import as_levels, half_point
 from ..progress import bar
 from ..schedule import Schedule, alpha_sigma
@@ -180,15 +180,6 @@ def within_covariance(drawn: np.ndarray) -> np.ndarray:
     return np.einsum("ndz,ndy->zy", centred, centred) / (drawn.shape[0] * (drawn.shape[1] - 1))
 
 
-def _whitening(total: np.ndarray) -> np.ndarray:
-    """total^(-1/2), symmetric. [Z, Z]"""
-    values, vectors = eigh(as_table("total", total))
-    if values[0] <= 1e-12 * values[-1]:
-        rank = int((values > 1e-12 * values[-1]).sum())
-        raise ValueError(f"total: expected a covariance of full rank {len(values)} (more images than dimensions), found rank {rank}")
-    return vectors / np.sqrt(values) @ vectors.T  # pyrefly: ignore[missing-attribute] (scipy has no types)
-
-
 def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Axes of within v = value total v.
 
@@ -201,7 +192,7 @@ def generalized_axes(within: np.ndarray, total: np.ndarray) -> tuple[np.ndarray,
     Raises:
         ValueError: total is not of full rank.
     """
-    white = _whitening(total)
+    white = whitening(total)
     values, vectors = eigh(white @ as_table("within", within) @ white)
     return values[::-1], vectors.T[::-1] @ white  # pyrefly: ignore[missing-attribute, bad-return]
 
@@ -229,7 +220,7 @@ def joint_axes(
         ValueError: total is not of full rank, or as many levels as matrices were not given.
     Source: the criterion of Pham, SIAM J. Matrix Anal. Appl. 22 (2001); Jacobi angles of Cardoso & Souloumiac, 17 (1996), weighted.
     """
-    levels, withins, white = as_levels(logsnr), np.asarray(withins, dtype=np.float64), _whitening(total)
+    levels, withins, white = as_levels(logsnr), np.asarray(withins, dtype=np.float64), whitening(total)
     if withins.shape != (len(levels), *white.shape):
         raise ValueError(f"withins: expected shape {[len(levels), *white.shape]}, found {list(withins.shape)}")
     readouts = _joint_rotation(white @ withins @ white).T @ white

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .checks import as_finite, as_tables
+from .checks import as_finite, as_table, as_tables
 
 LIVE_NATS = 0.05  # a dimension with less information carries nothing
 LIVE_RULE = f"information above {LIVE_NATS:g} nats"  # for messages
@@ -50,6 +50,19 @@ def gaussian_information(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """1/2 ln(1 + signal / noise): nats that a Gaussian value of variance `signal` >= 0 leaves in a reading with Gaussian noise of variance
     `noise` > 0. Arrays of one shape."""
     return 0.5 * np.log1p(signal / noise)
+
+
+def whitening(covariance: np.ndarray) -> np.ndarray:
+    """covariance^(-1/2), symmetric. [Z, Z]
+
+    Raises:
+        ValueError: the covariance is not of full rank.
+    """
+    values, vectors = np.linalg.eigh(as_table("total", covariance))
+    if values[0] <= 1e-12 * values[-1]:
+        rank = int((values > 1e-12 * values[-1]).sum())
+        raise ValueError(f"total: expected a covariance of full rank {len(values)} (more images than dimensions), found rank {rank}")
+    return vectors / np.sqrt(values) @ vectors.T
 
 
 def _checked(mu: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
