@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import ops
+from .ops.conv2d import with_gradient_laid_out
 
 Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])  # what a layer makes: features, or a Gaussian's mu and var
 
@@ -188,7 +189,9 @@ class Pointwise(Layer[Tensor]):
         """f''(x); None where it is zero."""
 
     def forward(self, x: Tensor, tx: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.function(x) if tx is None else (self.function(x), self.slope(x) * tx)
+        if tx is not None:
+            return self.function(x), self.slope(x) * tx
+        return with_gradient_laid_out(self.function(x))
 
     def sweep_forward(self, x: Tensor, tape: Tape) -> Tensor:
         tape.note(self, x=x)

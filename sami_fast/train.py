@@ -268,7 +268,8 @@ class Trainer:
         joint_steps = config.train.steps - config.first_joint_step
         scale = RESTART_SCALE**attempt
         turns = config.train.turn if config.method == "sami" and _has_heads(self.model.encoder) else []
-        self.turns = {config.first_joint_step + max(1, round(share * joint_steps)) for share in turns}  # steps before which axes are turned
+        # Steps before which axes are turned.
+        self.turning_steps = {config.first_joint_step + max(1, round(share * joint_steps)) for share in turns}
         self.kl_weight = KLWeight(config.kl_weight, joint_steps, scale)  # pyrefly: ignore[bad-argument-type] (it only reads the settings)
         self.step, self.seconds, self.warned = 0, 0.0, False
         # Measurements are read one step late, so that the host never waits for the step it has just queued.
@@ -413,7 +414,7 @@ class Trainer:
 
     def update(self) -> tuple[float, Measurement]:
         """Take the optimiser step that is number `step`. Returns its beta and what it measured."""
-        if self.step in self.turns:
+        if self.step in self.turning_steps:
             self._turn_axes()
         phase = self.config.phase(self.step)
         kl_weight = self.kl_weight(self.step - self.config.first_joint_step) if phase != "denoiser" else 0.0

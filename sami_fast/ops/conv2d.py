@@ -127,6 +127,14 @@ def for_convolutions(x: Tensor) -> Tensor:
     return channels_last(x) if wanted and (x.is_cuda or choose("conv2d", None, x) == "triton") else x
 
 
+def with_gradient_laid_out(y: Tensor) -> Tensor:
+    """y, whose gradient will lie as `for_convolutions` has it: flattened features send theirs back as in files, torch's activations pass
+    on what they are sent, and the convolution before them would copy it."""
+    if y.requires_grad and y.dim() == 4 and y.stride(1) == 1:
+        y.register_hook(for_convolutions)
+    return y
+
+
 def _is_ours(x: Tensor, weight: Tensor, stride: Pair, padding: Pair | str, dilation: Pair, groups: int) -> bool:
     if not (x.dtype == weight.dtype == torch.float32 and x.numel() > 0 and weight.dim() == 4 and x.shape[1] == weight.shape[1]):
         return False
