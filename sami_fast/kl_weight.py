@@ -97,7 +97,7 @@ class KLWeight:
                 self.asleep = False
                 if self.found is None:
                     self.found, self.woken = joint_step, self.controlled
-                    self.controlled = self.highest = min(s.high, s.rebound * self.controlled)
+                    self.controlled = min(self.highest, s.rebound * self.controlled)
             elif not self.asleep and most < DEAD_NATS:
                 self.asleep = True
                 self.highest = min(self.highest, self.woken)

@@ -166,6 +166,20 @@ def test_auto_may_rebound():
     assert course[weight.found + 1] == pytest.approx(1.5 * course[weight.found], rel=0.01)
 
 
+def test_auto_rises_past_its_rebound_where_latents_are_too_sharp():
+    """Latents that came alive late, at a beta far below the one that holds them where they should be."""
+    weight = KLWeight(settings(kind="auto", start=1.0, fall=0.05, rebound=1.5), 4000)
+    course, told = [], 1e-3
+    for step in range(4000):
+        course.append(weight(step))
+        threshold = 0.05 if told < 0.1 else 1.0  # what lives holds on
+        told += 0.05 * ((2 * math.log(threshold / course[-1]) if course[-1] < threshold else 1e-3) - told)
+        weight.observe(step, 1.0, [told])
+    assert course[weight.found] < 0.05
+    assert max(course[weight.found :]) > 1.5 * 0.05
+    assert course[-1] == pytest.approx(math.exp(-2.0), rel=0.1)
+
+
 def test_auto_takes_a_rebound_back_that_no_latent_survives():
     """At the higher beta all die; below the one at which the first came alive, and not before, one lives again."""
     weight = KLWeight(settings(kind="auto", start=1.0, rebound=2.0), 2000)
