@@ -18,7 +18,7 @@ from sami_fast import turning
 from sami_fast.config import Config, load_config
 from sami_fast.engine import base
 from sami_fast.engine.capture import WAIT, Captured
-from sami_fast.engine.shards import is_partitioned, local
+from sami_fast.engine.partitions import is_partitioned, local
 from sami_fast.errors import NonFiniteError, UserError
 from sami_fast.train import Trainer, train
 

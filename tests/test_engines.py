@@ -16,7 +16,7 @@ from sami_fast.config import load_config
 from sami_fast.engine import direct
 from sami_fast.engine.base import torch_adam
 from sami_fast.engine.checkpoints import WEIGHTS, list_checkpoints
-from sami_fast.engine.shards import MOMENTS
+from sami_fast.engine.partitions import MOMENTS
 from sami_fast.errors import UserError
 from sami_fast.train import Trainer, main, train
 

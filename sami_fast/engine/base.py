@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import partial_of
 from ..methods.ranks import mean_over_ranks, ranks
 from ..saved import read_weights, tensors_of
-from . import interruption, shards
+from . import interruption, partitions
 from .checkpoints import WEIGHTS, sync, write_failure, write_manifest
 from .monitors import Monitors
 from .processes import gathered
@@ -148,7 +148,7 @@ class BaseEngine:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the networks hold the averaged weights, if any: for validation and export. Afterwards, bit for bit the trained ones."""
-        trained = [shards.local(self.parameters[name]).detach().clone() for name in self.averaged]
+        trained = [partitions.local(self.parameters[name]).detach().clone() for name in self.averaged]
         self._put(self.averaged.values())
         try:
             yield
@@ -158,7 +158,7 @@ class BaseEngine:
     def _put(self, values: Iterable[Tensor]) -> None:
         with torch.no_grad():
             for name, value in zip(self.averaged, values, strict=True):
-                shards.local(self.parameters[name]).copy_(value)
+                partitions.local(self.parameters[name]).copy_(value)
         self._refresh()
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -175,7 +175,7 @@ class BaseEngine:
 
     def not_finite(self) -> str | None:
         """The name of a parameter with numbers that are not finite, the same on every rank; None if there is none."""
-        bad = next((name for name, p in self.parameters.items() if not shards.local_values(p).isfinite().all()), None)
+        bad = next((name for name, p in self.parameters.items() if not partitions.local_values(p).isfinite().all()), None)
         return next(filter(None, gathered(bad)), None)
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class BaseEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight whole, and every buffer, on the CPU, by name, on rank 0; on the others nothing. Every rank calls it."""
-        weights = ((name, shards.whole_weight(p)) for name, p in self.parameters.items())
+        weights = ((name, partitions.whole_weight(p)) for name, p in self.parameters.items())
         held = {f"{name}.{key}": value for name, network in self.networks.items() for key, value in tensors_of(network).items()}
         return self._on_chief(chain(weights, ((name, value) for name, value in held.items() if name not in self.parameters)))
 
@@ -197,11 +197,11 @@ class BaseEngine:
     def _training_state(self) -> Iterator[tuple[str, Tensor]]:
         """What a resumed run needs of each trained parameter, whole: its weight, Adam's moments and its average."""
         for name, parameter in self._trained.items():
-            yield f"{name}/weight", shards.whole_weight(parameter)
-            for moment in shards.MOMENTS:
+            yield f"{name}/weight", partitions.whole_weight(parameter)
+            for moment in partitions.MOMENTS:
                 yield f"{name}/{moment}", self._moment(name, moment)
             if name in self.averaged:
-                yield f"{name}/averaged", shards.whole(parameter, self.averaged[name])
+                yield f"{name}/averaged", partitions.whole(parameter, self.averaged[name])
 
     def mix_rows(self, name: str, mixing: Tensor) -> None:
         """Put mixtures of a trained weight's rows in their place, and of its average's and its moments' with them. Every rank calls it,
@@ -219,11 +219,13 @@ class BaseEngine:
         def mixed(values: Tensor, by: Tensor = mixing) -> Tensor:
             return torch.tensordot(by.to(values), values, 1)
 
-        moments = {kind: mixed(self._moment(name, kind), mixing.square() if kind == "exp_avg_sq" else mixing) for kind in shards.MOMENTS}
-        averaged = mixed(shards.whole(parameter, self.averaged[name])) if is_averaged else None
-        self._restore(name, mixed(shards.whole_weight(parameter)), moments)
+        moments = {
+            kind: mixed(self._moment(name, kind), mixing.square() if kind == "exp_avg_sq" else mixing) for kind in partitions.MOMENTS
+        }
+        averaged = mixed(partitions.whole(parameter, self.averaged[name])) if is_averaged else None
+        self._restore(name, mixed(partitions.whole_weight(parameter)), moments)
         if averaged is not None:
-            self.averaged[name].copy_(shards.part_of(parameter, averaged))
+            self.averaged[name].copy_(partitions.part_of(parameter, averaged))
         self._refresh()
 
     def save(self, folder: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -269,11 +271,11 @@ class BaseEngine:
 
     def _kinds(self, name: str) -> list[str]:
         """What a checkpoint holds of a trained parameter."""
-        return ["weight", *shards.MOMENTS, *(["averaged"] if name in self.averaged else [])]
+        return ["weight", *partitions.MOMENTS, *(["averaged"] if name in self.averaged else [])]
 
     def unfit(self, checkpoint: Path) -> str:
         """Why a checkpoint's tensors are not those of these networks, or an empty string; the first rank's to ask."""
-        expected = {f"{name}/{kind}": shards.whole_like(p) for name, p in self._trained.items() for kind in self._kinds(name)}
+        expected = {f"{name}/{kind}": partitions.whole_like(p) for name, p in self._trained.items() for kind in self._kinds(name)}
         try:
             read_weights(checkpoint / WEIGHTS, expected)
         except UserError as error:
@@ -289,7 +291,7 @@ class BaseEngine:
                 averaged = read.pop("averaged", None)
                 self._restore(name, read.pop("weight"), read)
                 if averaged is not None:
-                    self.averaged[name].copy_(shards.part_of(parameter, averaged))
+                    self.averaged[name].copy_(partitions.part_of(parameter, averaged))
         self._refresh()
         self._set_steps_taken(manifest["adam_steps"])
         return {**manifest["state"], "step": manifest["step"]}

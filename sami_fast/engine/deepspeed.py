@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config, bucket_elements, deepspeed_dicts
 from ..errors import UserError
-from . import shards
+from . import partitions
 from .base import BaseEngine, Losses, Measurement, adam_arguments, torch_adam
 from .compiled import recomputing
 from .processes import join_group
@@ -162,7 +162,7 @@ class Engine(BaseEngine):
         self._around_step = next(iter(self.engines.values()))
         self._learning = [engine for name, engine in self.engines.items() if optimizers[name] is not None]
         averaged = self._trained if config.optimizer.ema_decay > 0 else {}
-        self._averaged_parts = [shards.local(p) for p in averaged.values()]
+        self._averaged_parts = [partitions.local(p) for p in averaged.values()]
         self.averaged = {name: part.detach().clone() for name, part in zip(averaged, self._averaged_parts, strict=True)}
 
     def losses(
@@ -192,10 +192,10 @@ class Engine(BaseEngine):
 
     def _share_clip(self) -> None:
         """Each engine clips by its own norm. Set its limit so that it shrinks its gradients as much as the norm over both asks for."""
-        norms = [shards.gradient_norm(engine).item() for engine in self._learning]
+        norms = [partitions.gradient_norm(engine).item() for engine in self._learning]
         both = math.hypot(*norms)
         for engine, norm in zip(self._learning, norms, strict=True):
-            shards.set_clip(engine, self.config.optimizer.clip * (norm + 1e-6) / (both + 1e-6) if math.isfinite(both) else 1.0)
+            partitions.set_clip(engine, self.config.optimizer.clip * (norm + 1e-6) / (both + 1e-6) if math.isfinite(both) else 1.0)
 
     def close(self) -> None:
         super().close()
@@ -203,27 +203,27 @@ class Engine(BaseEngine):
 
     def _refresh(self) -> None:
         for engine in self._learning:
-            shards.refresh(engine)
+            partitions.refresh(engine)
 
     def _engine_of(self, name: str) -> Any:
         return self.engines.get(name.partition(".")[0], self._around_step)
 
     def _moment(self, name: str, moment: str) -> Tensor:
-        return shards.whole_moment(self._engine_of(name), self._trained[name], moment)
+        return partitions.whole_moment(self._engine_of(name), self._trained[name], moment)
 
     def _begin_restoring(self) -> None:
         for engine in self._learning:
-            shards.start(engine)
+            partitions.start(engine)
 
     def _restore(self, name: str, weight: Tensor, moments: dict[str, Tensor]) -> None:
-        shards.restore(self._engine_of(name), self._trained[name], weight, moments)
+        partitions.restore(self._engine_of(name), self._trained[name], weight, moments)
 
     def _steps_taken(self) -> int:
-        return shards.steps_taken(self._learning[0])  # two engines have the same count: both take every step
+        return partitions.steps_taken(self._learning[0])  # two engines have the same count: both take every step
 
     def _set_steps_taken(self, count: int) -> None:
         for engine in self._learning:
-            shards.set_steps_taken(engine, count)
+            partitions.set_steps_taken(engine, count)
 
 
 def _sizes(stage: int, parameters: list[nn.Parameter]) -> dict[str, int]:

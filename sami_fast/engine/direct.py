@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from . import shards
+from . import partitions
 from .base import BaseEngine, Losses, Measurement, torch_adam
 from .capture import Captured
 
@@ -81,7 +81,7 @@ class Engine(BaseEngine):
         )
         for weights, gradients in zip(self._weights, self._gradients, strict=True):
             weights.grad = gradients
-            moments = {moment: torch.zeros_like(weights) for moment in shards.MOMENTS}
+            moments = {moment: torch.zeros_like(weights) for moment in partitions.MOMENTS}
             self.optimizer.state[weights] = {"step": torch.zeros((), device=weights.device), **moments}
         self._averages: list[Tensor] = []
         if config.optimizer.ema_decay > 0:
@@ -141,7 +141,7 @@ class Engine(BaseEngine):
                 self._moment(name, moment).copy_(value)
 
     def _steps_taken(self) -> int:
-        return shards.steps_taken(self)
+        return partitions.steps_taken(self)
 
     def _set_steps_taken(self, count: int) -> None:
-        shards.set_steps_taken(self, count)
+        partitions.set_steps_taken(self, count)
