@@ -17,7 +17,7 @@ from pathlib import Path
 from .rows import RESULTS, ROOT, Row, write_rows
 
 # By the first word of a table's name, the module that writes it.
-WRITERS = {name: name for name in ("claims", "recovery", "methods", "pretrained", "performance", "shards")} | {"plan": "scaling"}
+WRITERS = {name: name for name in ("claims", "recovery", "methods", "pretrained", "performance", "shards", "wire")} | {"plan": "scaling"}
 BLOCK = re.compile(r"^<!-- (?P<name>[\w -]+?) -->\n(?P<inside>(?:.*\n)*?)<!-- end of (?P=name) -->$", re.MULTILINE)
 
 

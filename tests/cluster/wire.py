@@ -1,17 +1,6 @@
-"""What steps of two hosts send, and take on wires of some rates, beside what `sami-fast plan` derives: a row for each ZeRO stage and rate.
+"""What steps of two hosts send, and how long they take on wires of some rates, beside what `sami-fast plan` derives."""
 
-python tests/cluster/wire.py --rates 1gbit 100mbit --delay 0.001
-
-Bytes are counted at the interface of a host, headers included. In place of the plan's compute stands the same step on
-a wire without a limit; transfer is the planned bytes over the rate. A step is predicted to take from the larger of the two to their sum. A
-machine with other work to do makes times worthless.
-"""
-
-import argparse
 import json
-import os
-import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +37,3 @@ def measured(cluster: Cluster, folder: Path, steps: int, rates: list[str]) -> li
                 row |= {"compute": compute, "transfer": transfer, "predicted": [max(compute, transfer), compute + transfer]}
             rows.append(row)
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", nargs="+", default=["1gbit", "100mbit"], help="as tc has them (%(default)s)")
-    parser.add_argument("--delay", type=float, default=0.0, metavar="SECONDS", help="of the wire, one way (none)")
-    parser.add_argument("--steps", type=int, default=4, help="of each (%(default)s)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder)) as cluster:
-        if arguments.delay:
-            cluster.delay(arguments.delay)
-        about = {"delay": arguments.delay, "load": os.getloadavg()[0], "cores": os.cpu_count(), "date": str(datetime.now(UTC).date())}
-        for row in measured(cluster, Path(folder) / "log", arguments.steps, ["free", *arguments.rates]):
-            print(json.dumps(row | about))
-
-
-if __name__ == "__main__":
-    main()
