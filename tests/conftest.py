@@ -43,6 +43,14 @@ def _nan_in_uninitialised_memory(request):
 
 
 @pytest.fixture(autouse=True)
+def _linear_stays_torchs():
+    """DeepSpeed's ZeRO 3 puts a `linear` of its own into torch, for the rest of the process."""
+    own = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = own
+
+
+@pytest.fixture(autouse=True)
 def _normal_priority():
     """An AV1 encoder makes the thread that calls it a real-time one where it may, as root; the tests beside it would come to a halt."""
     yield
