@@ -37,7 +37,9 @@ from ._common import INTERPRETED, launch
 MAX_HEAD_SIZE = 128
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-WITHOUT_BF16 = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as integers
+# The interpreter multiplies the bits of bfloat16 as integers, and sums products in an order that depends on their shapes and on the
+# processor; in float64 the order does not show, so that all kernels see the same logits, whether of Q K^T or of K Q^T.
+IN_FLOAT64 = tl.constexpr(INTERPRETED)
 
 # Run-time numbers that no binary depends on. Strides of a tensor: of its samples, of its heads, and of its tokens or, where those lie
 # inside, of its columns. They are parameters one by one because do_not_specialize does not reach into a tuple (Triton 3.6 to 3.9).
@@ -103,9 +105,11 @@ def _store(x_rows, start, values, HEAD_SIZE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc=None):
-    if WITHOUT_BF16 and a.dtype == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if IN_FLOAT64:
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
+        return product if acc is None else acc + product
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

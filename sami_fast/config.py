@@ -393,6 +393,7 @@ class KLWeightConfig(Section):
     sharpest: float = setting(
         4.0, "auto: information of the most informative latent at which beta falls no further, and is held", number(0.1, 4.5), "nats"
     )
+    settle: float = setting(0.0, "auto: share of the joint steps at the end over which beta falls no further", number(0, 1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -998,7 +999,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
     (("kl_weight.target", "kl_weight.gain"), "kl_weight.kind controller", lambda c: c.kl_weight.kind == "controller"),
     (("kl_weight.low", "kl_weight.high"), "kl_weight.kind controller or auto", lambda c: c.kl_weight.kind in ("controller", "auto")),
     (
-        ("kl_weight.search", "kl_weight.rebound", "kl_weight.fall", "kl_weight.patience", "kl_weight.sharpest"),
+        ("kl_weight.search", "kl_weight.rebound", "kl_weight.fall", "kl_weight.patience", "kl_weight.sharpest", "kl_weight.settle"),
         "kl_weight.kind auto",
         lambda c: c.kl_weight.kind == "auto",
     ),

@@ -24,6 +24,7 @@ class KLWeightSettings(Protocol):
     fall: float
     patience: float
     sharpest: float
+    settle: float
 
 
 class KLWeight:
@@ -36,12 +37,14 @@ class KLWeight:
     auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
                  slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
-                 If no latent lives any more, it is at most what it was before the rebound, and falls as at first until one does
+                 If no latent lives any more, it is at most what it was before the rebound, and falls as at first until one does.
+                 Where one lives it falls no further over the last `settle` of the joint steps
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
     them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive
     depends on the data. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its
-    variance would reach its floor (`models.encoder`), and other latents would have to say the same once more.
+    variance would reach its floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the
+    last of the fall has woken need time too.
 
     Args:
         settings: The `kl_weight` section of a config.
@@ -106,6 +109,8 @@ class KLWeight:
             speed = max(-1.0, min(1.0, 10.0 * (1.0 - most / wanted)))  # full from 10 % off
             if speed > 0:
                 speed *= 1.0 - s.patience * max(0.0, min(1.0, self.growth * halving / (wanted - most)))
+            if not self.asleep and joint_step >= (1.0 - s.settle) * self.joint_steps:
+                speed = min(0.0, speed)
             self.controlled *= 0.5 ** (speed / halving)
             self.controlled = min(self.highest, max(s.low, self.controlled))
 

@@ -12,7 +12,7 @@ from sami_fast.kl_weight import KLWeight
 
 def settings(**changes) -> SimpleNamespace:
     base = {"kind": "constant", "start": 0.25, "end": 0.08, "fraction": 0.8, "target": 0.0, "gain": 0.002, "low": 1e-3, "high": 1.0}
-    base |= {"search": 0.04, "rebound": 1.0, "fall": 0.2, "patience": 1.0, "sharpest": 4.0}
+    base |= {"search": 0.04, "rebound": 1.0, "fall": 0.2, "patience": 1.0, "sharpest": 4.0, "settle": 0.0}
     return SimpleNamespace(**base | changes)
 
 
@@ -158,6 +158,18 @@ def test_auto_is_held_where_the_sharpest_latent_is():
     weight = KLWeight(settings(kind="auto", start=1.0, fall=0.05), 4000)
     course = alive(weight, 0.3, 4000)
     assert course[2000:] == pytest.approx([0.3 * math.exp(-2.0)] * 2000, rel=0.05)
+
+
+def test_auto_falls_no_further_at_the_end():
+    """From there on it may only rise, where a latent is too sharp; and where none lives it goes on looking for one."""
+    weight = KLWeight(settings(kind="auto", start=1.0, settle=0.3), 1000)
+    course = alive(weight, 0.3, 1000)
+    assert course[699] < course[600]
+    assert course[701:] == [course[701]] * 299
+    weight.observe(1000, 1.0, [0.0, 400.0])
+    assert weight(1001) > course[701]
+    nothing = alive(KLWeight(settings(kind="auto", start=1.0, settle=0.3, low=1e-9), 1000), 0.0, 1000)
+    assert nothing[999] == pytest.approx(0.5 * nothing[959], rel=1e-6)
 
 
 def test_auto_may_rebound():

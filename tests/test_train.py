@@ -16,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import TINY, assert_same_weights, log_rows, rows, tiny, weights
-from ranks_worker import COMMON, MODES, STAGED, STAGES, VARIANTS, all_live, settings
+from ranks_worker import COMMON, FEW, MODES, STAGED, STAGES, VARIANTS, all_live, settings
 from safetensors.torch import load_file, save_file
 
 from sami_fast import cli, turning
@@ -302,6 +302,7 @@ def axes_are_turned():
     """As in the ranks' own runs."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(turning, "live_dims", all_live)
+        patched.setattr(turning, "IMAGES", FEW)
         yield
 
 
