@@ -68,6 +68,7 @@ class GPU:
         return LINK_SHARE * 1e9 * (self.nvlink if ranks <= PER_MACHINE else min(self.nvlink, PER_MACHINE * self.network))
 
 
+COLLECTIVES = {"nccl": 1, "gloo": 2}  # what each sends to add up with every rank keeping its part, over the size of what is added
 PER_MACHINE = 8  # GPUs of one machine, joined by NVLink, one network adapter beside each
 GPUS = {
     "a100-80": GPU(80, 2.039, 312, 156, 19.5, 300, 25, "NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU"),
@@ -421,11 +422,11 @@ def activations(config: Config, encoder: Network, partner: Network, images: int)
     return images * per_image / 2 + 2 * (encoder.parameters + partner.parameters)
 
 
-def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) -> float:
+def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int, collectives: str = "nccl") -> float:
     """Bytes that one rank sends in one optimiser step; it receives as many.
 
     In a ring each rank sends (ranks - 1) / ranks of the data to gather them, or to add them up with each rank keeping its part; twice as
-    much if all ranks get the whole sum.
+    much if all ranks get the whole sum. Gloo, which CPUs use, gives all of them the whole sum either way.
     """
     around = (ranks - 1) / ranks
     weights, gradients = (FLOAT * sum(getattr(n, kind) for n in networks) for kind in ("parameters", "trained"))
@@ -433,7 +434,7 @@ def wire(networks: Sequence[Network], config: Config, stage: int, ranks: int) ->
     if stage == 3:
         # In every micro-batch: weights are gathered, once more for the backward if they were freed in between, and gradients added up.
         gathers = 2 if gradients and weights > FLOAT * REUSE / 2 else 1
-        return around * micro_batches * (gathers * weights + gradients)
+        return around * micro_batches * (gathers * weights + COLLECTIVES[collectives] * gradients)
     # DeepSpeed 0.19 sends the whole sum to all ranks even if each keeps only its part: once a step, at stage 2 in every micro-batch.
     reduced = 2 * around * gradients * (micro_batches if stage == 2 else 1)
     # At stages 1 and 2 each rank updates its part of the weights and sends that to the others.
@@ -575,7 +576,7 @@ def image_shape_of(config: Config) -> tuple[int, int, int]:
     return (data.channels, data.image_size, data.image_size)
 
 
-def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: float | None = None) -> Plan:
+def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: float | None = None, collectives: str = "nccl") -> Plan:
     """What a run of this config costs.
 
     Args:
@@ -583,11 +584,14 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
         gpu: A name in `GPUS`.
         mfu: Assumed share of the GPU's peak, for times from FLOPs alone; None for times from the kernels of a step, where they can be
             counted: that takes Triton, and networks of ours or diffusers'.
+        collectives: Who carries the bytes that ranks send: nccl, or gloo, as between CPUs.
     Raises:
-        UserError: unknown GPU; as `image_shape_of` and `build_model`.
+        UserError: unknown GPU or collectives; as `image_shape_of` and `build_model`.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: expected one of {', '.join(GPUS)}, found {gpu!r}")
+    if collectives not in COLLECTIVES:
+        raise UserError(f"--collectives: expected one of {', '.join(COLLECTIVES)}, found {collectives!r}")
     config = with_images_of_denoiser(config)
     image_shape = image_shape_of(config)
     model = networks_of(config, image_shape)
@@ -611,7 +615,8 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
             continue
         images = config.train.batch_size // pieces
         for stage in STAGES[: config.capabilities.max_zero_stage + 1]:
-            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images))
+            sent = sum(wire(held, config, own, ranks, collectives) for held, own in engines(encoder, partner, config, stage))
+            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images, sent))
     flops = step_flops(config, encoder, partner, method)
     networks = {"encoder": encoder, model.partner: partner}
     return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit))
@@ -634,6 +639,7 @@ def _row(
     ranks: int,
     stage: int,
     images: int,
+    sent: float,
 ) -> Row:
     # Where the encoder is split over the ranks too, its score has to be taken by dual.
     if stage == 3 and config.engine.encoder_zero_stage == 3:
@@ -645,10 +651,8 @@ def _row(
         flops = sum(step_flops(config, encoder, partner, method).values())
         compute = flops / ranks / ((mfu or MFU) * gpu.peak(config.engine.precision))
     alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, images))
-    sent = 0.0
     for networks, own_stage in engines(encoder, partner, config, stage):
         alive += state(networks, config, own_stage, ranks)
-        sent += wire(networks, config, own_stage, ranks)
     return Row(
         gpus=ranks,
         stage=stage,

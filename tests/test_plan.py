@@ -210,6 +210,12 @@ def test_two_ranks_send(stage, micro_batches, sent):
     assert plan.wire([NETWORK], config, stage, 2) == sent
 
 
+@pytest.mark.parametrize(("stage", "sent"), [(0, 4000), (1, 6000), (2, 6000), (3, 6000)])
+def test_two_ranks_send_by_gloo(stage, sent):
+    """Where only a part of a sum is asked for it adds all of it up on every rank."""
+    assert plan.wire([NETWORK], load_config(None, ["train.batch_size=64"]), stage, 2, "gloo") == sent
+
+
 def test_weights_too_large_to_stay_are_gathered_twice():
     large = plan.Network(10**9, 10**9, (10**9,), *[0] * 9)
     assert plan.wire([large], load_config(None, []), 3, 2) == 0.5 * 3 * 4e9
@@ -374,6 +380,7 @@ def test_the_docs_show_what_the_command_prints(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["disks", "--collectives", "mpi"], "--collectives: expected one of nccl, gloo, found 'mpi'"),
         (["disks", "--gpu", "h1000"], "--gpu: expected one of a100-80, h100-sxm, h200, b200, found 'h1000'"),
         (["disks", "data.image_size=5"], "encoder, denoiser or data.image_size: image size 5 is below 8"),
         (["diskz"], "--config: no file diskz"),

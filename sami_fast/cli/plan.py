@@ -26,7 +26,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
     from .. import plan
     from ..config import load_config
 
-    found = plan.plan(load_config(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu, arguments.mfu)
+    found = plan.plan(
+        load_config(arguments.config, arguments.overrides), arguments.gpus, arguments.gpu, arguments.mfu, arguments.collectives
+    )
     print(json.dumps(plan.facts(found), indent=2) if arguments.json else "\n".join(_lines(found)))
 
 
@@ -118,4 +120,5 @@ def add_commands(command: AddCommand) -> None:
     added.add_argument("--gpus", nargs="+", type=at_least(1, 10**5), default=COUNTS, metavar="N", help="numbers of GPUs (1 8 64 512)")
     added.add_argument("--gpu", default="h100-sxm", metavar="NAME", help="a100-80, h100-sxm, h200 or b200 (%(default)s)")
     added.add_argument("--mfu", type=share, metavar="SHARE", help="times from FLOPs and this share of the GPU's peak")
+    added.add_argument("--collectives", default="nccl", metavar="NAME", help="who carries what is sent: nccl, or gloo, as between CPUs")
     added.add_argument("--json", action="store_true", help="print JSON")

@@ -24,7 +24,7 @@ def measured(cluster: Cluster, folder: Path, steps: int, rates: list[str]) -> li
     ranks = Ranks(cluster.hosts, f"tests/cluster/wire_worker.py /mnt {steps} {' '.join(rates)}", folder)
     assert ranks.wait(LONG) == [0] * count, ranks.said()
     found = [json.loads((cluster.shared / f"rank_{rank}.json").read_text()) for rank in range(count)]
-    planned = {row.stage: row.sent for row in plan.plan(config_of(0, "runs"), [count], mfu=plan.MFU).rows}
+    planned = {row.stage: row.sent for row in plan.plan(config_of(0, "runs"), [count], mfu=plan.MFU, collectives="gloo").rows}
     rows = []
     for stage in STAGES:
         of_stage = [rank[str(stage)] for rank in found]
