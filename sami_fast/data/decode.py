@@ -112,7 +112,10 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, moving = image.format or "", image.mode, getattr(image, "is_animated", False)
             width, height = image.size
-            tagged = kind != "PNG" or any(tag in data for tag in PNG_TAGS)  # getexif decodes all of a PNG to find tags behind the pixels
+            # getexif decodes all of a PNG to find tags behind the pixels.
+            tagged = kind != "PNG" or any(
+                tag in data[start:end] for name, start, end in chunks(data) if name != b"IDAT" for tag in PNG_TAGS
+            )
             orientation = image.getexif().get(0x0112, 1) if tagged else 1
             if orientation in (5, 6, 7, 8):  # rotated by a quarter turn
                 width, height = height, width
@@ -157,17 +160,23 @@ def decode_image(data: bytes) -> np.ndarray:
         raise BadFile(_reason(error)) from None
 
 
+def chunks(data: bytes | np.ndarray) -> Iterator[tuple[bytes, int, int]]:
+    """The parts of a PNG: the name of each, and where it begins and ends, its length and checksum included. None of other files."""
+    view = memoryview(data)  # pyrefly: ignore[bad-argument-type] (NumPy 2 arrays are buffers)
+    place = len(PNG) if view[:8] == PNG else len(view)
+    while place + 12 <= len(view):
+        end = place + 12 + int.from_bytes(view[place : place + 4])
+        yield bytes(view[place + 4 : place + 8]), place, end
+        place = end
+
+
 def without_profile(data: np.ndarray) -> np.ndarray:
     """A PNG without its colour profile, which DALI does not apply and libpng complains of on stderr; other files as they are. [n] uint8."""
-    place = 8
-    while data[:8].tobytes() == PNG and place + 12 <= len(data):  # chunks: length, kind, content and checksum
-        length, kind = data[place : place + 4].tobytes(), data[place + 4 : place + 8].tobytes()
-        end = place + 12 + int.from_bytes(length)
-        if kind == b"iCCP":
-            return np.concatenate((data[:place], data[end:]))
-        if kind == b"IDAT":
+    for name, start, end in chunks(data):
+        if name == b"iCCP":
+            return np.concatenate((data[:start], data[end:]))
+        if name == b"IDAT":
             break
-        place = end
     return data
 
 
