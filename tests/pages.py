@@ -59,6 +59,7 @@ SMALL = {  # networks of one small layer, two steps
     "data.image_size": "8",
     "encoder.channels": "[8]",
     "encoder.groups": "4",  # with this and no smooth kernels some latent is live, of so few pixels and after two steps
+    "encoder.style": "group_norm_silu",
     "encoder.smooth": "0",
     "denoiser.channels": "[4]",
     "train.mode": "joint",
@@ -90,7 +91,11 @@ def shorter_training(command: re.Match[str]) -> str:
     if config == "examples/own_networks.yaml" or "data.class" in printed:  # sizes are the classes' own
         for key in (
             "data.image_size",
-            *(("encoder.channels", "encoder.groups", "encoder.smooth", "denoiser.channels") if config.endswith(".yaml") else ()),
+            *(
+                ("encoder.channels", "encoder.groups", "encoder.style", "encoder.smooth", "denoiser.channels")
+                if config.endswith(".yaml")
+                else ()
+            ),
         ):
             settings.pop(key)
     if "method=diffae" in words:  # which has no KL

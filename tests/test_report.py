@@ -936,8 +936,8 @@ def test_pictures_in_wandb(collapsed, tmp_path, monkeypatch):
         ("tilted", 3, ["train.turn=[0.5]"], []),
         ("tilted", 3, ["train.turn=[0.5]", "kl_weight.kind=auto"], ["kl_weight.fall=0.5"]),
         ("repairing the denoiser", 3, ["train.mode=staged"], ["train.denoiser_steps=3000"]),
-        ("overlooking", 3, [], ["encoder.groups=1", "encoder.smooth=0.5", "sami.logsnr_max=auto"]),
-        ("overlooking", 3, ["encoder.groups=1", "sami.logsnr_max=0"], ["encoder.smooth=0.5"]),
+        ("overlooking", 3, [], ["encoder.style=silu", "encoder.smooth=0.5", "sami.logsnr_max=auto"]),
+        ("overlooking", 3, ["encoder.style=silu", "sami.logsnr_max=0"], ["encoder.smooth=0.5"]),
     ],
 )
 def test_what_mends_a_run_is_a_setting(tmp_path, word, live, settings, expected):

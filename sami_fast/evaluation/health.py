@@ -90,7 +90,7 @@ def diagnose(
             "overlooking",
             f"the latents hold {told:.1f} nats, but a linear map reads {max(0.0, pixel_r2):.0%} of the pixels' variance from them, and "
             f"{pixel_r2_of_components:.0%} from as many principal components: they miss what is largest in the images.",
-            "encoder.groups=1, encoder.smooth=0.5 and sami.logsnr_max=auto",
+            "encoder.style=silu, encoder.smooth=0.5 and sami.logsnr_max=auto",
         )
     if rising > RISING:
         return Health(

@@ -40,8 +40,8 @@ def mended(config: Config, word: str, live: int) -> list[str]:
     if word == "collapsed":
         return [f"kl_weight.start={max(price.low, price.start / 4):g}"]
     if word == "overlooking" and config.own_encoder:
-        wanted = {"encoder.groups": (config.encoder.groups, 1), "encoder.smooth": (config.encoder.smooth, 0.5)}
-        changed = [f"{key}={value:g}" for key, (found, value) in wanted.items() if found != value]
+        wanted = {"encoder.style": (config.encoder.style, "silu"), "encoder.smooth": (config.encoder.smooth, 0.5)}
+        changed = [f"{key}={value}" for key, (found, value) in wanted.items() if found != value]
         return [*changed, *(["sami.logsnr_max=auto"] if config.sami.logsnr_max == SamiConfig().logsnr_max else [])]
     if word == "redundant" and 0 < live < config.encoder.latent_size:
         return [f"encoder.latent_size={live}"]
