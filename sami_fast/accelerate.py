@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import ops
+from .ops.backend import decided_once
 from .ops.conv2d import takes
 
 SDPA = {"scaled_dot_product_attention", "dispatch_attention_fn"}  # torch's, and the function of diffusers that calls it
@@ -224,7 +225,7 @@ def _blank(original: type[nn.Module], forward: Callable[..., Any] | None) -> nn.
     return kind.__new__(kind)
 
 
-@torch.compiler.assume_constant_result
+@decided_once
 def _say(serial: int, name: str, what: str) -> None:
     """Warn, once for each module and reason. torch.compile runs this once, while it traces."""
     _warn_once(serial, f"{name}: {what}")

@@ -87,7 +87,8 @@ def grad_log_q(
     picked = pick(encoder, method)
     if picked == "dual" and method == "auto" and torch.is_grad_enabled():
         raise RuntimeError("score: compiled, the score is a constant; ask for 'dual' and add score.directional, as the training step does")
-    return {"reverse": reverse, "sweeps": sweeps, "dual": constant}[picked](encoder, x_t, z)
+    ways: dict[str, Callable[..., Tensor]] = {"reverse": reverse, "sweeps": sweeps, "dual": constant}
+    return ways[picked](encoder, x_t, z)
 
 
 def reverse(encoder: Encoder, x_t: Tensor, z: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def directional(
     return (d / var * tmu + 0.5 * (d.square() / var - 1) / var * tvar).sum(-1)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch.compiler.disable, and imports the compiler, which takes two seconds, when it is first called
 def sweeps(encoder: Layer, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by two sweeps over the layers; when its gradient is asked for, two more."""
     return _Sweeps.apply(encoder, x_t.detach(), z, *encoder.parameters())

@@ -11,11 +11,12 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ OPS: dict[str, tuple[str, ...]] = {}  # every op and the backends that have it, 
 
 # The backend that was asked for, and by what. Each thread and each asyncio task has its own, so `use_backend` in one changes no other.
 _wanted: ContextVar[tuple[str, str]] = ContextVar("backend", default=(os.environ.get("SAMI_FAST_BACKEND") or "auto", "SAMI_FAST_BACKEND"))
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class BackendError(UserError, RuntimeError):
@@ -112,13 +116,20 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def decided_once(function: F) -> F:
+    """What torch.compiler.assume_constant_result does: torch.compile calls the function while it traces, and keeps what it gave. That one
+    imports the compiler, which takes two seconds, for every command that compiles nothing."""
+    function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
+    return function
+
+
 @cache
 def _warn_once(message: str) -> None:
     if (os.environ.get("LOCAL_RANK") or "0") == "0":
         warnings.warn(message, stacklevel=2)
 
 
-@torch.compiler.assume_constant_result
+@decided_once
 def _pick(
     op: str, wanted: str, wanted_by: str, device_type: str, dtype: torch.dtype | None, limits: tuple[tuple[str, str], ...]
 ) -> tuple[str, str | None]:
@@ -143,7 +154,7 @@ def _pick(
     return chosen, None
 
 
-@torch.compiler.assume_constant_result
+@decided_once
 def _in_force() -> tuple[str, str]:
     wanted, wanted_by = _wanted.get()
     if wanted == "auto" and forward_ad._current_level >= 0:
