@@ -65,6 +65,15 @@ def test_the_gain_of_guidance_is_what_z_tells_about_the_noise():
     assert found.zscore_square[0, 0] == pytest.approx(1.0, abs=0.03)  # the encoder is calibrated
 
 
+def test_another_image_is_no_neighbour():
+    """Frames of a clip lie side by side, and one frame's latents help with the next."""
+    optimal = Optimal()
+    model = Sami(optimal.encoder, optimal.denoiser, UniformLogsnr(-7, 5), image_shape=(1, 2, 2), latent_size=1)
+    still = guidance_profile(model, lambda index: pixels(index // 50), 5000, logsnr=[LEVEL], seed=0, batch_size=1000)
+    assert still.gain[0] > 0.05
+    assert still.other[0] < -0.1
+
+
 def test_the_total_is_the_integral_over_levels():
     optimal = Optimal()
     model = Sami(optimal.encoder, optimal.denoiser, UniformLogsnr(-7, 5), image_shape=(1, 2, 2), latent_size=1)

@@ -49,7 +49,7 @@ def guidance_profile(
 ) -> GuidanceProfile:
     """Gain of guidance and calibration over noise levels.
 
-    An image's other z is that of the image before it in its batch.
+    An image's other z is that of the image half a batch away: neighbours are often alike, as frames of a clip and photos of a series are.
 
     Args:
         model: Encoder, denoiser and schedule.
@@ -90,7 +90,7 @@ def _at_level(model: Sami, x_0: Tensor, index: Tensor, logsnr: float, seed: int,
     assert isinstance(eps, Tensor)  # stored, unless asked otherwise
     t = model.schedule.t(level).flatten().to(x_0)
     eps_pred = model.predict_eps(x_t, t)
-    guesses = (eps_pred, eps_pred - model.guidance(x_t, t, z), eps_pred - model.guidance(x_t, t, z.roll(1, 0)))
+    guesses = (eps_pred, eps_pred - model.guidance(x_t, t, z), eps_pred - model.guidance(x_t, t, z.roll(len(z) // 2, 0)))
     errors = torch.stack([(eps - guess).double().square().flatten(1).sum(1) for guess in guesses])
     noisy = model.encode(x_t, t)
     return errors, (z.double() - noisy.mu.double()) / noisy.var.double().sqrt()
