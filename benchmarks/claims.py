@@ -166,7 +166,7 @@ CLAIMS = {
     },
     **{
         data: Claim(
-            f"photos_small, {what}",
+            f"{'clips' if data == 'stills' else 'photos'}_small, {what}",
             f"healthy on 5 seeds, {latents} latents of {nats:g} nats",
             _methods(data, FIVE, "--methods", "sami"),
             all_healthy(data, latents, nats),
@@ -175,6 +175,7 @@ CLAIMS = {
             ("faces", "people never seen", 8, 1.0),
             ("patches", "photographs never seen", 5, 0.5),
             ("mixed", "mixed snapshots", 5, 0.5),
+            ("stills", "a folder of videos", 5, 0.5),
         )
     },
     "pretrained": Claim("an encoder on a pretrained UNet", "R2 >= 0.9 in a third of the time, 5 seeds", ["pretrained"], pretrained),
