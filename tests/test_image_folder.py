@@ -24,7 +24,7 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, features
 
 from sami_fast import files
 from sami_fast.config import DataConfig
-from sami_fast.data import CelebA, Feed, ImageFolder, cache, image_folder, index, open_dataset
+from sami_fast.data import CelebA, Feed, ImageFolder, cache, decode, image_folder, index, open_dataset
 from sami_fast.data.cache import PixelCache, cache_dir
 from sami_fast.data.dali import DaliDecoder, available
 from sami_fast.data.decode import BadFile, decode_image, image_facts, image_suffixes
@@ -474,6 +474,38 @@ def test_looking_at_a_file_does_not_decode_it(monkeypatch):
     contents = [encoded(photo(), kind) for kind in kinds]
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     assert [image_facts(data)[:3] for data in contents] == [(W, H, f"{kind} RGB") for kind in kinds]
+
+
+PNGS = {
+    "grey": lambda: encoded(photo()[..., 0], "PNG"),
+    "colour": lambda: encoded(photo(), "PNG"),
+    "one bit": lambda: encoded(Image.fromarray(photo()[..., 0] > 99), "PNG"),
+    "palette": lambda: encoded(Image.fromarray(photo()).quantize(7), "PNG"),
+    "alpha": lambda: encoded(np.dstack((photo(), photo()[..., 0])), "PNG"),
+    "16 bits": lambda: encoded(photo()[..., 0].astype(np.uint16), "PNG"),
+    "a transparent colour": lambda: encoded(photo(), "PNG", transparency=(1, 2, 3)),
+    "profile": lambda: encoded(photo(), "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "orientation": lambda: encoded(photo(), "PNG", exif=exif(6)),
+    "resolution": lambda: encoded(photo(), "PNG", dpi=(72, 72)),
+    "interlaced": lambda: png(photo(), 8, 2, interlaced=True),
+    "moving": lambda: encoded(Image.fromarray(photo()), "PNG", save_all=True, append_images=[Image.fromarray(photo()[::-1])]),
+    "orientation at the end": lambda: png(photo(), 8, 2, after=chunk(b"eXIf", exif(6)[6:])),
+    "more behind it": lambda: encoded(photo(), "PNG") + b"more",
+}
+
+
+@pytest.mark.parametrize("kind", PNGS)
+def test_facts_of_a_png_are_pillows(kind, monkeypatch):
+    data = PNGS[kind]()
+    found = image_facts(data)
+    assert (decode._plain_png(data) is not None) == (kind in ("grey", "colour", "resolution", "interlaced"))
+    monkeypatch.setattr(decode, "_plain_png", lambda data: None)
+    assert found == image_facts(data)
+
+
+@pytest.mark.parametrize("cut", [1, 9, 20, 26, 40, 200, -20, -12, -8, -1])
+def test_facts_of_a_png_that_is_cut_off_are_pillows(cut):
+    assert decode._plain_png(encoded(photo(), "PNG")[:cut]) is None
 
 
 # Bad files

