@@ -72,7 +72,8 @@ JOINT = ["train.mode=joint", "kl_weight.kind=exponential", "kl_weight.start=0.25
 JOINT += ["optimizer.clip=12", "train.steps=1500", "train.batch_size=32"]
 SMALL = ["data.image_size=32", "encoder.channels=[64,64,64]", "encoder.blocks=0", "denoiser.channels=[16,32,64,64]"]
 SMALL += ["train.minutes=8"]
-# Minutes depend on what else a machine does: what 8 of one thread came to on 2026-11-30 with nothing beside it.
+# SAMI alone, whatever else the machine does: what `train.minutes: 8` came to with one thread that nothing disturbed, on the slowest machine
+# so far. Faster ones took 1400 to 2700 steps.
 STEPS = {"sami": ["train.minutes=0", "train.denoiser_steps=1100", "train.steps=1500"]}
 BANK = {"sami": ["train.bank_steps=1000"]}  # the other methods have no denoiser of their own
 DATA = {
@@ -83,10 +84,11 @@ DATA = {
     # Every other second of three videos for training, the others for evaluation; 11 frames a clip as Henaff et al. (2019) took.
     # Without free bits SAMI's posterior collapses on the clips in so few steps; the baselines have none.
     "clips": Data("video", [*CLIPS, *JOINT], "clips", special={"sami": ["objective.free_bits=0.5"]}),
-    # From here on all methods have the same minutes of one thread.
+    # All methods have the same minutes of one thread.
     "rooms": Data("rooms", SMALL, special=BANK),
     "avatars": Data("avatars", SMALL, special=BANK),
-    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills", special=STEPS),
+    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills", special=BANK),
+    # SAMI alone.
     "faces": Data("photos_small", ["data.channels=1", "data.holdout_by=folder"], "faces", special=STEPS),  # people that training never saw
     "patches": Data("photos_small", ["data.holdout_by=folder"], "patches", special=STEPS),  # photographs that training never saw
     "mixed": Data("photos_small", [], "mixed", special=STEPS),

@@ -38,7 +38,7 @@ class KLWeight:
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
                  slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
                  If no latent lives any more, it is at most what it was before the rebound, and falls as at first until one does.
-                 Where one lives it falls no further over the last `settle` of the joint steps
+                 Where one lives it may only rise over the last `settle` of the joint steps
 
     Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
     them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive

@@ -68,7 +68,7 @@ class GPU:
         return LINK_SHARE * 1e9 * (self.nvlink if ranks <= PER_MACHINE else min(self.nvlink, PER_MACHINE * self.network))
 
 
-COLLECTIVES = {"nccl": 1, "gloo": 2}  # what each sends to add up with every rank keeping its part, over the size of what is added
+COLLECTIVES = {"nccl": 1, "gloo": 2}  # (ranks - 1) / ranks times this each rank sends of what is added up where it keeps a part of the sum
 PER_MACHINE = 8  # GPUs of one machine, joined by NVLink, one network adapter beside each
 GPUS = {
     "a100-80": GPU(80, 2.039, 312, 156, 19.5, 300, 25, "NVIDIA A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU"),
@@ -547,6 +547,7 @@ class Plan:
         flops: Of one step over all GPUs, by part of the step.
         unsplit: Numbers of GPUs that the batch cannot be split over.
         mfu: Assumed share of the peak; None where kernels were counted instead.
+        collectives: Who carries what is sent.
     """
 
     config: Config
@@ -558,6 +559,7 @@ class Plan:
     flops: dict[str, float]
     rows: tuple[Row, ...]
     unsplit: tuple[int, ...]
+    collectives: str = "nccl"
 
 
 def image_shape_of(config: Config) -> tuple[int, int, int]:
@@ -619,7 +621,7 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
             rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images, sent))
     flops = step_flops(config, encoder, partner, method)
     networks = {"encoder": encoder, model.partner: partner}
-    return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit))
+    return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit), collectives)
 
 
 def can_trace(config: Config) -> bool:
@@ -678,7 +680,14 @@ def facts(found: Plan) -> dict[str, Any]:
         "batch_size": found.config.train.batch_size,
         "score": found.method,
         "counted": {"networks": networks, "flops_per_step": found.flops},
-        "assumed": {"gpu": found.gpu, **asdict(GPUS[found.gpu]), **assumed, "link_share": LINK_SHARE, "usable_memory": USABLE},
+        "assumed": {
+            "gpu": found.gpu,
+            **asdict(GPUS[found.gpu]),
+            **assumed,
+            "link_share": LINK_SHARE,
+            "usable_memory": USABLE,
+            "collectives": found.collectives,
+        },
         "estimated": rows,
         "batch_does_not_split_over": list(found.unsplit),
     }

@@ -58,8 +58,9 @@ TRAINING = r"(?:sami_fast/train\.py|sami-fast train) [^#\n']*?(?= *(?:#|'|$))"  
 SMALL = {  # networks of one small layer, two steps
     "data.image_size": "8",
     "encoder.channels": "[8]",
-    "encoder.groups": "4",  # with this and no smooth kernels some latent is live, of so few pixels and after two steps
+    # With norms of four groups and without smooth kernels some latent is live, of so few pixels and after two steps.
     "encoder.style": "group_norm_silu",
+    "encoder.groups": "4",
     "encoder.smooth": "0",
     "denoiser.channels": "[4]",
     "train.mode": "joint",

@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from sami_fast.config import load_config
 from sami_fast.engine.compiled import compiled_parts, eager_parts
 from sami_fast.methods.build import build_model
+from sami_fast.ops.backend import decided_once
 from sami_fast.step import Draw, guided_terms
 from sami_fast.train import train
 
@@ -95,3 +96,8 @@ def test_compiled_code_is_kept_beside_the_other_caches(tmp_path, monkeypatch):
     config = load_config(TINY, ["engine.compile=denoiser"])
     compiled_parts(build_model(config, (1, 8, 8)), config)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "sami-fast/compiled")
+
+
+def test_what_is_decided_once_bears_torchs_own_mark():
+    marked = [mark(lambda: None) for mark in (decided_once, torch.compiler.assume_constant_result)]
+    assert vars(marked[0]) == vars(marked[1]) != {}

@@ -491,20 +491,35 @@ PNGS = {
     "moving": lambda: encoded(Image.fromarray(photo()), "PNG", save_all=True, append_images=[Image.fromarray(photo()[::-1])]),
     "orientation at the end": lambda: png(photo(), 8, 2, after=chunk(b"eXIf", exif(6)[6:])),
     "more behind it": lambda: encoded(photo(), "PNG") + b"more",
+    "a second header": lambda: png(photo(), 8, 2, before=chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 6, 8, 0, 0, 0, 0))),
+}
+BROKEN_PNGS = {
+    "checksum of the header": lambda: bytes(byte ^ (place == 30) for place, byte in enumerate(encoded(photo(), "PNG"))),
+    "checksum of the resolution": lambda: png(photo(), 8, 2, before=chunk(b"pHYs", bytes(9))[:-1] + b"x"),
+    "cut resolution": lambda: png(photo(), 8, 2, before=chunk(b"pHYs", b"abc")),
 }
 
 
 @pytest.mark.parametrize("kind", PNGS)
 def test_facts_of_a_png_are_pillows(kind, monkeypatch):
+    """Read without Pillow where nothing but pixels is in it; the others are left to Pillow."""
     data = PNGS[kind]()
-    found = image_facts(data)
-    assert (decode._plain_png(data) is not None) == (kind in ("grey", "colour", "resolution", "interlaced"))
+    plain = decode._plain_png(data)
+    assert (plain is not None) == (kind in ("grey", "colour", "resolution", "interlaced"))
     monkeypatch.setattr(decode, "_plain_png", lambda data: None)
-    assert found == image_facts(data)
+    assert plain in (None, image_facts(data))
+
+
+@pytest.mark.parametrize("kind", BROKEN_PNGS)
+def test_a_broken_png_is_left_to_pillow(kind):
+    data = BROKEN_PNGS[kind]()
+    assert decode._plain_png(data) is None
+    with pytest.raises(BadFile):
+        image_facts(data)
 
 
 @pytest.mark.parametrize("cut", [1, 9, 20, 26, 40, 200, -20, -12, -8, -1])
-def test_facts_of_a_png_that_is_cut_off_are_pillows(cut):
+def test_a_png_that_is_cut_off_is_left_to_pillow(cut):
     assert decode._plain_png(encoded(photo(), "PNG")[:cut]) is None
 
 

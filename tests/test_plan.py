@@ -210,10 +210,23 @@ def test_two_ranks_send(stage, micro_batches, sent):
     assert plan.wire([NETWORK], config, stage, 2) == sent
 
 
-@pytest.mark.parametrize(("stage", "sent"), [(0, 4000), (1, 6000), (2, 6000), (3, 6000)])
+@pytest.mark.parametrize(("stage", "sent"), [(0, 4000), (1, 6000), (2, 18000), (3, 24000)])
 def test_two_ranks_send_by_gloo(stage, sent):
     """Where only a part of a sum is asked for it adds all of it up on every rank."""
-    assert plan.wire([NETWORK], load_config(None, ["train.batch_size=64"]), stage, 2, "gloo") == sent
+    config = load_config(None, ["train.batch_size=64", "engine.gradient_accumulation=4"])
+    assert plan.wire([NETWORK], config, stage, 2, "gloo") == sent
+
+
+def test_gloo_sends_more_at_stage_3_alone(capsys):
+    sent = []
+    for collectives in plan.COLLECTIVES:
+        status, text, _ = run(capsys, "disks", "--gpus", "2", "--json", "--mfu", "0.5", "--collectives", collectives)
+        assert status == 0
+        assert json.loads(text)["assumed"]["collectives"] == collectives
+        sent.append({row["stage"]: row["sent"] for row in json.loads(text)["estimated"]})
+    by_nccl, by_gloo = sent
+    assert by_gloo[3] > 1.2 * by_nccl[3]
+    assert {stage for stage in by_nccl if by_gloo[stage] != by_nccl[stage]} == {3}
 
 
 def test_weights_too_large_to_stay_are_gathered_twice():

@@ -65,7 +65,7 @@ def _lines(found: "Plan") -> list[str]:
         f"Estimated, nothing of it measured, for {found.gpu} ({gpu.source})",
         f"  assumed: {assumed}",
         f"  links: {LINK_SHARE:.0%} of {gpu.nvlink:g} GB/s inside a machine of {PER_MACHINE} GPUs "
-        f"and of {gpu.network:g} GB/s per GPU between machines",
+        f"and of {gpu.network:g} GB/s per GPU between machines{', bytes sent as by gloo' if found.collectives == 'gloo' else ''}",
         "  step: from transfer hidden behind compute to one after the other; without latency, data and disk",
         f"  a GPU's {gpu.memory:g} GB hold a run that needs at most {USABLE:.0%} of them",
         "",
@@ -120,5 +120,7 @@ def add_commands(command: AddCommand) -> None:
     added.add_argument("--gpus", nargs="+", type=at_least(1, 10**5), default=COUNTS, metavar="N", help="numbers of GPUs (1 8 64 512)")
     added.add_argument("--gpu", default="h100-sxm", metavar="NAME", help="a100-80, h100-sxm, h200 or b200 (%(default)s)")
     added.add_argument("--mfu", type=share, metavar="SHARE", help="times from FLOPs and this share of the GPU's peak")
-    added.add_argument("--collectives", default="nccl", metavar="NAME", help="who carries what is sent: nccl, or gloo, as between CPUs")
+    added.add_argument(
+        "--collectives", default="nccl", metavar="NAME", help="count the bytes that nccl sends (%(default)s), or gloo, which CPUs use"
+    )
     added.add_argument("--json", action="store_true", help="print JSON")

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..methods.sami import Sami
 from ..metrics.guidance import GuidanceProfile, guidance_profile
 from ..metrics.scale_profile import ScaleProfile, scale_profile
@@ -57,18 +60,24 @@ def _over_levels(run: Run) -> dict[str, Any]:
     return {"logsnr": levels, "seed": run.config.seed, "batch_size": run.batch_size}
 
 
+def _some(run: Run, most: int) -> tuple[Callable[[Tensor], Tensor], int]:
+    """At most so many of the evaluation images, spread over all: frames of videos stand in their order."""
+    spread = torch.linspace(0, run.count - 1, min(most, run.count), dtype=torch.float64).round().long()
+    return lambda index: run.images(spread[index]), len(spread)
+
+
 def profile(run: Run) -> ScaleProfile | None:
     """Information and calibration over the run's noise levels; None of a deterministic encoder, which has no density."""
     if run.model.deterministic or run.count < 2:
         return None
-    return scale_profile(run.model, run.images, min(PROFILE_IMAGES, run.count), **_over_levels(run))
+    return scale_profile(run.model, *_some(run, PROFILE_IMAGES), **_over_levels(run))
 
 
 def guidance(run: Run) -> GuidanceProfile | None:
     """What guidance is worth over the run's noise levels; None of methods that do not guide."""
     if not isinstance(run.model, Sami) or run.count < 2:
         return None
-    return guidance_profile(run.model, run.images, min(GUIDANCE_IMAGES, run.count), **_over_levels(run))
+    return guidance_profile(run.model, *_some(run, GUIDANCE_IMAGES), **_over_levels(run))
 
 
 def score(run: Run, latents: Latents, measured: ScaleProfile | None, *, jobs: int = 1, say: Say = lambda stage: None) -> dict:

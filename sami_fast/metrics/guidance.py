@@ -49,7 +49,7 @@ def guidance_profile(
 ) -> GuidanceProfile:
     """Gain of guidance and calibration over noise levels.
 
-    An image's other z is that of the image half a batch away: neighbours are often alike, as frames of a clip and photos of a series are.
+    An image's other z is that of the image half of all away: neighbours are alike where images are frames in their order.
 
     Args:
         model: Encoder, denoiser and schedule.
@@ -66,23 +66,21 @@ def guidance_profile(
     if count < 2:
         raise ValueError(f"count: expected at least 2 images, found {count}")
     sums, squares = np.zeros((3, len(levels))), np.zeros((len(levels), model.latent_size))
-    pairs = 0
     for index in torch.arange(count).split(batch_size):
         x_0 = images(index)
         index = index.to(x_0.device)
         z = model.encode(x_0).draw(index, seed)
-        pairs += len(index) if len(index) > 1 else 0
+        away = (index + count // 2) % count
+        other = model.encode(images(away.cpu())).draw(away, seed)
         for place, level in enumerate(levels.tolist()):
-            errors, zscores = _at_level(model, x_0, index, level, seed, z)
-            sums[:2, place] += errors[:2].sum(1).cpu().numpy()
-            if len(index) > 1:  # a last batch of one image knows no other
-                sums[2, place] += errors[[0, 2]].diff(dim=0).sum().item()
+            errors, zscores = _at_level(model, x_0, index, level, seed, z, other)
+            sums[:, place] += errors.sum(1).cpu().numpy()
             squares[place] += zscores.square().sum(0).cpu().numpy()
-    own = (sums[0] - sums[1]) / count
-    return GuidanceProfile(levels, 0.5 * own, -0.5 * sums[2] / max(1, pairs), squares / count)
+    gain, of_other = 0.5 * (sums[0] - sums[1:]) / count
+    return GuidanceProfile(levels, gain, of_other, squares / count)
 
 
-def _at_level(model: Sami, x_0: Tensor, index: Tensor, logsnr: float, seed: int, z: Tensor) -> tuple[Tensor, Tensor]:
+def _at_level(model: Sami, x_0: Tensor, index: Tensor, logsnr: float, seed: int, z: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """||eps - eps_hat||^2 of each image without guidance, with its own z and with another's, [3, B]; (z - mu_t) / std_t, [B, Z]."""
     level = model.schedule.nearest(torch.full((len(x_0), 1), logsnr, dtype=torch.float64, device=x_0.device))
     alpha_t, sigma_t = (v.to(x_0) for v in alpha_sigma(level))
@@ -90,7 +88,7 @@ def _at_level(model: Sami, x_0: Tensor, index: Tensor, logsnr: float, seed: int,
     assert isinstance(eps, Tensor)  # stored, unless asked otherwise
     t = model.schedule.t(level).flatten().to(x_0)
     eps_pred = model.predict_eps(x_t, t)
-    guesses = (eps_pred, eps_pred - model.guidance(x_t, t, z), eps_pred - model.guidance(x_t, t, z.roll(len(z) // 2, 0)))
+    guesses = (eps_pred, eps_pred - model.guidance(x_t, t, z), eps_pred - model.guidance(x_t, t, other))
     errors = torch.stack([(eps - guess).double().square().flatten(1).sum(1) for guess in guesses])
     noisy = model.encode(x_t, t)
     return errors, (z.double() - noisy.mu.double()) / noisy.var.double().sqrt()

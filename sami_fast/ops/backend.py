@@ -118,7 +118,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def decided_once(function: F) -> F:
     """What torch.compiler.assume_constant_result does: torch.compile calls the function while it traces, and keeps what it gave. That one
-    imports the compiler, which takes two seconds, for every command that compiles nothing."""
+    imports the compiler, which takes two seconds, even for commands that compile nothing."""
     function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
     return function
 
