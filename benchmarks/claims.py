@@ -173,7 +173,8 @@ CLAIMS = {
         )
         for data, what, latents, nats in (
             ("faces", "people never seen", 8, 1.0),
-            ("patches", "photographs never seen", 5, 0.5),
+            ("wallpapers", "patches of wallpapers", 5, 0.5),
+            ("patches", "the same of photographs never seen", 5, 0.5),
             ("mixed", "mixed snapshots", 5, 0.5),
             ("stills", "a folder of videos", 5, 0.5),
         )
