@@ -36,6 +36,8 @@ def hms(seconds: float) -> str:
 class Bar(tqdm):
     """A bar whose `disable` says that nobody sees it. It goes away when it is closed."""
 
+    monitor_interval = 0  # no thread of tqdm's beside it, which would outlive it: `miniters` of 1 needs none
+
     @property
     def format_dict(self) -> dict[str, Any]:
         found = super().format_dict
@@ -53,4 +55,6 @@ def bar(total: int, what: str, unit: str) -> Bar:
         unit: What is counted, in the plural.
     """
     seen = _wanted.get() and sys.stderr.isatty()
-    return Bar(total=total, desc=what, unit=unit, bar_format=FORMAT, delay=PATIENCE, leave=False, dynamic_ncols=True, disable=not seen)
+    return Bar(
+        total=total, desc=what, unit=unit, bar_format=FORMAT, delay=PATIENCE, leave=False, dynamic_ncols=True, miniters=1, disable=not seen
+    )
