@@ -412,7 +412,7 @@ def test_two_ranks_go_on_where_one_was_stopped(stage, two_ranks, alone):
     assert_same_run(two_ranks / f"from_one{stage}", alone[True])
 
 
-@pytest.mark.parametrize("stage", [0, 3])  # the others end and go on as 0 does; what each goes on with is looked at above
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_rank_is_survived(stage, two_ranks, tmp_path):
     """SIGKILL to one of two ranks after a checkpoint; the launcher ends the other, and the next launch goes on."""
     killed = launch(tmp_path, ROOT / "tests/ranks_worker.py", tmp_path, f"kill{stage}")
