@@ -14,6 +14,7 @@ from statistics import mean, stdev
 
 from sami_fast.evaluation.table import spread
 
+from .methods import DATA
 from .rows import ROOT, Row, committed
 from .table import markdown
 
@@ -166,7 +167,7 @@ CLAIMS = {
     },
     **{
         data: Claim(
-            f"{'clips' if data == 'stills' else 'photos'}_small, {what}",
+            f"{DATA[data].config}, {what}",
             f"healthy on 5 seeds, {latents} latents of {nats:g} nats",
             _methods(data, FIVE, "--methods", "sami"),
             all_healthy(data, latents, nats),
@@ -174,7 +175,7 @@ CLAIMS = {
         for data, what, latents, nats in (
             ("faces", "people never seen", 8, 1.0),
             ("wallpapers", "patches of wallpapers", 5, 0.5),
-            ("patches", "the same of photographs never seen", 5, 0.5),
+            ("patches", "patches of photographs never seen", 5, 0.5),
             ("mixed", "mixed snapshots", 5, 0.5),
             ("stills", "a folder of videos", 5, 0.5),
         )

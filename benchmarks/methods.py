@@ -72,7 +72,7 @@ JOINT = ["train.mode=joint", "kl_weight.kind=exponential", "kl_weight.start=0.25
 JOINT += ["optimizer.clip=12", "train.steps=1500", "train.batch_size=32"]
 SMALL = ["data.image_size=32", "encoder.channels=[64,64,64]", "encoder.blocks=0", "denoiser.channels=[16,32,64,64]"]
 SMALL += ["train.minutes=8"]
-# SAMI alone, whatever else the machine does: what `train.minutes: 8` came to with one thread that nothing disturbed, on the slowest machine
+# Whatever else the machine does: what `train.minutes: 8` came to with one thread that nothing disturbed, on the slowest machine
 # so far. Faster ones took 1400 to 2700 steps.
 STEPS = {"sami": ["train.minutes=0", "train.denoiser_steps=1100", "train.steps=1500"]}
 BANK = {"sami": ["train.bank_steps=1000"]}  # the other methods have no denoiser of their own
@@ -87,8 +87,8 @@ DATA = {
     # All methods have the same minutes of one thread.
     "rooms": Data("rooms", SMALL, special=BANK),
     "avatars": Data("avatars", SMALL, special=BANK),
-    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills", special=BANK),
-    # SAMI alone.
+    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills"),
+    # From here on of SAMI alone.
     "faces": Data("photos_small", ["data.channels=1", "data.holdout_by=folder"], "faces", special=STEPS),  # people that training never saw
     "patches": Data("photos_small", ["data.holdout_by=folder"], "patches", special=STEPS),  # photographs that training never saw
     "wallpapers": Data("photos_small", [], "patches", special=STEPS),  # the same, images held out at random as by default

@@ -291,11 +291,7 @@ class EncoderConfig(Section):
     blocks: int = setting(0, "residual blocks per level", number(0, 16))
     attention: list[int] = setting([], "resolutions with self-attention", number(1), "pixels")
     groups: int = setting(4, "groups of the norms", number(1, 1024))
-    style: str = setting(
-        STYLES[0],
-        "norms and activations; silu and bias_free_relu have no norms, and so read the brightness of images unlike any in training",
-        one_of(*STYLES),
-    )
+    style: str = setting(STYLES[0], "norms and activations; silu and bias_free_relu have no norms", one_of(*STYLES))
     init_std: float = setting(0.97, "posterior standard deviation at the start", number(0, 10, open_low=True))
     smooth: float = setting(0.0, "share of the kernels' variance at the start that is a blur, which sees through noise", number(0, 1))
     start: str = setting(

@@ -617,8 +617,7 @@ def plan(config: Config, counts: Sequence[int], gpu: str = "h100-sxm", mfu: floa
             continue
         images = config.train.batch_size // pieces
         for stage in STAGES[: config.capabilities.max_zero_stage + 1]:
-            sent = sum(wire(held, config, own, ranks, collectives) for held, own in engines(encoder, partner, config, stage))
-            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images, sent))
+            rows.append(_row(config, encoder, partner, method, GPUS[gpu], mfu, taken, ranks, stage, images, collectives))
     flops = step_flops(config, encoder, partner, method)
     networks = {"encoder": encoder, model.partner: partner}
     return Plan(config, image_shape, gpu, mfu, networks, method, flops, tuple(rows), tuple(unsplit), collectives)
@@ -641,7 +640,7 @@ def _row(
     ranks: int,
     stage: int,
     images: int,
-    sent: float,
+    collectives: str,
 ) -> Row:
     # Where the encoder is split over the ranks too, its score has to be taken by dual.
     if stage == 3 and config.engine.encoder_zero_stage == 3:
@@ -653,8 +652,10 @@ def _row(
         flops = sum(step_flops(config, encoder, partner, method).values())
         compute = flops / ranks / ((mfu or MFU) * gpu.peak(config.engine.precision))
     alive = Memory(0, 0, 0, 0, 0, 0, activations(config, encoder, partner, images))
+    sent = 0.0
     for networks, own_stage in engines(encoder, partner, config, stage):
         alive += state(networks, config, own_stage, ranks)
+        sent += wire(networks, config, own_stage, ranks, collectives)
     return Row(
         gpus=ranks,
         stage=stage,

@@ -157,10 +157,10 @@ def _plain_png(data: bytes) -> tuple[int, int, str, bool] | None:
             or crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end])
         ):
             return None
-    mode, pixels = PLAIN_HEADS.get(data[24:28]), int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
-    if mode is None or not 0 < pixels <= PLAIN_PIXELS:
+    width, height, mode = int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), PLAIN_HEADS.get(data[24:28])
+    if mode is None or not 0 < width * height <= PLAIN_PIXELS:
         return None
-    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24]), f"PNG {mode}", True
+    return width, height, f"PNG {mode}", True
 
 
 def decode_image(data: bytes) -> np.ndarray:

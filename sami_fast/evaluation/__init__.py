@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..methods.sami import Sami
@@ -15,7 +14,7 @@ from .clips import straightness_scores
 from .factors import ceiling
 from .health import Health
 from .latents import Latents, encode, make_baselines
-from .run import Run, open_run
+from .run import Run, evenly, open_run
 from .scores import (
     baseline_scores,
     bound_scores,
@@ -62,8 +61,8 @@ def _over_levels(run: Run) -> dict[str, Any]:
 
 def _some(run: Run, most: int) -> tuple[Callable[[Tensor], Tensor], int]:
     """At most so many of the evaluation images, spread over all: frames of videos stand in their order."""
-    spread = torch.linspace(0, run.count - 1, min(most, run.count), dtype=torch.float64).round().long()
-    return lambda index: run.images(spread[index]), len(spread)
+    some = evenly(run.count, most)
+    return lambda index: run.images(some[index]), len(some)
 
 
 def profile(run: Run) -> ScaleProfile | None:

@@ -73,6 +73,11 @@ class Run:
         return len(self.chosen_train)
 
 
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of the numbers below `count`, at equal distances. [n] int64."""
+    return torch.linspace(0, count - 1, min(most, count), dtype=torch.float64).round().long()
+
+
 def places(dataset: Dataset, count: int) -> Tensor:
     """Which images, at most `count`, stand for a dataset: the first of an endless one, frames of videos at equal distances, of others a
     fixed random choice.
@@ -83,7 +88,7 @@ def places(dataset: Dataset, count: int) -> Tensor:
         return torch.arange(count)
     count = min(count, dataset.size)
     if dataset.clip_length:  # in their order, since videos are decoded from one keyframe to the next
-        return dataset.in_order()[torch.linspace(0, dataset.size - 1, count, dtype=torch.float64).round().long()]
+        return dataset.in_order()[evenly(dataset.size, count)]
     return torch.randperm(dataset.size, generator=torch.Generator().manual_seed(0))[:count]
 
 
