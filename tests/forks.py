@@ -1,20 +1,33 @@
 """Python programs as forks of a process that has loaded their libraries already: a start costs milliseconds, not seconds of imports.
 
-Everything else is as of programs that are started: processes of their own, with their arguments, environments, signals and parents.
+Everything else is as of programs that are started: processes of their own, with their arguments, environments and signals. `Forked` forks
+this process; `programs` makes commands of a shell that are forks of a process of its own.
 """
 
 import atexit
 import ctypes
+import json
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+BIN = Path(sys.executable).parent
+# What a shell's commands load; a library that is not here is loaded by the fork, as ever.
+LIBRARIES = ("deepspeed.launcher.runner", "sami_fast.train", "sami_fast.cli", "sami_fast.report", "sami_fast.engine.deepspeed")
+LIBRARIES += ("torch._dynamo", "nvidia.dali.fn", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "PIL.JpegImagePlugin")
+SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
+ANSWER = 0.02  # seconds after which a program that has ended is seen to have
 
 
 class Forked(subprocess.Popen):
@@ -63,6 +76,7 @@ def _run(words: Sequence[str]) -> int:
     sys.argv = [*words[module:]]
     try:
         if module:
+            sys.path.insert(0, os.getcwd())
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
             sys.path.insert(0, str(Path(sys.argv[0]).parent))
@@ -82,3 +96,66 @@ def _show(words: Sequence[str]) -> None:
     text = " ".join(words).encode().ljust(end - start)[: last - start - 1]
     ctypes.memset(start, 0, last - start)
     ctypes.memmove(start, text, len(text))
+
+
+# Commands of a shell
+
+
+@contextmanager
+def programs(folder: Path) -> Iterator[None]:
+    """Put `python`, `deepspeed`, `sami-fast` and `pytest` into a folder for a PATH. Scripts and modules are forks of one process, which ends with the
+    context; what else python is asked for, it does itself."""
+    address = folder / "forks"
+    for name in ("python", "deepspeed", "sami-fast", "pytest"):
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {address} {BIN / name} "$@"\n')
+        (folder / name).chmod(0o755)
+    with socket.socket(*SOCKET) as listening:
+        listening.bind(str(address))
+        listening.listen()
+        serving = [sys.executable, __file__, str(listening.fileno())]
+        server = subprocess.Popen(serving, pass_fds=[listening.fileno()], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _serve(listening: socket.socket) -> None:
+    """Fork once for each connection that asks for a program, and answer with its exit status."""
+    for library in LIBRARIES:
+        import_module(library)
+    running: dict[int, socket.socket] = {}
+    while True:
+        if select.select([listening], [], [], ANSWER if running else None)[0]:
+            connection, _ = listening.accept()
+            asked, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+            words, folder, environment = json.loads(asked)
+            if not (child := os.fork()):
+                listening.close()
+                os.chdir(folder)
+                _become(words, environment, dict(enumerate(streams)), new_session=False)
+            for stream in streams:
+                os.close(stream)
+            running[child] = connection
+        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            with running.pop(ended[0]) as connection:
+                connection.send(bytes([os.waitstatus_to_exitcode(ended[1]) % 256]))
+
+
+def _ask(address: str, program: str, *arguments: str) -> int:
+    """Have a program run with the streams, folder and environment of this process. Returns its exit status."""
+    words = [program, *arguments] if Path(program).name != "python" else list(arguments)
+    if not words or (words[0] != "-m" and not words[0].endswith(".py") and words[0] != program):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    with socket.socket(*SOCKET) as connection:
+        connection.connect(address)
+        message = json.dumps([[sys.executable, "-u", *words], os.getcwd(), dict(os.environ)]).encode()
+        socket.send_fds(connection, [message], [0, 1, 2])
+        return (connection.recv(1) or b"\1")[0]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        _serve(socket.socket(*SOCKET, fileno=int(sys.argv[1])))
+    sys.exit(_ask(*sys.argv[1:]))

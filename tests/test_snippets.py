@@ -16,11 +16,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import av
+import forks
 import numpy as np
 import pytest
 import torch
@@ -150,7 +153,7 @@ def trained(home: Path) -> None:
 class Page:
     """A page's folder and namespace, and how far it has come."""
 
-    def __init__(self, page: str, folder: Path, belongings: Path) -> None:
+    def __init__(self, page: str, folder: Path, belongings: Path, commands: Path) -> None:
         self.folder, self.blocks, self.done = folder, [block for block in BLOCKS if block.page == page], 0
         self.namespace: dict[str, Any] = {"__name__": page}
         for name in (
@@ -169,9 +172,10 @@ class Page:
         shutil.copytree(belongings, folder, dirs_exist_ok=True)
         programs = folder / ".venv/bin"  # as if `make install` had just been here
         programs.mkdir(parents=True)
-        (programs / "deepspeed").symlink_to(Path(sys.executable).parent / "deepspeed")
-        (programs / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+        (programs / "deepspeed").symlink_to(commands / "deepspeed")
+        (programs / "activate").write_text(f'PATH="{commands}:$PATH"\n')
         (programs / ".installed").touch()
+        self.path = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def run_to(self, block: Block) -> None:
         """All blocks that were not run yet, this one included; where an earlier one fails, it is that one's own test that says so."""
@@ -195,7 +199,7 @@ class Page:
         for long, short in SHORTER:
             text = re.sub(long, short, text, flags=re.MULTILINE)
         variables = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": self.path,
             "OMP_NUM_THREADS": "1",
             "XDG_CACHE_HOME": str(self.folder / "cache"),
         }
@@ -213,10 +217,17 @@ class Page:
 _pages: dict[str, Page] = {}
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Path]:
+    """A folder of commands that start in milliseconds."""
+    with tempfile.TemporaryDirectory() as folder, forks.programs(Path(folder)):
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_block(block, belongings, tmp_path_factory, monkeypatch):
+def test_block(block, belongings, commands, tmp_path_factory, monkeypatch):
     if block.page not in _pages:
-        _pages[block.page] = Page(block.page, tmp_path_factory.mktemp("page"), belongings)
+        _pages[block.page] = Page(block.page, tmp_path_factory.mktemp("page"), belongings, commands)
     page = _pages[block.page]
     monkeypatch.chdir(page.folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(page.folder / "cache"))
