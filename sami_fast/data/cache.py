@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import os
+import weakref
 import zlib
 from pathlib import Path
 
@@ -89,6 +90,7 @@ class PixelCache:
         self.record = self.nbytes + 4
         self.full = False
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        weakref.finalize(self, os.close, self.file)  # not __del__, which at the end of a process finds modules taken down
         if os.fstat(self.file).st_size != count * self.record:
             os.ftruncate(self.file, count * self.record)  # sparse: it takes up disk space only as images are written
 
@@ -122,7 +124,3 @@ class PixelCache:
             os.pwrite(self.file, data + zlib.crc32(data, SEED).to_bytes(4, "little"), place * self.record)
         except OSError:
             self.full = True
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            os.close(self.file)
