@@ -37,12 +37,12 @@ class KLWeight:
     auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
                  and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
                  slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
-                 If no latent lives any more, it is at most what it was before the rebound, and falls as at first until one does.
+                 If no latent lives any more, it falls as at first until one does, and never again rises to where they died.
                  Where one lives it may only rise over the last `settle` of the joint steps
 
-    Too high a beta keeps every latent dead, and the start of a run is the one time at which all of them are; too low a one lets all of
-    them come alive together, which leaves the axes tilted. What already grows needs no lower beta, only time. Where the first comes alive
-    depends on the data. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its
+    Too high a beta keeps every latent dead, and too low a one lets all of them come alive together, which leaves the axes tilted. Where
+    the first comes alive depends on the data. What lives holds on at a higher beta than the one at which it came alive: a low start with a
+    high rebound wakes latents at once, and leaves those alone that are worth most. What already grows needs no lower beta, only time. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its
     variance would reach its floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the
     last of the fall has woken need time too.
 
@@ -58,9 +58,8 @@ class KLWeight:
         self.information: list[float] = []  # auto: per latent dimension, smoothed over the steps
         self.growth = 0.0  # auto: of the information of the most informative latent, nats per step, smoothed
         self.found: int | None = None  # auto: joint step at which the first latent came alive
-        self.woken = settings.high  # auto: beta at that step
         self.asleep = True  # auto: whether no latent lives
-        self.highest = settings.high  # auto: beta from now on at most
+        self.highest = settings.high  # auto: beta from now on at most: where latents died
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
@@ -99,11 +98,11 @@ class KLWeight:
             if self.asleep and most > ALIVE_NATS:
                 self.asleep = False
                 if self.found is None:
-                    self.found, self.woken = joint_step, self.controlled
+                    self.found = joint_step
                     self.controlled = min(self.highest, s.rebound * self.controlled)
             elif not self.asleep and most < DEAD_NATS:
                 self.asleep = True
-                self.highest = min(self.highest, self.woken)
+                self.highest = min(self.highest, self.controlled)
             share, wanted = (s.search, ALIVE_NATS) if self.asleep else (s.fall, s.sharpest)
             halving = max(1.0, share * self.joint_steps)
             speed = max(-1.0, min(1.0, 10.0 * (1.0 - most / wanted)))  # full from 10 % off
@@ -117,7 +116,7 @@ class KLWeight:
     @property
     def state(self) -> dict[str, Any]:
         """What a resumed run needs; what JSON can hold."""
-        keys = ("controlled", "information", "growth", "found", "woken", "asleep", "highest", "scale")
+        keys = ("controlled", "information", "growth", "found", "asleep", "highest", "scale")
         return {key: getattr(self, key) for key in keys}
 
     def restore(self, state: dict[str, Any] | float) -> None:
@@ -129,9 +128,9 @@ class KLWeight:
         if not isinstance(state, dict):
             state = {"controlled": state}
         known = {} if state.get("found") is None else {"asleep": False}  # checkpoints of before 2026-11-30 do not say it
-        state = self.state | known | state
+        state = {key: value for key, value in (self.state | known | state).items() if key != "woken"}  # they also said where latents woke
         information, found = state["information"], state["found"]
-        numbers = [*(state[key] for key in ("controlled", "woken", "highest")), *(information if isinstance(information, list) else [None])]
+        numbers = [*(state[key] for key in ("controlled", "highest")), *(information if isinstance(information, list) else [None])]
         if (
             state.keys() != self.state.keys()
             or not all(isinstance(number, int | float) and 0 <= number < math.inf for number in [*numbers, state["scale"]])

@@ -192,26 +192,39 @@ def test_auto_rises_past_its_rebound_where_latents_are_too_sharp():
     assert course[-1] == pytest.approx(math.exp(-2.0), rel=0.1)
 
 
-def test_auto_takes_a_rebound_back_that_no_latent_survives():
+def test_auto_searches_on_from_a_rebound_that_no_latent_survives():
     """At the higher beta all die; below the one at which the first came alive, and not before, one lives again."""
     weight = KLWeight(settings(kind="auto", start=1.0, rebound=2.0), 2000)
-    threshold, told, course = 0.5, 1e-3, []
+    threshold, told, course, died = 0.5, 1e-3, [], None
     for step in range(2000):
         course.append(weight(step))
         if weight.found is not None and course[-1] > threshold:
             threshold = 0.2  # what has died wakes later
         told += 0.05 * ((2 * math.log(threshold / course[-1]) if course[-1] < threshold else 1e-3) - told)
         weight.observe(step, 1.0, [told])
-        if weight.asleep and weight.found is not None:
-            assert weight(step + 1) <= weight.woken
-    before, after = course[: weight.found + 1], course[weight.found + 1 :]
-    assert after[0] == pytest.approx(2 * before[-1], rel=0.02)
-    died = next(step for step, beta in enumerate(after) if beta < 1.5 * before[-1])
-    assert died < 200  # of 2000 steps, in which a halving takes 400 while a latent lives
-    assert after[died] == pytest.approx(before[-1], rel=0.02)
-    assert after[died + 79] < 0.6 * before[-1]  # halves every 4 % of the steps again
+        if weight.found is not None and weight.asleep and died is None:
+            died = step
+    assert course[weight.found + 1] == pytest.approx(2 * course[weight.found], rel=0.02)
+    assert died - weight.found < 200  # of 2000 steps, in which a halving takes 400 while a latent lives
+    assert course[died + 80] == pytest.approx(course[died] / 2, rel=0.02)  # halves every 4 % of the steps again
+    assert weight.highest == pytest.approx(course[died], rel=0.02)
     assert not weight.asleep
     assert min(course) < 0.2 * math.exp(-1.0)
+
+
+def test_auto_wakes_latents_at_a_low_start_and_prunes_them_at_a_high_rebound():
+    """Two latents come alive together; the one that is worth less dies at the rebound and comes back as beta falls."""
+    weight, worth, told, lives = KLWeight(settings(kind="auto", start=0.03, rebound=4.0), 2000), (0.3, 0.06), [1e-3] * 2, []
+    for step in range(2000):
+        beta = weight(step)
+        told = [old + 0.05 * ((2 * math.log(most / beta) if beta < most else 1e-3) - old) for old, most in zip(told, worth, strict=True)]
+        weight.observe(step, 1.0, told)
+        lives.append([nats > 0.05 for nats in told])
+    assert weight.found < 40
+    assert lives[weight.found] == [True, True]
+    assert lives[weight.found + 150] == [True, False]
+    assert lives[-1] == [True, True]
+    assert weight.highest == 1.0
 
 
 def test_auto_finds_nothing_where_nothing_lives():
@@ -245,6 +258,12 @@ def test_a_restored_course_goes_on_as_if_nothing_had_happened(kind, stop):
             told = min(3.0, told * math.exp(0.2 if beta < 0.2 else -0.02))
             weight.observe(step, 3.0 * told, [told, 0.0])
     assert resumed == expected
+
+
+def test_a_checkpoint_that_says_where_latents_woke_is_read():
+    weight = KLWeight(settings(kind="auto"), 100)
+    weight.restore(weight.state | {"controlled": 0.1, "found": 3, "woken": 0.2})
+    assert (weight(5), weight.found) == (0.1, 3)
 
 
 def test_a_checkpoint_of_before_auto_holds_the_controllers_beta_alone():
