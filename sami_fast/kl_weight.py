@@ -42,9 +42,10 @@ class KLWeight:
 
     Too high a beta keeps every latent dead, and too low a one lets all of them come alive together, which leaves the axes tilted. Where
     the first comes alive depends on the data. What lives holds on at a higher beta than the one at which it came alive: a low start with a
-    high rebound wakes latents at once, and leaves those alone that are worth most. What already grows needs no lower beta, only time. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its
-    variance would reach its floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the
-    last of the fall has woken need time too.
+    high rebound wakes latents at once, and leaves those alone that are worth most. What already grows needs no lower beta, only time. A
+    latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its variance would reach its
+    floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the last of the fall has
+    woken need time too.
 
     Args:
         settings: The `kl_weight` section of a config.

@@ -103,8 +103,8 @@ def _show(words: Sequence[str]) -> None:
 
 @contextmanager
 def programs(folder: Path) -> Iterator[None]:
-    """Put `python`, `deepspeed`, `sami-fast` and `pytest` into a folder for a PATH. Scripts and modules are forks of one process, which ends with the
-    context; what else python is asked for, it does itself."""
+    """Put `python`, `deepspeed`, `sami-fast` and `pytest` into a folder for a PATH. Scripts and modules are forks of one process, which
+    ends with the context; what else python is asked for, it does itself."""
     address = folder / "forks"
     for name in ("python", "deepspeed", "sami-fast", "pytest"):
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {address} {BIN / name} "$@"\n')
