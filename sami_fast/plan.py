@@ -179,7 +179,8 @@ def count(
     """
     parameters = list(network.parameters())
 
-    def run(batch: int, of_weights: bool, of_arguments: Sequence[bool], again: bool = False) -> tuple[_Meter, _Meter, int]:
+    @cache
+    def run(batch: int, of_weights: bool, of_arguments: tuple[bool, ...], again: bool) -> tuple[_Meter, _Meter, int]:
         """The meters of forward (which runs on through the backward) and of backward alone; the bytes alive between the two."""
         for parameter in parameters:
             parameter.requires_grad_(of_weights)
@@ -198,11 +199,11 @@ def count(
             parameter.grad = None
         return forward, backward, kept
 
-    every = [a.is_floating_point() for a in arguments]
+    every, learned = tuple(a.is_floating_point() for a in arguments), tuple(differentiable)
     with torch.no_grad():
-        plain, _, _ = run(1, False, [False] * len(every))
-    learning, both, to_inputs = (run(1, *asked)[1] for asked in ((True, differentiable), (True, every), (False, every)))
-    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, differentiable, recompute) for batch in (1, 2))
+        plain, _, _ = run(1, False, (False,) * len(every), False)
+    learning, both, to_inputs = (run(1, *asked, False)[1] for asked in ((True, learned), (True, every), (False, every)))
+    (one, once_more, kept), (two, _, kept_of_two) = (run(batch, True, learned, recompute) for batch in (1, 2))
     sizes = tuple(p.numel() for p in parameters) if learns else ()
     return Network(
         parameters=sum(p.numel() for p in parameters),

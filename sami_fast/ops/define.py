@@ -8,7 +8,7 @@ torch.compile(fullgraph=True) around any of these. In forward mode it raises.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def define(
         with _kernels_recorded(backend):
             return implementation(*rest, "triton" if backend == "triton" else "reference")
 
+    shapes = _asked_once(shapes)
     torch.library.register_fake(f"sami_fast::{name}", shapes, lib=LIBRARY)
 
     def one_by_one(info, in_dims, *args):
@@ -67,6 +68,43 @@ def define(
     if formula is not None:
         LIBRARY.impl(name, _autograd_kernel(name, op, save or _save_all, formula), "Autograd")
     return op
+
+
+def _asked_once(shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, which runs through the twin in plain torch, hundreds of small operations, only for shapes that it has not been asked yet.
+    Triton's launchers are to record each call."""
+    known: dict[tuple[Any, ...], list[_Layout] | _Layout] = {}
+
+    def remembered(*args):
+        given = [_layout(a) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args]
+        numbers = [n for a in given if isinstance(a, _Layout) for n in (*a.shape, *a.strides)]
+        if args[-1] == "triton" or not all(type(n) is int for n in numbers):  # compiled for any size, they are symbols
+            return shapes(*args)
+        key = tuple(given)
+        if key not in known:
+            out = shapes(*args)
+            known[key] = _layout(out) if isinstance(out, Tensor) else [_layout(part) for part in out]
+            return out
+        found = known[key]
+        return found.empty() if isinstance(found, _Layout) else tuple(part.empty() for part in found)
+
+    return remembered
+
+
+class _Layout(NamedTuple):
+    """What there is to a tensor besides its numbers."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def below_operators() -> dict[Any, Callable[..., Any]]:
