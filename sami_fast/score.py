@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import UserError
+from .ops.backend import never_compiled
 from .sweeps import Layer, Tape, sweepable
 
 Encoder = Callable[..., Any]
@@ -162,7 +163,7 @@ def directional(
     return (d / var * tmu + 0.5 * (d.square() / var - 1) / var * tvar).sum(-1)
 
 
-@torch._disable_dynamo  # as torch.compiler.disable, and imports the compiler, which takes two seconds, when it is first called
+@never_compiled
 def sweeps(encoder: Layer, x_t: Tensor, z: Tensor) -> Tensor:
     """grad_log_q by two sweeps over the layers; when its gradient is asked for, two more."""
     return _Sweeps.apply(encoder, x_t.detach(), z, *encoder.parameters())

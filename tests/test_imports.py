@@ -204,6 +204,20 @@ def test_no_part_imports_the_compiler():
     assert done.stdout.strip() == "False"
 
 
+def test_moving_latents_imports_no_compiler():
+    code = f"""
+import sys, torch
+from sami_fast.config import load_config
+from sami_fast.latents.sampling import traverse
+from sami_fast.methods.build import build_model
+model = build_model(load_config({str(ROOT / "tests/tiny.yaml")!r}), (1, 8, 8))
+images = traverse(model, torch.zeros(1, 1, 8, 8), 0, [-1.0, 1.0], seed=0, num_steps=3)
+print(torch.isfinite(images).all().item(), "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT.parent)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 def test_an_unknown_name_of_the_package():
     import sami_fast
 

@@ -10,13 +10,14 @@
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -121,6 +122,17 @@ def decided_once(function: F) -> F:
     imports the compiler, which takes two seconds, even for commands that compile nothing."""
     function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
     return function
+
+
+def never_compiled(function: F) -> F:
+    """What torch.compiler.disable does: in a compiled function the call stands between two graphs. That one, too, imports the compiler."""
+    apart = torch._disable_dynamo(function)  # which does so at its first call
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (apart if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return cast(F, called)
 
 
 @cache
