@@ -4,6 +4,7 @@ K factors, N = 10 000 unless said otherwise; tolerances are those of the samplin
 """
 
 import math
+import warnings
 from itertools import combinations
 
 import numpy as np
@@ -245,6 +246,15 @@ def test_interventions_rotation_by_45_degrees(seed):
     factors = grid([10, 10], 100)
     assert factor_vae_score(rotated(factors, 45), factors, seed=seed)[0] == pytest.approx(0.5, abs=0.03)
     assert beta_vae_score(rotated(factors, 45), factors, seed=seed) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_beta_vae_score_is_blind_to_the_spread_of_codes(scale):
+    factors = classes([5] * 4, 2000)
+    codes = factors @ rotation(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a classifier that does not converge
+        assert beta_vae_score(scale * codes, factors) == pytest.approx(beta_vae_score(codes, factors), abs=0.005)
 
 
 def test_interventions_missing_factor():

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from .checks import as_codes_and_classes
 
@@ -65,7 +67,7 @@ def beta_vae_score(codes: np.ndarray, factor_classes: np.ndarray, *, seed: int =
     A weak test: a code that misses one of the factors, or turns them into one another, can still score 1.
 
     Args:
-        codes: [N, D], with a spread of order 1.
+        codes: [N, D], of any spread.
         factor_classes: [N, K] ints, K >= 2.
         seed: Of all draws.
         batch_size: Pairs that are averaged into one point.
@@ -80,7 +82,7 @@ def beta_vae_score(codes: np.ndarray, factor_classes: np.ndarray, *, seed: int =
     first = generator.integers(0, len(codes), (len(factor), batch_size))
     second = _same_class(classes, factor, first, generator)
     points = _by_chunk(lambda part: np.abs(codes[first[part]] - codes[second[part]]).mean(1), first.shape, codes.shape[1])
-    model = LogisticRegression(max_iter=1000).fit(points[:TRAIN], factor[:TRAIN])
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(points[:TRAIN], factor[:TRAIN])
     return float(model.score(points[TRAIN:], factor[TRAIN:]))
 
 
