@@ -17,17 +17,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
-# What a shell's commands load; a library that is not here is loaded by the fork, as ever.
-LIBRARIES = ("deepspeed.launcher.runner", "sami_fast.train", "sami_fast.cli", "sami_fast.report", "sami_fast.engine.deepspeed")
-LIBRARIES += ("torch._dynamo", "nvidia.dali.fn", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "PIL.JpegImagePlugin")
+# What the package's programs load; what is not installed here is left out.
+LIBRARIES = ("deepspeed.launcher.runner", "sami_fast.train", "sami_fast.cli", "sami_fast.report", "sami_fast.evaluation")
+LIBRARIES += ("sami_fast.engine.deepspeed", "torch._dynamo", "nvidia.dali.fn", "matplotlib.backends.backend_agg")
+LIBRARIES += ("PIL.PngImagePlugin", "PIL.JpegImagePlugin", "pillow_heif")
 SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 ANSWER = 0.02  # seconds after which a program that has ended is seen to have
+
+
+def load_libraries() -> None:
+    """Once, before the first fork."""
+    for library in LIBRARIES:
+        with suppress(ImportError):
+            import_module(library)
 
 
 class Forked(subprocess.Popen):
@@ -123,8 +131,7 @@ def programs(folder: Path) -> Iterator[None]:
 
 def _serve(listening: socket.socket) -> None:
     """Fork once for each connection that asks for a program, and answer with its exit status."""
-    for library in LIBRARIES:
-        import_module(library)
+    load_libraries()
     running: dict[int, socket.socket] = {}
     while True:
         if select.select([listening], [], [], ANSWER if running else None)[0]:

@@ -24,12 +24,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import psutil
-from forks import Forked
+from forks import Forked, load_libraries
 from helpers import TINY, assert_same_weights, rows
 from PIL import Image
 
@@ -45,8 +44,6 @@ SETTINGS = (
     *("kl_weight.kind=auto", "kl_weight.search=0.2", "checkpoint.every=5", "encoder.channels=[32,32]", "engine.patience=60"),
     "data.decoder=torch",
 )
-LIBRARIES = ("deepspeed.launcher.runner", "sami_fast.train", "sami_fast.report", "sami_fast.evaluation", "sami_fast.engine.deepspeed")
-LIBRARIES += ("matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "PIL.JpegImagePlugin", "pillow_heif")
 PATIENCE = 600.0  # seconds in which a moment must come, and a killed run must end
 
 
@@ -203,8 +200,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.forks:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        for name in LIBRARIES:
-            import_module(name)
+        load_libraries()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = campaign(Path(folder), arguments.kills, arguments.ranks, arguments.seed, Forked if arguments.forks else subprocess.Popen)
