@@ -69,7 +69,7 @@ LARGE = ["data.image_size=32", "data.disks.edge_slope=0.75", "schedule.logsnr_mi
 LARGE += ["encoder.channels=[32,64,64,64]", "denoiser.channels=[8,16,32,64,64]"]
 # The table of clips is of joint runs from before there were stages.
 JOINT = ["train.mode=joint", "kl_weight.kind=exponential", "kl_weight.start=0.25", "schedule.logsnr_min=-7", "schedule.logsnr_max=5"]
-JOINT += ["optimizer.clip=12", "train.steps=1500", "train.batch_size=32"]
+JOINT += ["optimizer.clip=12", "train.steps=1500", "train.batch_size=32", "train.turn=[]"]
 SMALL = ["data.image_size=32", "encoder.channels=[64,64,64]", "encoder.blocks=0", "denoiser.channels=[16,32,64,64]"]
 SMALL += ["optimizer.lr=3e-3", "optimizer.encoder_lr=1e-3", "train.minutes=8"]
 # Whatever else the machine does: what `train.minutes: 8` came to with one thread that nothing disturbed, on the slowest machine

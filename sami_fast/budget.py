@@ -128,7 +128,8 @@ def course(config: Config, pace: Pace) -> tuple[list[str], float]:
     new = min(encoder, train.bank_steps or encoder)
     beta, joint = config.kl_weight, train.steps - first
     halved = f"; beta halves every {beta.search * joint:.0f} steps from {beta.start:g} on, until a latent lives"
-    found = halved if beta.kind == "auto" else ""
+    rises = f", then rises by a factor of {beta.rebound:g} and halves every {beta.fall * joint:.0f}, to {beta.low:g} at the least"
+    found = halved + rises if beta.kind == "auto" else ""
     stage("the encoder beside it", encoder, encoder * pace.encoder + new * pace.outputs, found)
     both = train.steps - first - encoder
     stage("both networks", both, both * pace.both, "" if encoder else found)

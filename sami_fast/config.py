@@ -380,12 +380,14 @@ class KLWeightConfig(Section):
     fraction: float = setting(0.8, "share of the joint steps that the course takes", number(0, 1, open_low=True))
     target: float = setting(0.0, "controller: KL to hold", number(0), "nats per image")
     gain: float = setting(0.002, "controller: change of ln beta per step at 100 % error", number(0, 1))
-    low: float = setting(1e-3, "controller, auto: smallest beta", number(0, open_low=True))
+    low: float = setting(1e-3, "controller, auto: smallest beta, at most kl_weight.start", number(0, open_low=True))
     high: float = setting(1.0, "controller, auto: largest beta", number(0, open_low=True))
     search: float = setting(
-        0.08, "auto: share of the joint steps in which beta halves, until a latent comes alive", number(0, 1, open_low=True)
+        0.08,
+        "auto: share of the joint steps in which beta halves, until a latent comes alive, and again where all have died",
+        number(0, 1, open_low=True),
     )
-    rebound: float = setting(2.0, "auto: beta right after a latent came alive, over beta when it did", number(0.1, 100))
+    rebound: float = setting(2.0, "auto: beta right after the first latent came alive, over beta when it did", number(0.1, 100))
     fall: float = setting(0.25, "auto: share of the joint steps in which beta halves from then on", number(0, 1, open_low=True))
     patience: float = setting(
         0.0, "auto: how much of that fall is left out while the information grows fast enough to get there; 0: none", number(0, 1)

@@ -34,23 +34,23 @@ class KLWeight:
     linear:      from start to end over the first `fraction` of the joint steps, then end
     exponential: the same, geometrically
     controller:  ln beta moves by gain * (KL - target) / target per step, within [low, high]; starts at start
-    auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`
-                 and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is held;
-                 slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
-                 If no latent lives any more, it falls as at first until one does, and never again rises to where they died.
-                 Where one lives it may only rise over the last `settle` of the joint steps
+    auto:        halves every `search` of the joint steps from start on, until a latent comes alive; then it is multiplied by `rebound`,
+                 once, and halves every `fall` of the joint steps, until the most informative latent holds `sharpest` nats, where it is
+                 held; slower by `patience`, or not at all, while the information grows fast enough to get there in the time of a halving.
+                 If no latent lives any more, it falls as at first until one does, and never again rises to where they died. Where one
+                 lives it may only rise over the last `settle` of the joint steps
 
     Too high a beta keeps every latent dead, and too low a one lets all of them come alive together, which leaves the axes tilted. Where
     the first comes alive depends on the data. What lives holds on at a higher beta than the one at which it came alive: a low start with a
-    high rebound wakes latents at once, and leaves those alone that are worth most. What already grows needs no lower beta, only time. A
-    latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its variance would reach its
-    floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the last of the fall has
-    woken need time too.
+    high rebound wakes latents at once, and only those survive the rebound that are worth most. What already grows needs no lower beta,
+    only time. A latent is sharp when the spread of its means is e^4 = 55 times its standard deviation: below that beta its variance would
+    reach its floor (`models.encoder`), and other latents would have to say the same once more. At the end latents that the last of the
+    fall has woken need time too.
 
     Args:
         settings: The `kl_weight` section of a config.
         joint_steps: Steps in which the encoder learns.
-        scale: Factor on every beta of a fixed course, and on the first of others: below 1 after a restart.
+        scale: Factor on every beta of a fixed course, on the first of others, and on auto's least: below 1 after a restart.
     """
 
     def __init__(self, settings: KLWeightSettings, joint_steps: int, scale: float = 1.0) -> None:
@@ -60,7 +60,8 @@ class KLWeight:
         self.growth = 0.0  # auto: of the information of the most informative latent, nats per step, smoothed
         self.found: int | None = None  # auto: joint step at which the first latent came alive
         self.asleep = True  # auto: whether no latent lives
-        self.highest = settings.high  # auto: beta from now on at most: where latents died
+        self.low = scale * settings.low if settings.kind == "auto" else settings.low
+        self.highest = settings.high  # auto: beta from now on at most; lower where latents died
 
     def __call__(self, joint_step: int) -> float:
         """beta at a joint step, counted from 0."""
@@ -76,8 +77,8 @@ class KLWeight:
 
     @property
     def searching(self) -> bool:
-        """Whether auto still looks for the beta at which a latent comes alive, and has any left to try."""
-        return self.settings.kind == "auto" and self.found is None and self.controlled > self.settings.low
+        """Whether auto looks for the beta at which a latent comes alive, and has any left to try."""
+        return self.settings.kind == "auto" and self.asleep and self.controlled > self.low
 
     def observe(self, joint_step: int, kl: float, information: Sequence[float]) -> None:
         """Tell what a joint step measured on its batch, once and in order.
@@ -90,7 +91,7 @@ class KLWeight:
         s = self.settings
         if s.kind == "controller":
             error = max(-1.0, min(1.0, (kl - s.target) / s.target))
-            self.controlled = min(s.high, max(s.low, self.controlled * math.exp(s.gain * error)))
+            self.controlled = min(s.high, max(self.low, self.controlled * math.exp(s.gain * error)))
         if s.kind == "auto":
             before = self.information or [0.0] * len(information)
             self.information = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, information, strict=True)]
@@ -112,7 +113,7 @@ class KLWeight:
             if not self.asleep and joint_step >= (1.0 - s.settle) * self.joint_steps:
                 speed = min(0.0, speed)
             self.controlled *= 0.5 ** (speed / halving)
-            self.controlled = min(self.highest, max(s.low, self.controlled))
+            self.controlled = min(self.highest, max(self.low, self.controlled))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -129,7 +130,8 @@ class KLWeight:
         if not isinstance(state, dict):
             state = {"controlled": state}
         known = {} if state.get("found") is None else {"asleep": False}  # checkpoints of before 2026-11-30 do not say it
-        state = {key: value for key, value in (self.state | known | state).items() if key != "woken"}  # they also said where latents woke
+        # Nor is what they said besides, where latents woke, of use.
+        state = {key: value for key, value in (self.state | known | state).items() if key != "woken"}
         information, found = state["information"], state["found"]
         numbers = [*(state[key] for key in ("controlled", "highest")), *(information if isinstance(information, list) else [None])]
         if (

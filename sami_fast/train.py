@@ -88,7 +88,7 @@ from sami_fast.schedule import Discrete
 from sami_fast.step import Draw
 
 RESTART_SCALE, RESTARTS = 1 / 3, 3  # beta of a restart after a collapse, and how often
-REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start or set objective.free_bits"
+REMEDY = "use train.mode=staged with kl_weight.kind=auto, lower kl_weight.start and kl_weight.low, or set objective.free_bits"
 COLLAPSED_NATS = 0.05  # less information than this in all latents after a fifth of the joint steps is worth a warning
 VALIDATION_BATCH = 64  # images at a time
 FIRST_LINE = 3.0  # seconds after which a first step is shown, however many steps log.every is
@@ -522,7 +522,9 @@ class Trainer:
         )
         state = "deterministic encoder" if self.model.deterministic else state
         self.say(f"step {self.step}/{config.train.steps} | loss {loss:.2f} nats | {state} | {self._pace(rate)}{waits}")
-        if self.model.deterministic or self.warned or self.kl_weight.searching:  # auto begins with a beta that latents cannot live with
+        if (
+            self.model.deterministic or self.warned or self.kl_weight.searching
+        ):  # auto may begin, or go on, with a beta that latents cannot live with
             return
         if joint_done > 0.2 * (config.train.steps - config.first_joint_step) and told < COLLAPSED_NATS:
             self.warned = True

@@ -1,7 +1,8 @@
 """Python programs as forks of a process that has loaded their libraries already: a start costs milliseconds, not seconds of imports.
 
-Everything else is as of programs that are started: processes of their own, with their arguments, environments and signals. `Forked` forks
-this process; `programs` makes commands of a shell that are forks of a process of its own.
+They are processes of their own, with their arguments, folders, streams, environments, ends and exit statuses. What a library reads of the
+environment while it is imported was read before, and an import that a program forgot may have been made. `Forked` forks this process;
+`programs` makes commands of a shell that are forks of a process of its own, which signals to the command do not reach.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -34,7 +36,7 @@ ANSWER = 0.02  # seconds after which a program that has ended is seen to have
 def load_libraries() -> None:
     """Once, before the first fork."""
     for library in LIBRARIES:
-        with suppress(ImportError):
+        with suppress(ImportError, OSError):
             import_module(library)
 
 
@@ -68,6 +70,8 @@ def _become(words: Sequence[str], environment: Mapping[str, str], streams: Mappi
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         atexit._clear()  # what the process that was forked has to do at its end
+        weakref.finalize._registry.clear()
+        weakref.finalize._registered_with_atexit = False
         sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
         os.environ.clear()
         os.environ.update(environment)
@@ -75,6 +79,8 @@ def _become(words: Sequence[str], environment: Mapping[str, str], streams: Mappi
         subprocess.Popen = Forked
         status = _run(words[2:])
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
@@ -87,13 +93,16 @@ def _run(words: Sequence[str]) -> int:
             sys.path.insert(0, os.getcwd())
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            sys.path.insert(0, str(Path(sys.argv[0]).parent))
+            sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else end.code is not None
+        if status is True:
+            print(end.code, file=sys.stderr)
     except BaseException as error:
         traceback.print_exc()
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()  # waits for threads, as a process does at its end
     atexit._run_exitfuncs()
     return int(status)
 
@@ -121,11 +130,13 @@ def programs(folder: Path) -> Iterator[None]:
         listening.bind(str(address))
         listening.listen()
         serving = [sys.executable, __file__, str(listening.fileno())]
-        server = subprocess.Popen(serving, pass_fds=[listening.fileno()], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        # Imports that ask CUDA itself whether it is there would end its use in forks.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        server = subprocess.Popen(serving, pass_fds=[listening.fileno()], env=environment, start_new_session=True)
     try:
         yield
     finally:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)  # and what still runs
         server.wait()
 
 
@@ -137,6 +148,9 @@ def _serve(listening: socket.socket) -> None:
         if select.select([listening], [], [], ANSWER if running else None)[0]:
             connection, _ = listening.accept()
             asked, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+            if not asked:  # the command has ended before it could ask
+                connection.close()
+                continue
             words, folder, environment = json.loads(asked)
             if not (child := os.fork()):
                 listening.close()
@@ -146,8 +160,9 @@ def _serve(listening: socket.socket) -> None:
                 os.close(stream)
             running[child] = connection
         while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            with running.pop(ended[0]) as connection:
-                connection.send(bytes([os.waitstatus_to_exitcode(ended[1]) % 256]))
+            if ended[0] in running:
+                with running.pop(ended[0]) as connection, suppress(OSError):  # the command may be gone
+                    connection.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
 
 
 def _ask(address: str, program: str, *arguments: str) -> int:
@@ -159,10 +174,16 @@ def _ask(address: str, program: str, *arguments: str) -> int:
         connection.connect(address)
         message = json.dumps([[sys.executable, "-u", *words], os.getcwd(), dict(os.environ)]).encode()
         socket.send_fds(connection, [message], [0, 1, 2])
-        return (connection.recv(1) or b"\1")[0]
+        status = int(connection.recv(16) or 1)
+    if status < 0:  # it was killed, and so is this
+        with suppress(OSError):  # SIGKILL has no other action
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
+        del sys.path[0]  # this folder
         _serve(socket.socket(*SOCKET, fileno=int(sys.argv[1])))
     sys.exit(_ask(*sys.argv[1:]))

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -1549,3 +1550,16 @@ def test_exif_transpose_agrees():
     for orientation, turn in TURNED.items():
         image = Image.open(io.BytesIO(encoded(photo(), "PNG", exif=exif(orientation))))
         assert np.array_equal(np.array(ImageOps.exif_transpose(image)), turn(photo()))
+
+
+def test_a_cache_that_is_open_at_the_end_of_a_process_says_nothing(tmp_path):
+    code = """
+import pathlib, sys
+from sami_fast.data.cache import PixelCache
+cache = PixelCache(pathlib.Path(sys.argv[1]), 3, (1, 2, 2))
+held = cache  # by a module, which lets go of it after `os` is taken down
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cache.u8")], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

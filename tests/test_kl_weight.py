@@ -193,7 +193,7 @@ def test_auto_rises_past_its_rebound_where_latents_are_too_sharp():
 
 
 def test_auto_searches_on_from_a_rebound_that_no_latent_survives():
-    """At the higher beta all die; below the one at which the first came alive, and not before, one lives again."""
+    """At the higher beta all die; far below it one lives again."""
     weight = KLWeight(settings(kind="auto", start=1.0, rebound=2.0), 2000)
     threshold, told, course, died = 0.5, 1e-3, [], None
     for step in range(2000):
@@ -204,10 +204,12 @@ def test_auto_searches_on_from_a_rebound_that_no_latent_survives():
         weight.observe(step, 1.0, [told])
         if weight.found is not None and weight.asleep and died is None:
             died = step
+        assert weight.searching == weight.asleep
     assert course[weight.found + 1] == pytest.approx(2 * course[weight.found], rel=0.02)
     assert died - weight.found < 200  # of 2000 steps, in which a halving takes 400 while a latent lives
     assert course[died + 80] == pytest.approx(course[died] / 2, rel=0.02)  # halves every 4 % of the steps again
     assert weight.highest == pytest.approx(course[died], rel=0.02)
+    assert max(course[died + 1 :]) <= weight.highest
     assert not weight.asleep
     assert min(course) < 0.2 * math.exp(-1.0)
 
@@ -225,6 +227,18 @@ def test_auto_wakes_latents_at_a_low_start_and_prunes_them_at_a_high_rebound():
     assert lives[weight.found + 150] == [True, False]
     assert lives[-1] == [True, True]
     assert weight.highest == 1.0
+
+
+def test_a_restart_has_all_of_beta_lower():
+    """Its first and its least: where the first try came down to its least, nothing else would be another one."""
+    weight = KLWeight(settings(kind="auto", start=0.03, low=0.015, fall=0.05), 1000, 1 / 3)
+    course = alive(weight, 0.02, 1000)
+    assert course[0] == pytest.approx(0.01)
+    assert min(course) == pytest.approx(0.005)
+    nothing = KLWeight(settings(kind="auto", start=0.03, low=0.015), 1000, 1 / 3)
+    assert alive(nothing, 0.0, 1000)[-1] == pytest.approx(0.005)
+    assert not nothing.searching
+    assert KLWeight(settings(kind="controller", target=1.0, start=0.03, low=0.03), 10, 1 / 3).low == 0.03
 
 
 def test_auto_finds_nothing_where_nothing_lives():

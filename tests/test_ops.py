@@ -390,6 +390,17 @@ def test_compiled_for_changing_sizes():
         compiled(normal(1, 5, 2, 4, dtype=torch.float32), "triton")
 
 
+def test_compiled_for_changing_numbers():
+    """A step that counts up becomes a symbol, too."""
+    torch._dynamo.reset()
+    image, alpha, sigma, index = normal(2, 1, 4, 4, dtype=torch.float32), torch.full((2, 1), 0.8), torch.full((2, 1), 0.6), torch.arange(2)
+    compiled = torch.compile(
+        lambda step: ops.noise_sample(image, alpha, sigma, index, seed=3, step=step)[0], backend="eager", fullgraph=True
+    )
+    for step in (1, 2, 3):
+        assert torch.equal(compiled(step), ops.noise_sample(image, alpha, sigma, index, seed=3, step=step)[0])
+
+
 # Dual numbers
 
 

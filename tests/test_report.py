@@ -922,17 +922,23 @@ def test_pictures_in_wandb(collapsed, tmp_path, monkeypatch):
 # What the first screen and the cards are made of
 
 
+AS_PHOTOS = ["kl_weight.kind=auto", "kl_weight.start=0.03", "kl_weight.low=0.015", "train.turn=[0.6]"]
+
+
 @pytest.mark.parametrize(
     ("word", "live", "settings", "expected"),
     [
         ("healthy", 3, [], []),
         ("collapsed", 0, [], ["kl_weight.kind=auto", "train.mode=staged"]),
-        ("collapsed", 0, ["kl_weight.kind=auto"], ["kl_weight.start=0.0625"]),
+        ("collapsed", 0, ["kl_weight.kind=auto"], ["kl_weight.start=0.0625", "kl_weight.low=0.00025"]),
+        ("collapsed", 0, AS_PHOTOS, ["kl_weight.start=0.0075", "kl_weight.low=0.00375"]),
         ("undertrained", 3, [], ["train.steps=60"]),
         ("undertrained", 3, ["train.minutes=10"], ["train.minutes=20"]),
-        ("redundant", 2, [], ["encoder.latent_size=2"]),
-        ("redundant", 3, ["kl_weight.kind=auto"], ["kl_weight.sharpest=3"]),
-        ("tilted", 3, [], ["train.turn=[0.5]"]),
+        ("redundant", 2, [], ["train.turn=[0.6]"]),
+        ("redundant", 2, ["train.turn=[0.6]"], ["encoder.latent_size=2"]),
+        ("redundant", 3, AS_PHOTOS, ["kl_weight.low=0.03"]),
+        ("redundant", 3, ["train.turn=[0.6]"], ["kl_weight.end=0.16"]),
+        ("tilted", 3, [], ["train.turn=[0.6]"]),
         ("tilted", 3, ["train.turn=[0.5]"], []),
         ("tilted", 3, ["train.turn=[0.5]", "kl_weight.kind=auto"], ["kl_weight.fall=0.5"]),
         ("repairing the denoiser", 3, ["train.mode=staged"], ["train.denoiser_steps=3000"]),

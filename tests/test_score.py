@@ -210,6 +210,23 @@ def test_a_compiled_score_cannot_lose_its_gradient_unnoticed():
         assert relative_error(compiled(), score.reverse(encoder, x, z)) < 1e-12
 
 
+def test_sweeps_stand_between_compiled_graphs():
+    encoder, x, z, graphs = tiny_encoder(), normal(2, 1, 8, 8), normal(2, 3, seed=3), []
+
+    def kept(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: score.grad_log_q(encoder, x + 1, z, "sweeps").sin(), backend=kept)
+    value = compiled(x)
+    assert relative_error(value, score.reverse(encoder, x + 1, z).sin()) < 1e-12
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")]
+    assert len(graphs) == 2
+    assert not any("conv" in name or "sami_fast" in name for name in called)
+    assert_equal(gradients(value.sum(), encoder), gradients(score.reverse(encoder, x + 1, z).sin().sum(), encoder))
+
+
 def test_convolutions_that_cannot_be_swept():
     for settings in ({"padding": "same"}, {"padding": 1, "padding_mode": "circular"}):
         with pytest.raises(ValueError, match="padding: expected numbers of zeros"):

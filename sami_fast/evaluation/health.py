@@ -12,6 +12,7 @@ OVERSURE = 2.0  # and above which the encoder is surer than it may be
 RISING = 0.15  # share of the information that the last fifth of training brought, from which a run was cut short
 COPIED = 0.7  # rank correlation of two latents above which they share half of their variance: they say the same
 OVERLOOKED = 0.3  # share of what principal components tell of the pixels, below which latents tell of something else
+DEARER = "a higher kl_weight.low (kl_weight.end of a fixed course), or a smaller encoder.latent_size"
 READABLE, MIXED = 0.9, 0.8  # linear R2 and MCC: factors that can be read, but lie on several latents each
 
 
@@ -68,7 +69,7 @@ def diagnose(
         return Health(
             "collapsed",
             f"all {len(information)} latents together hold {told:.2f} nats of information, which is nothing.",
-            "kl_weight.kind=auto with train.mode=staged; or a lower kl_weight.start",
+            "kl_weight.kind=auto with train.mode=staged; or a lower kl_weight.start and kl_weight.low",
         )
     spread = None if zscore_square is None else float(zscore_square[:, live].mean())
     if gain is not None and other is not None:
@@ -83,7 +84,7 @@ def diagnose(
             return Health(
                 "redundant",
                 f"the latents hold {told:.1f} nats and guidance gains nothing for them ({gain:.1f} nats).",
-                "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
+                DEARER,
             )
     if pixel_r2 is not None and pixel_r2_of_components is not None and pixel_r2 < OVERLOOKED * pixel_r2_of_components:
         return Health(
@@ -103,19 +104,19 @@ def diagnose(
         return Health(
             "redundant",
             f"two latents say the same (rank correlation {copied:.2f}).",
-            "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
+            f"train.turn=[0.6], {DEARER}",
         )
     if spread is not None and spread < MODEST:
         return Health(
             "redundant",
             f"latents miss by less than their variance admits (squared standardised errors of {spread:.2f}; 1 is right): "
             "they pull the same pixels.",
-            "a smaller kl_weight.sharpest, a higher kl_weight.end, or a smaller encoder.latent_size",
+            DEARER,
         )
     if linear_r2 is not None and mcc is not None and linear_r2 > READABLE and mcc < MIXED:
         return Health(
             "tilted",
             f"the factors can be read linearly (R2 {linear_r2:.2f}) but not from a latent each (MCC {mcc:.2f}).",
-            "a slower fall of beta (kl_weight.search, kl_weight.fall), or `sami-fast axes` for directions",
+            "train.turn=[0.6], a slower fall of beta (kl_weight.fall), or `sami-fast axes` for directions",
         )
     return Health("healthy", f"{len(live)} of {len(information)} latents hold {told:.1f} nats of information.", "")

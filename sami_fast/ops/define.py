@@ -77,8 +77,8 @@ def _asked_once(shapes: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembered(*args):
         given = [_layout(a) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a for a in args]
-        numbers = [n for a in given if isinstance(a, _Layout) for n in (*a.shape, *a.strides)]
-        if args[-1] == "triton" or not all(type(n) is int for n in numbers):  # compiled for any size, they are symbols
+        numbers = [n for a in given for n in ((*a.shape, *a.strides) if isinstance(a, _Layout) else (a,))]
+        if args[-1] == "triton" or any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in numbers):
             return shapes(*args)
         key = tuple(given)
         if key not in known:

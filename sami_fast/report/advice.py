@@ -29,6 +29,7 @@ def mended(config: Config, word: str, live: int) -> list[str]:
         live: Number of its live latents.
     """
     train, price = config.train, config.kl_weight
+    can_turn = config.method == "sami" and not config.encoder.class_ and not train.turn
     if word == "undertrained":
         return [f"train.minutes={2 * train.minutes:g}" if train.minutes else f"train.steps={2 * train.steps}"]
     if word == "repairing the denoiser":
@@ -38,17 +39,17 @@ def mended(config: Config, word: str, live: int) -> list[str]:
     if word == "collapsed" and config.method == "sami" and price.kind != "auto":
         return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
     if word == "collapsed":
-        return [f"kl_weight.start={max(price.low, price.start / 4):g}"]
+        return [f"kl_weight.start={price.start / 4:g}", *([f"kl_weight.low={price.low / 4:g}"] if price.kind == "auto" else [])]
     if word == "overlooking" and config.own_encoder:
         wanted = {"encoder.style": (config.encoder.style, "silu"), "encoder.smooth": (config.encoder.smooth, 0.5)}
         changed = [f"{key}={value}" for key, (found, value) in wanted.items() if found != value]
         return [*changed, *(["sami.logsnr_max=auto"] if config.sami.logsnr_max == SamiConfig().logsnr_max else [])]
+    if word in ("redundant", "tilted") and can_turn:
+        return ["train.turn=[0.6]"]
     if word == "redundant" and 0 < live < config.encoder.latent_size:
         return [f"encoder.latent_size={live}"]
     if word == "redundant":
-        return [f"kl_weight.sharpest={0.75 * price.sharpest:g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
-    if word == "tilted" and config.method == "sami" and not config.encoder.class_ and not train.turn:
-        return ["train.turn=[0.5]"]
+        return [f"kl_weight.low={min(price.start, 2 * price.low):g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
     if word == "tilted" and price.kind == "auto":
         return [f"kl_weight.fall={min(1.0, 2 * price.fall):g}"]
     return []
