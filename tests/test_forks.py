@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import forks
@@ -25,7 +24,6 @@ if what == "killed":
     os.kill(os.getpid(), 9)
 """
 STATUS = {"nothing": 0, "status": 3, "text": 1, "raise": 1, "killed": 137}
-STARTED = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def ran(commands: Path, folder: Path, text: str) -> tuple[int, str, list[str]]:
 @pytest.mark.parametrize("what", STATUS)
 def test_a_fork_ends_as_a_started_program(forked, tmp_path, what):
     text = f"python {forked / 'program.py'} {what} 'two words'; echo \"; status $?\"; exit 5"
-    mine, theirs = ran(forked, tmp_path, text), ran(STARTED, tmp_path, text)
+    mine, theirs = ran(forked, tmp_path, text), ran(forks.BIN, tmp_path, text)
     assert mine[:2] == theirs[:2]
     assert mine[1].endswith(f"; status {STATUS[what]}\n")
     if what != "killed":  # of which the shell tells, with a number of the process; and which leaves what it has made

@@ -923,6 +923,7 @@ def test_pictures_in_wandb(collapsed, tmp_path, monkeypatch):
 
 
 AS_PHOTOS = ["kl_weight.kind=auto", "kl_weight.start=0.03", "kl_weight.low=0.015", "train.turn=[0.6]"]
+CONTROLLED = ["method=beta_vae", "kl_weight.kind=controller", "kl_weight.target=5", "kl_weight.start=0.01", "kl_weight.low=0.01"]
 
 
 @pytest.mark.parametrize(
@@ -932,6 +933,7 @@ AS_PHOTOS = ["kl_weight.kind=auto", "kl_weight.start=0.03", "kl_weight.low=0.015
         ("collapsed", 0, [], ["kl_weight.kind=auto", "train.mode=staged"]),
         ("collapsed", 0, ["kl_weight.kind=auto"], ["kl_weight.start=0.0625", "kl_weight.low=0.00025"]),
         ("collapsed", 0, AS_PHOTOS, ["kl_weight.start=0.0075", "kl_weight.low=0.00375"]),
+        ("collapsed", 0, CONTROLLED, ["kl_weight.start=0.0025", "kl_weight.low=0.0025"]),
         ("undertrained", 3, [], ["train.steps=60"]),
         ("undertrained", 3, ["train.minutes=10"], ["train.minutes=20"]),
         ("redundant", 2, [], ["train.turn=[0.6]"]),

@@ -39,7 +39,10 @@ def mended(config: Config, word: str, live: int) -> list[str]:
     if word == "collapsed" and config.method == "sami" and price.kind != "auto":
         return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
     if word == "collapsed":
-        return [f"kl_weight.start={price.start / 4:g}", *([f"kl_weight.low={price.low / 4:g}"] if price.kind == "auto" else [])]
+        return [
+            f"kl_weight.start={price.start / 4:g}",
+            *([f"kl_weight.low={price.low / 4:g}"] if price.kind in ("controller", "auto") else []),
+        ]
     if word == "overlooking" and config.own_encoder:
         wanted = {"encoder.style": (config.encoder.style, "silu"), "encoder.smooth": (config.encoder.smooth, 0.5)}
         changed = [f"{key}={value}" for key, (found, value) in wanted.items() if found != value]
