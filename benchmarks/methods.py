@@ -87,7 +87,7 @@ DATA = {
     # All methods have the same minutes of one thread.
     "rooms": Data("rooms", SMALL, special=BANK),
     "avatars": Data("avatars", SMALL, special=BANK),
-    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills"),
+    "stills": Data("clips_small", ["data.video.clip_length=11", "train.minutes=8"], "videos", "stills", special=STEPS),
     # From here on of SAMI alone.
     "faces": Data("photos_small", ["data.channels=1", "data.holdout_by=folder"], "faces", special=STEPS),  # people that training never saw
     "patches": Data("photos_small", ["data.holdout_by=folder"], "patches", special=STEPS),  # photographs that training never saw
