@@ -11,9 +11,7 @@ python -m benchmarks.methods --data disks --methods beta_vae --seeds 0 kl_weight
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ from sami_fast.evaluation.scores import plain
 from sami_fast.latents.discovery import discover
 from sami_fast.metrics.attributes import tad
 
-from .recovery import pixel_energy
+from .recovery import pixel_energy, trained
 from .rows import ROOT, Row, address, committed
 from .sources import imagenet, prepared
 from .table import Columns, page_table
@@ -117,15 +115,10 @@ def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
     command += [f"data.path={runs / what.source / what.folder}"] if what.source else []
     command += overrides(data, method, settings)
     if not (runs / name / "model/config.json").is_file():
-        with open(runs / f"{name}.log", "w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
-        seconds = {"cpu_seconds": used.ru_utime + used.ru_stime}  # of the whole command: start, every stage, validation, checkpoints
-        (runs / name / "used.json").write_text(json.dumps(seconds))
-        print(f"{name}: trained in {seconds['cpu_seconds'] / 60:.1f} CPU minutes", flush=True)
+        seconds = trained(command, runs / f"{name}.log")
+        if seconds is not None:
+            (runs / name / "used.json").write_text(json.dumps({"cpu_seconds": seconds}))
+            print(f"{name}: trained in {seconds / 60:.1f} CPU minutes", flush=True)
     return runs / name
 
 

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import scaling, tables
 from benchmarks.chart import digest, draw
 from benchmarks.compare import changes, report
+from benchmarks.recovery import trained
 from benchmarks.rows import RESULTS, ROOT, read, write_rows
 from benchmarks.table import against_best_rival, page_table, select, short, table, to_csv
 from sami_fast import plan
@@ -222,3 +223,21 @@ def test_a_plan_follows_from_the_counts_of_its_row(name, monkeypatch):
     monkeypatch.setattr(plan, "count_networks", count_networks)
     found = plan.facts(plan.plan(load_config(name, [scaling.CONFIGS[name]]), scaling.GPUS, scaling.GPU))
     assert json.loads(json.dumps(found)) == {key: row[key] for key in found}
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("d: 1 rank(s) on cpu, steps 0 to 9\nr: 1 rank(s) on cpu, steps 0 to 5", True),
+        ("d: 1 rank(s) on cpu, steps 0 to 9\nr: 1 rank(s) on cpu, steps 3 to 5", False),
+        ("stage 1, the denoiser alone: d, done before\nr: 1 rank(s) on cpu, steps 0 to 5", False),
+    ],
+)
+def test_cpu_time_is_known_only_of_what_was_trained_whole(tmp_path, said, whole):
+    seconds = trained([sys.executable, "-c", f"print({said!r}); sum(range(3_000_000))"], tmp_path / "log")
+    assert 0.01 < seconds < 60 if whole else seconds is None
+
+
+def test_a_training_that_fails_gives_no_time(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        trained([sys.executable, "-c", "exit(2)"], tmp_path / "log")
