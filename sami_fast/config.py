@@ -62,6 +62,7 @@ NAMED: Check = ("package.module:Name or path/to/file.py:Name", lambda v: not v o
 STAGE: Check = ("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))
 COMPILE = ("none", "denoiser", "step")
 MODES = ("joint", "denoiser", "frozen", "finetune", "staged")
+NO_SKIP = -30.0  # of denoiser.skip_logsnr: its U-Net says the noise itself at all levels
 AUTO = "auto"  # how a setting that is None for now is written
 
 
@@ -326,6 +327,9 @@ class DenoiserConfig(Section):
     groups: int = setting(4, "groups of the norms", number(1, 1024))
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     embedding_size: int = setting(64, "width of the noise-level embedding, even", number(2, 8192))
+    skip_logsnr: float = setting(
+        NO_SKIP, f"level below which the noisy image itself is most of the estimate; {NO_SKIP:g}: at none", number(NO_SKIP, 30)
+    )
     class_: str = setting(
         "", "a network of your own in place of this package's, package.module:Name or path/to/file.py:Name: see docs/extending.md", NAMED
     )
@@ -966,7 +970,7 @@ def _free_value(value: Any) -> Any:
 
 # Settings of our own networks, and of a network that is a class by name.
 OWN_ENCODER = ("channels", "blocks", "attention", "groups", "style", "smooth")
-OWN_DENOISER = ("channels", "blocks", "attention", "groups", "style", "embedding_size")
+OWN_DENOISER = ("channels", "blocks", "attention", "groups", "style", "embedding_size", "skip_logsnr")
 NAMED_ENCODER = ("kwargs", "returns", "takes", "accelerate")
 NAMED_DENOISER = ("kwargs", "time", "predicts", "timesteps", "betas", "accelerate")
 
@@ -988,7 +992,14 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Config], bool]], ...] = (
     (("train.turn",), "method sami and an encoder of this package", lambda c: c.method == "sami" and not c.encoder.class_),
     (("train.turn",), "a mode in which an encoder learns", lambda c: c.mode != "denoiser"),
     (
-        ("objective.weighting", "objective.noise_levels", "objective.time_power", "engine.store_eps", "denoiser.embedding_size"),
+        (
+            "objective.weighting",
+            "objective.noise_levels",
+            "objective.time_power",
+            "engine.store_eps",
+            "denoiser.embedding_size",
+            "denoiser.skip_logsnr",
+        ),
         "a method with noise, sami or diffae",
         lambda c: c.method != "beta_vae",
     ),

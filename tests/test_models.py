@@ -14,6 +14,7 @@ from sami_fast.models import Denoiser, Encoder
 from sami_fast.models.denoiser import time_embedding
 from sami_fast.models.encoder import MIN_VAR, smooth_kernels
 from sami_fast.models.layers import STYLES, AttentionBlock, GroupNormSiLU
+from sami_fast.schedule import Cosine
 
 each_style = pytest.mark.parametrize("style", STYLES)
 
@@ -59,6 +60,35 @@ def test_denoiser_shapes(image_channels, size, channels, blocks, attention, styl
 def test_a_new_denoiser_predicts_no_noise(style):
     denoiser = Denoiser(3, 16, [4, 8], style=style)
     assert denoiser(normal(2, 3, 16, 16, dtype=torch.float32), torch.tensor([0.1, 0.9])).abs().max() == 0
+
+
+@pytest.mark.parametrize("latent_size", [0, 3])
+def test_a_denoiser_says_only_what_the_noisy_image_does_not(latent_size):
+    schedule = Cosine(-9.0, 6.0)
+    plain, beside = (tiny_denoiser(latent_size=latent_size, **more) for more in ({}, {"skip_logsnr": -5.0, "schedule": schedule}))
+    t = torch.tensor([0.0, 0.4, 0.8, 1.0], dtype=torch.float64)
+    x_t, z = normal(4, 1, 8, 8), [normal(4, latent_size)] if latent_size else []
+    logsnr = schedule.logsnr(t) + 5.0
+    signal = (1 / (1 + torch.exp(-logsnr))).view(-1, 1, 1, 1)
+    expected = (1 - signal).sqrt() * x_t + signal.sqrt() * plain(x_t, t, *z)
+    assert relative_error(beside(x_t, t, *z), expected) < 1e-13
+    # At the noisiest level all but the noisy image is taken times e^-2, at the cleanest the noisy image times e^-5.5.
+    assert signal.sqrt()[[0, 3]].flatten().tolist() == pytest.approx([1.0, math.exp(-2.0)], abs=0.01)
+
+
+def test_a_denoiser_beside_the_noisy_image_can_be_differentiated_twice():
+    denoiser = tiny_denoiser(skip_logsnr=-5.0, schedule=Cosine(-9.0, 6.0))
+    x_t, t = normal(1, 1, 8, 8).requires_grad_(), torch.tensor([0.9], dtype=torch.float64)
+    assert gradcheck(lambda x: denoiser(x, t), (x_t,))
+    assert gradgradcheck(lambda x: denoiser(x, t), (x_t,))
+
+
+def test_a_denoiser_that_does_not_know_what_t_means_says_so():
+    denoiser = tiny_denoiser(skip_logsnr=-5.0)
+    with pytest.raises(ValueError, match=r"skip_logsnr: needs to know what t means: Denoiser\(..., schedule=...\) or `use`"):
+        denoiser(normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64))
+    denoiser.use(Cosine(-9.0, 6.0))
+    assert denoiser(normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64)).isfinite().all()
 
 
 @each_style

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..adapters import EncoderAdapter, alphas_cumprod, named_classes
-from ..config import NAMED_DENOISER, NAMED_ENCODER, Config, EncoderConfig, ScheduleConfig, settings_of
+from ..config import NAMED_DENOISER, NAMED_ENCODER, NO_SKIP, Config, EncoderConfig, ScheduleConfig, settings_of
 from ..errors import UserError
 from ..pretrained import (
     DiscreteTimeDenoiser,
@@ -67,6 +67,8 @@ def architecture_of(config: Config, image_shape: tuple[int, int, int], denoiser:
         partner["latent_size"] = config.encoder.latent_size
     if not method.noisy:
         del partner["embedding_size"]
+    if not method.noisy or partner.get("skip_logsnr") == NO_SKIP:  # as in models of before 2026-11-30
+        partner.pop("skip_logsnr", None)
     return {"encoder": encoder, method.partner: denoiser or partner}
 
 
