@@ -49,7 +49,8 @@ def seeds_passing(config: str, least: int, minutes: float = math.inf) -> Callabl
         used = [row.get("cpu_seconds", math.inf) / 60 for row in rows]
         passing = sum(row["passes"] and took <= minutes for row, took in zip(rows, used, strict=True))
         worst = min(min(row["linear_r2"].values()) for row in rows), min(row["mcc"] for row in rows)
-        time = f"; {max(used):.1f} CPU minutes at most" if minutes < math.inf else ""
+        most = f"{max(used):.1f} CPU minutes at most" if max(used) < math.inf else "their CPU minutes were not measured"
+        time = f"; {most}" if minutes < math.inf else ""
         return passing >= least, f"{passing} of {len(rows)} seeds; least R2 {worst[0]:.3f}, least MCC {worst[1]:.3f}{time}"
 
     return judged

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from ..config import Config, SamiConfig, load_config
+from ..config import NO_SKIP, Config, SamiConfig, load_config
 from ..errors import UserError
 from ..evaluation import Run
 from ..evaluation.table import Scores
@@ -33,9 +33,10 @@ def mended(config: Config, word: str, live: int) -> list[str]:
     if word == "undertrained":
         return [f"train.minutes={2 * train.minutes:g}" if train.minutes else f"train.steps={2 * train.steps}"]
     if word == "repairing the denoiser":
+        knows = ["denoiser.skip_logsnr=-5"] if config.denoiser.skip_logsnr == NO_SKIP and not config.denoiser.class_ else []
         if config.mode == "staged":
-            return [f"train.denoiser_steps={2 * (train.denoiser_steps or train.steps)}"]
-        return [f"train.denoiser_warmup={min(0.5, 2 * train.denoiser_warmup or 0.2):g}"] if config.mode == "joint" else []
+            return [*knows, f"train.denoiser_steps={2 * (train.denoiser_steps or train.steps)}"]
+        return [*knows, f"train.denoiser_warmup={min(0.5, 2 * train.denoiser_warmup or 0.2):g}"] if config.mode == "joint" else []
     if word == "collapsed" and config.method == "sami" and price.kind != "auto":
         return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
     if word == "collapsed":
