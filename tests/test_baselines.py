@@ -35,7 +35,9 @@ def beta_vae(decoder_std: float) -> BetaVAE:
 
 def diffae(stochastic: bool) -> DiffAE:
     torch.manual_seed(0)
-    model = DiffAE.build({"encoder": ENCODER, "denoiser": PARTNER | {"embedding_size": 8}}, SCHEDULE, stochastic=stochastic).double()
+    model = DiffAE.build(
+        {"encoder": ENCODER, "denoiser": PARTNER | {"embedding_size": 8, "skip_logsnr": -5.0}}, SCHEDULE, stochastic=stochastic
+    ).double()
     torch.nn.init.normal_(model.denoiser.out.weight, std=0.2)
     return model
 

@@ -26,7 +26,7 @@ from sami_fast.schedule import UniformLogsnr
 
 IMAGE = {"image_channels": 1, "image_size": 8}
 ENCODER = IMAGE | {"latent_size": 3, "channels": [4, 6], "attention": [4]}
-DENOISER = IMAGE | {"channels": [4, 6], "embedding_size": 8}
+DENOISER = IMAGE | {"channels": [4, 6], "embedding_size": 8, "skip_logsnr": -5.0}
 SCHEDULE = {"kind": "uniform_logsnr", "logsnr_min": -7.0, "logsnr_max": 5.0}
 
 

@@ -148,6 +148,7 @@ def _nothing(*outputs: Tensor) -> Tensor:
     """Zero, with gradients of zero for the parameters behind these outputs.
 
     Every rank reduces every gradient, so a network that waits for its turn needs some. Adam counts these steps, which makes the network's
-    first updates up to twice as large; its own learning-rate warm-up covers them.
+    first updates up to twice as large; its own learning-rate warm-up covers them. The gradient of a plain sum has no order of its own, and
+    on a GPU convolutions would copy it; that of a product lies as the output does.
     """
-    return 0.0 * torch.stack([output.sum() for output in outputs]).sum()
+    return 0.0 * torch.stack([(output * output.detach()).sum() for output in outputs]).sum()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.conv2d import for_convolutions, with_gradient_laid_out
+from ..ops.conv2d import for_convolutions
 from ..schedule import Schedule, alpha_sigma
 from .layers import AttentionBlock, Conv2d, ResBlock, Upsample, check_size, check_sizes, checked_sides, conv, norm_act
 
@@ -168,4 +168,4 @@ class Denoiser(nn.Module):
         if self.schedule is None:
             raise ValueError("skip_logsnr: needs to know what t means: Denoiser(..., schedule=...) or `use`")
         alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(self.schedule.logsnr(t) - self.skip_logsnr))
-        return torch.addcmul(alpha * with_gradient_laid_out(out), sigma, x_t)
+        return torch.addcmul(alpha * out, sigma, x_t)
