@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from sami_fast.config import Config
+from sami_fast.config import NO_SKIP, Config
 from sami_fast.data import Feed, open_dataset
 from sami_fast.methods.build import build_model
 from sami_fast.step import Draw
@@ -173,6 +173,7 @@ class PlainSami(nn.Module):
         assert schedule.kind == "uniform_logsnr"
         assert schedule.logsnr_min is not None
         assert config.encoder.style == config.denoiser.style == "group_norm_silu"
+        assert config.denoiser.skip_logsnr == NO_SKIP
         self.lowest, self.highest, self.unconditional = schedule.logsnr_min, schedule.logsnr_max, objective.unconditional_weight
         ours = build_model(config, image_shape)
         self.encoder, self.denoiser = (

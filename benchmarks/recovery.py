@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -58,13 +59,15 @@ def trained(command: list[str], log: Path) -> float | None:
 def run_seed(arguments: argparse.Namespace, seed: int) -> tuple[Path, float | None]:
     """Train one seed with one thread, and score it; returns its run folder, and `trained`'s CPU seconds."""
     name = f"{arguments.config}_seed{seed}"
-    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", arguments.config, "--overwrite", "--no-report"]
-    command += [f"seed={seed}", f"name={name}", f"runs_dir={arguments.runs}", "engine.threads=1", *arguments.overrides]
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    seconds = trained(command, arguments.runs / f"{name}.log")
-    report = [sys.executable, "-m", "sami_fast.cli", "report", str(arguments.runs / name), "--threads", "1"]
+    runs = arguments.runs.resolve() / name  # of its own, so that its first stage is trained, and timed, with it
+    shutil.rmtree(runs, ignore_errors=True)
+    runs.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", arguments.config, "--no-report"]
+    command += [f"seed={seed}", f"name={name}", f"runs_dir={runs}", "engine.threads=1", *arguments.overrides]
+    seconds = trained(command, runs / "log")
+    report = [sys.executable, "-m", "sami_fast.cli", "report", str(runs / name), "--threads", "1"]
     subprocess.run(report, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return arguments.runs / name, seconds
+    return runs / name, seconds
 
 
 def pixel_energy(config: Config) -> dict[str, float]:

@@ -328,7 +328,10 @@ class DenoiserConfig(Section):
     style: str = setting(STYLES[0], "norms and activations", one_of(*STYLES))
     embedding_size: int = setting(64, "width of the noise-level embedding, even", number(2, 8192))
     skip_logsnr: float = setting(
-        NO_SKIP, f"level below which the noisy image itself is most of the estimate; {NO_SKIP:g}: at none", number(NO_SKIP, 30)
+        NO_SKIP,
+        "at levels noisier than this ln(alpha^2 / sigma^2) the noisy image itself is most of the estimated noise, and the network need not "
+        f"reproduce it; {NO_SKIP:g}: at none",
+        number(NO_SKIP, 30),
     )
     class_: str = setting(
         "", "a network of your own in place of this package's, package.module:Name or path/to/file.py:Name: see docs/extending.md", NAMED

@@ -216,7 +216,7 @@ def build_denoiser(arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
     if "class" in arguments:
         return named_denoiser(arguments, schedule)
     if "unet" not in arguments:
-        return Denoiser(**arguments, schedule=schedule)
+        return Denoiser(**arguments)
     return DiffusersDenoiser(_unet(arguments["unet"]), arguments["scheduler"], schedule)
 
 

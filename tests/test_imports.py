@@ -29,7 +29,7 @@ ALLOWED = {
     "adapters": {"accelerate", "errors", "named", "schedule"},
     "first_batch": {"adapters", "errors", "methods", "ops", "score", "step"},
     "score": {"errors", "ops", "sweeps"},
-    "models": {"ops", "sweeps"},
+    "models": {"ops", "schedule", "sweeps"},
     "step": {"ops", "schedule", "score"},
     "hub": {"errors", "files", "saved"},
     "saved": {"errors", "files"},

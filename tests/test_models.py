@@ -9,7 +9,7 @@ from helpers import normal, relative_error, tiny_denoiser, tiny_encoder
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from sami_fast import ops, score
+from sami_fast import Sami, ops, score
 from sami_fast.models import Denoiser, Encoder
 from sami_fast.models.denoiser import time_embedding
 from sami_fast.models.encoder import MIN_VAR, smooth_kernels
@@ -87,8 +87,22 @@ def test_a_denoiser_that_does_not_know_what_t_means_says_so():
     denoiser = tiny_denoiser(skip_logsnr=-5.0)
     with pytest.raises(ValueError, match=r"skip_logsnr: needs to know what t means: Denoiser\(..., schedule=...\) or `use`"):
         denoiser(normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64))
-    denoiser.use(Cosine(-9.0, 6.0))
-    assert denoiser(normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64)).isfinite().all()
+    x_t, t = normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64)
+    model = Sami(tiny_encoder(), denoiser, Cosine(-9.0, 6.0))  # knows it, and tells
+    expected = tiny_denoiser(skip_logsnr=-5.0, schedule=Cosine(-9.0, 6.0))(x_t, t)
+    assert torch.equal(model.predict_eps(x_t, t), expected)
+    with pytest.raises(ValueError, match=r"schedule: the denoiser was made for .*'logsnr_max': 6.0.*, found .*'logsnr_max': 5.0"):
+        Sami(tiny_encoder(), denoiser, Cosine(-9.0, 5.0))
+    plain = tiny_denoiser()
+    for highest in (6.0, 5.0):  # what t means is nothing to it
+        Sami(tiny_encoder(), plain, Cosine(-9.0, highest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_denoiser_beside_the_noisy_image_returns_its_dtype(dtype):
+    denoiser = tiny_denoiser(skip_logsnr=-5.0, schedule=Cosine(-9.0, 6.0)).to(dtype)
+    for of_time in (torch.float32, torch.float64):
+        assert denoiser(normal(2, 1, 8, 8).to(dtype), torch.tensor([0.1, 0.9], dtype=of_time)).dtype == dtype
 
 
 @each_style
@@ -299,6 +313,10 @@ def test_non_contiguous_images(style):
         (lambda: Denoiser(1, 16, [8, 8], attention=[4]), r"attention 4: the denoiser has no such resolution, its own are 16, 8"),
         (lambda: Denoiser(1, 3, [8, 8, 8]), r"image size 3 is below 4, which the denoiser's 2 halvings need"),
         (lambda: Encoder(1, 16, 4, [8], style="relu"), r"style: expected one of group_norm_silu, silu, bias_free_relu, found 'relu'"),
+        *(
+            (lambda value=value: Denoiser(1, 16, [8], skip_logsnr=value), r"skip_logsnr: expected a number or -inf, found ")
+            for value in ("x", None, [1], True, math.nan, math.inf)
+        ),
         (lambda: Denoiser(1, 16, [8], style="relu"), r"style: expected one of group_norm_silu, silu, bias_free_relu, found 'relu'"),
     ],
 )

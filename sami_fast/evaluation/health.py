@@ -78,7 +78,8 @@ def diagnose(
             return Health(
                 "repairing the denoiser",
                 f"guidance gains {gain:.1f} nats with an image's own latents, {other:.1f} with another's, for a KL of {kl:.1f}{sure}.",
-                "a longer first stage (train.denoiser_steps) or a larger denoiser (denoiser.channels)",
+                "denoiser.skip_logsnr=-5 if there is none, a longer first stage (train.denoiser_steps) or a larger denoiser "
+                "(denoiser.channels)",
             )
         if gain <= 0 and not rising > RISING:
             return Health(

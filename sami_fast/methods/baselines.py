@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..models import Decoder, Denoiser
-from ..schedule import Schedule
 from ..step import Draw, unguided_error
 from .inputs import fitted
 from .latent_model import LatentModel, Parts, Prose, StepLoss, Term
@@ -124,10 +123,6 @@ class DiffAE(Baseline):
         if not isinstance(stochastic, bool):
             raise ValueError(f"stochastic: expected true or false, found {stochastic!r}")
         self.deterministic = not stochastic
-
-    @classmethod
-    def build_partner(cls, arguments: dict[str, Any], schedule: Schedule) -> nn.Module:
-        return Denoiser(**arguments, schedule=schedule)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .. import ops, score
 from ..adapters import named_classes
 from ..errors import UserError, one_line
 from ..hub import HubOptions, located, upload
-from ..models import Encoder
+from ..models import Denoiser, Encoder
 from ..models.layers import lay_out_weights
 from ..saved import SETTINGS, count_weights, read_model_settings, read_weights, weight_files, write_model
 from ..schedule import Schedule, build_schedule
@@ -119,6 +119,8 @@ class LatentModel(OwnLoop):
         schedule: Noise levels.
         architecture: How to rebuild networks of this package, {network: its arguments}; `save_pretrained` needs it.
         image_shape, latent_size: (C, H, W) and Z, for encoders that do not say so themselves.
+    Raises:
+        ValueError: a `Denoiser` with a `skip_logsnr` that knows another schedule.
     """
 
     method: ClassVar[str]  # its name in configs and saved files; capabilities.py says which settings it goes with
@@ -146,6 +148,8 @@ class LatentModel(OwnLoop):
         super().__init__()
         self.encoder, self.schedule, self.architecture = encoder, schedule, architecture
         setattr(self, self.partner, partner)
+        if isinstance(partner, Denoiser):
+            partner.use(schedule)
         self._image_shape, self._latent_size = image_shape, latent_size
 
     @classmethod

@@ -72,9 +72,9 @@ class Denoiser(nn.Module):
         eps_pred = sigma' x_t + alpha' U-Net(x_t, t),   alpha'^2 = sigmoid(logsnr - skip_logsnr) = 1 - sigma'^2
 
     Where the image drowns in noise, x_t is nearly eps already, and what is left to say is as small as what is left of the image. A U-Net
-    that had to repeat x_t would err by more than that: by 4 % after a thousand steps, at whatever level. At cleaner levels it says eps
-    itself (`skip_logsnr` -inf: at all), which it learns faster than v = alpha eps - sigma x_0 (`skip_logsnr` 0; Salimans & Ho,
-    arXiv:2202.00512).
+    that has to reproduce x_t there errs by more than that: by 4 % after a thousand steps, at every level alike. At levels much cleaner
+    than `skip_logsnr` the U-Net says eps itself. With `skip_logsnr` 0 it would say v = alpha eps - sigma x_0 (Salimans & Ho,
+    arXiv:2202.00512), which took longer to learn.
 
     Args:
         image_channels: C of the images.
@@ -86,13 +86,14 @@ class Denoiser(nn.Module):
         style: "group_norm_silu", "silu" or "bias_free_relu".
         embedding_size: Width of the noise-level embedding, even.
         latent_size: Z of a conditional denoiser, whose embedding of z is added to that of the noise level; 0 for an unconditional one.
-        skip_logsnr: Level below which x_t is most of the estimate, ln(alpha_t^2 / sigma_t^2).
-        schedule: What t means; needed with `skip_logsnr`, where it is known only later: `use`.
+        skip_logsnr: ln(alpha_t^2 / sigma_t^2) of the level from which on, to noisier ones, x_t is most of the estimate; -inf: at none, so
+            that eps_pred is what the U-Net says (in a config that is -30).
+        schedule: What t means, which only a `skip_logsnr` needs to know; models that hold the denoiser tell it (`use`).
     Shapes:
         x_t [B, C, H, W], t [B] in [0, 1], z [B, Z] if conditional -> eps_pred [B, C, H, W].
     Raises:
-        ValueError: unknown style, an image too small to be halved that often, attention at a resolution that does not exist; called with a
-            `skip_logsnr` and no schedule.
+        ValueError: unknown style, an image too small to be halved that often, attention at a resolution that does not exist, a
+            `skip_logsnr` that is no number; called with a `skip_logsnr` and no schedule.
     Called with `recompute`, backward computes the residual and attention blocks again instead of keeping what is inside them.
     Differentiable: twice, though training needs it once; with `recompute` by `backward()` alone and once.
     """
@@ -116,6 +117,8 @@ class Denoiser(nn.Module):
         attention = attention or []
         sides = checked_sides("denoiser", style, image_size, range(len(channels)), attention)
         self.image_shape = (image_channels, image_size, image_size)
+        if not isinstance(skip_logsnr, int | float) or isinstance(skip_logsnr, bool) or not skip_logsnr < math.inf:
+            raise ValueError(f"skip_logsnr: expected a number or -inf, found {skip_logsnr!r}")
         self.embedding_size, self.skip_logsnr, self.schedule = embedding_size, skip_logsnr, schedule
         self.embed = _two_layers(embedding_size, embedding_size)
         self.stem = conv(image_channels, channels[0], 3, style)
@@ -160,12 +163,18 @@ class Denoiser(nn.Module):
         return out if self.skip_logsnr == -math.inf else self._beside(x_t, t, out)
 
     def use(self, schedule: Schedule) -> None:
-        """Take t for what this schedule means by it, from now on."""
+        """Take t for what this schedule means by it.
+
+        Raises:
+            ValueError: with a `skip_logsnr`, the denoiser knows another schedule already.
+        """
+        if self.skip_logsnr > -math.inf and self.schedule is not None and self.schedule.settings != schedule.settings:
+            raise ValueError(f"schedule: the denoiser was made for {self.schedule.settings}, found {schedule.settings}")
         self.schedule = schedule
 
     def _beside(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
         """The estimate, of x_t and what the U-Net says."""
         if self.schedule is None:
             raise ValueError("skip_logsnr: needs to know what t means: Denoiser(..., schedule=...) or `use`")
-        alpha, sigma = (v.view(-1, 1, 1, 1) for v in alpha_sigma(self.schedule.logsnr(t) - self.skip_logsnr))
+        alpha, sigma = (v.to(x_t.dtype).view(-1, 1, 1, 1) for v in alpha_sigma(self.schedule.logsnr(t) - self.skip_logsnr))
         return torch.addcmul(alpha * out, sigma, x_t)
