@@ -84,10 +84,9 @@ def test_a_denoiser_beside_the_noisy_image_can_be_differentiated_twice():
 
 
 def test_a_denoiser_that_does_not_know_what_t_means_says_so():
-    denoiser = tiny_denoiser(skip_logsnr=-5.0)
+    denoiser, x_t, t = tiny_denoiser(skip_logsnr=-5.0), normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"skip_logsnr: needs to know what t means: Denoiser\(..., schedule=...\) or `use`"):
-        denoiser(normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64))
-    x_t, t = normal(1, 1, 8, 8), torch.tensor([0.5], dtype=torch.float64)
+        denoiser(x_t, t)
     model = Sami(tiny_encoder(), denoiser, Cosine(-9.0, 6.0))  # knows it, and tells
     expected = tiny_denoiser(skip_logsnr=-5.0, schedule=Cosine(-9.0, 6.0))(x_t, t)
     assert torch.equal(model.predict_eps(x_t, t), expected)
