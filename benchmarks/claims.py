@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 from sami_fast.evaluation.table import spread
 
-from .methods import DATA
+from .methods import DATA, scored_once
 from .rows import ROOT, Row, committed
 from .table import markdown
 
@@ -62,7 +62,7 @@ def seeds_passing(config: str, least: int, minutes: float = math.inf) -> Callabl
 
 def _scores(data: str, key: str) -> dict[str, list[float]]:
     """A score over seeds, by method and baseline."""
-    rows = committed("methods.jsonl", data=data, settings="")
+    rows = scored_once(committed("methods.jsonl", data=data, settings=""))
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row[key])

@@ -238,9 +238,21 @@ def axes_table(rows: list[Row]) -> str:
     return page_table(rows, what | SCORES | {f"MCC, axes by {name}": (f"mcc_axes.{name}", ".3f") for name in rows[0]["mcc_axes"]})
 
 
+def scored_once(rows: list[Row]) -> list[Row]:
+    """Rows of one dataset by seed and method, of which the first of each seed alone has what depends on data and seed: a run that another
+    command has scored comes with it once more."""
+    found: list[Row] = []
+    seeds: set[int] = set()
+    for row in sorted(rows, key=lambda row: (row["seed"], list(TRAINED).index(row["method"]))):
+        own = {name: codes for name, codes in row["straightness"].items() if name == "latents"}
+        found.append({**row, "baselines": {}, "straightness": own} if row["seed"] in seeds else row)
+        seeds |= {row["seed"]} if row["baselines"] else set()
+    return found
+
+
 def table(rows: list[Row]) -> str:
     """Markdown of runs on one dataset."""
-    rows = sorted(rows, key=lambda row: (row["seed"], list(TRAINED).index(row["method"])))
+    rows = scored_once(rows)
     first = rows[0]
     commits = ", ".join(sorted({(row["commit"] or "none")[:10] for row in rows}))
     head = (

@@ -57,7 +57,7 @@ def rewrite(path: Path, first: str = "") -> None:
 
 
 def publish(rows: list[Row], key: Sequence[str], file: str, output: Path | None, blocks: dict[str, str]) -> None:
-    """Rows of a command into a file of RESULTS, and the tables of docs/results.md made again; or both beside `output`, for a trial.
+    """Rows of a command into a file of RESULTS, and the tables of all documents made again; or both beside `output`, for a trial.
 
     Args:
         rows, key: As `write_rows`.
@@ -66,8 +66,9 @@ def publish(rows: list[Row], key: Sequence[str], file: str, output: Path | None,
         blocks: Its tables by name.
     """
     write_rows(output.with_suffix(".jsonl") if output else RESULTS / f"{file}.jsonl", rows, key)
-    for written in (file, "claims") if output is None else ():
-        rewrite(ROOT / "docs/results.md", written)
+    for path in documents() if output is None else []:
+        for written in (file, "claims"):
+            rewrite(path, written)
     for name, text in blocks.items():
         if output is not None:
             write_block(output, name, text)
