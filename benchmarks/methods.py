@@ -1,11 +1,11 @@
 """SAMI beside a beta-VAE and diffusion autoencoders: same data, networks, seeds and budget; writes rows and the tables of docs/results.md.
 
-The budget is a number of steps, or minutes of one thread for all that is trained (`train.minutes`): then each method takes the steps that
-fit into them, and a row says how much CPU time the run took.
+The budget is a number of steps for all methods, or minutes of one thread for all that is trained (`train.minutes`), or for each method the
+steps that the same minutes come to; a row says how much CPU time the run took.
 
 python -m benchmarks.methods                                    # disks and sprites, three seeds each: results/methods.jsonl
 python -m benchmarks.methods --data disks --seeds 0 --output try.md                        # try.md and try.jsonl
-python -m benchmarks.methods --data rooms avatars stills --seeds 0 1 2 3 4        # minutes; photographs and videos: see sources.py
+python -m benchmarks.methods --data rooms avatars stills --seeds 0 1 2 3 4        # photographs and videos: see sources.py
 python -m benchmarks.methods --data disks --methods beta_vae --seeds 0 kl_weight.start=3   # rows of a variant, beside the tables
 """
 
