@@ -21,9 +21,9 @@ from .table import markdown
 
 RIVALS = {"beta_vae": "beta-VAE", "beta_vae_falling": "beta-VAE, falling beta", "diffae": "DiffAE"}
 FACES = ("carphone", "interview", "webcam")  # sources of clips that show someone talking
-FIVE = ["--seeds", *map(str, range(5))]
-THREE = ["--seeds", *map(str, range(3))]
-METHODS = ["--methods", "sami", *RIVALS]
+METHODS = ("sami", *RIVALS)
+COMPARED = {"rooms": 5, "avatars": 3, "stills": 3}  # by data, the seeds that each of METHODS is compared on
+HEALTHY = 5  # seeds of SAMI on one's own images that have to end healthy
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ def seeds_passing(config: str, least: int, minutes: float = math.inf) -> Callabl
     return judged
 
 
+def missing_seeds(data: str, methods: Sequence[str]) -> str:
+    """Which of these methods have fewer seeds than they are compared on, in words; empty where none has."""
+    rows, needed = committed("methods.jsonl", data=data, settings=""), COMPARED[data]
+    counts = {name: len({row["seed"] for row in rows if row["method"] == name}) for name in methods}
+    few = [f"{RIVALS.get(name, name)} {count}" for name, count in counts.items() if count < needed]
+    return f"; of {needed} seeds each there are: {', '.join(few)}" if few else ""
+
+
 def _scores(data: str, key: str) -> dict[str, list[float]]:
     """A score over seeds, by method and baseline."""
     rows = scored_once(committed("methods.jsonl", data=data, settings=""))
@@ -76,10 +84,9 @@ def leads(data: str, key: str, others: Sequence[str]) -> Callable[[], tuple[bool
     """Whether SAMI's score is ahead of all others'."""
 
     def judged() -> tuple[bool, str]:
-        found = _scores(data, key)
-        missing = [name for name in ("sami", *others) if name not in found]
+        found, missing = _scores(data, key), missing_seeds(data, METHODS)
         told = ", ".join(f"{RIVALS.get(name, name)} {spread(values, 3)}" for name, values in found.items())
-        return not missing and all(ahead(found["sami"], found[name]) for name in others), told
+        return not missing and all(name in found and ahead(found["sami"], found[name]) for name in others), told + missing
 
     return judged
 
@@ -96,7 +103,7 @@ def straightest(data: str, source: str) -> Callable[[], tuple[bool, str]]:
 
     def judged() -> tuple[bool, str]:
         rows = committed("methods.jsonl", data=data, settings="")
-        of_method = {name: [row for row in rows if row["method"] == name] for name in ("sami", *RIVALS)}
+        of_method = {name: [row for row in rows if row["method"] == name] for name in METHODS}
         found = {name: _interval(of_method[name], source, "latents", "curvature") for name in of_method}
         found |= {name: _interval(of_method["sami"], source, name, "curvature") for name in ("pixels", "pca", "untrained", "imagenet")}
         known = {name: interval for name, interval in found.items() if interval is not None}
@@ -106,7 +113,8 @@ def straightest(data: str, source: str) -> Callable[[], tuple[bool, str]]:
         apart = [name for name, interval in known.items() if high < interval[1]]
         least = min(known, key=lambda name: known[name][0]) == "sami"
         told = ", ".join(f"{RIVALS.get(name, name)} {i[0]:.0f} ({i[1]:.0f} to {i[2]:.0f})" for name, i in known.items())
-        return least and "pixels" in apart and len({*RIVALS} & {*apart}) >= 2, told
+        missing = missing_seeds(data, METHODS)
+        return not missing and least and "pixels" in apart and len({*RIVALS} & {*apart}) >= 2, told + missing
 
     return judged
 
@@ -119,7 +127,7 @@ def all_healthy(data: str, latents: int, nats: float) -> Callable[[], tuple[bool
         counts = [sum(value >= nats for value in row["information_per_dim"]) for row in rows]
         words = [row["health"]["word"] for row in rows]
         told = f"{', '.join(words)}; {', '.join(map(str, counts))} latents of {nats:g} nats"
-        return len(rows) >= 5 and {*words} == {"healthy"} and min(counts) >= latents, told
+        return len(rows) >= HEALTHY and {*words} == {"healthy"} and min(counts) >= latents, told
 
     return judged
 
@@ -141,13 +149,14 @@ def found_axes(data: str, key: str, raw: str) -> Callable[[], tuple[bool, str]]:
         as_they_are = [row[raw] for row in rows]
         by_method = {name: [row[key][name] for row in rows] for name in rows[0][key]}
         told = ", ".join(f"{name} {spread(values, 3)}" for name, values in {"as they are": as_they_are, **by_method}.items())
-        return max(mean(values) for values in by_method.values()) > mean(as_they_are), told
+        missing = missing_seeds(data, ["sami"])
+        return not missing and max(mean(values) for values in by_method.values()) > mean(as_they_are), told + missing
 
     return judged
 
 
-def _methods(data: str, seeds: Sequence[str], *more: str) -> list[str]:
-    return ["methods", "--data", data, *seeds, *more]
+def _compared(data: str) -> list[str]:
+    return ["methods", "--data", data, "--seeds", *map(str, range(COMPARED[data])), "--methods", *METHODS]
 
 
 CLAIMS = {
@@ -155,24 +164,20 @@ CLAIMS = {
     "disks32": Claim(
         "disks 32x32: the same", "9 of 10 seeds in 8 CPU minutes", ["recovery", "--config", "disks32"], seeds_passing("disks32", 9, 8)
     ),
-    "rooms": Claim("rooms: MCC", "ahead of all", _methods("rooms", FIVE, *METHODS), leads("rooms", "mcc", [*RIVALS, "pca"])),
-    "rooms dci": Claim(
-        "rooms: DCI disentanglement", "ahead of all", _methods("rooms", FIVE, *METHODS), leads("rooms", "dci_d", [*RIVALS, "pca"])
-    ),
-    "avatars": Claim(
-        "avatars: TAD", "ahead of the trained ones", _methods("avatars", THREE, *METHODS), leads("avatars", "tad_nashae", [*RIVALS])
-    ),
+    "rooms": Claim("rooms: MCC", "ahead of all", _compared("rooms"), leads("rooms", "mcc", [*RIVALS, "pca"])),
+    "rooms dci": Claim("rooms: DCI disentanglement", "ahead of all", _compared("rooms"), leads("rooms", "dci_d", [*RIVALS, "pca"])),
+    "avatars": Claim("avatars: TAD", "ahead of the trained ones", _compared("avatars"), leads("avatars", "tad_nashae", [*RIVALS])),
     "rooms straight": Claim(
         "moving rooms: curvature, degrees",
         "least, apart from pixels and two trained ones",
-        _methods("rooms", FIVE, *METHODS),
+        _compared("rooms"),
         straightest("rooms", "moving rooms"),
     ),
     **{
         f"stills {source}": Claim(
             f"unseen clips, {source}{', talking' if source in FACES else ''}: curvature, degrees",
             "least, apart from pixels and two trained ones",
-            _methods("stills", THREE, *METHODS),
+            _compared("stills"),
             straightest("stills", source),
         )
         for source in (*FACES, "bikes", "bigbuckbunny")
@@ -180,8 +185,8 @@ CLAIMS = {
     **{
         data: Claim(
             f"{DATA[data].config}, {what}",
-            f"healthy on 5 seeds, {latents} latents of {nats:g} nats",
-            _methods(data, FIVE, "--methods", "sami"),
+            f"healthy on {HEALTHY} seeds, {latents} latents of {nats:g} nats",
+            ["methods", "--data", data, "--seeds", *map(str, range(HEALTHY)), "--methods", "sami"],
             all_healthy(data, latents, nats),
         )
         for data, what, latents, nats in (
@@ -196,13 +201,13 @@ CLAIMS = {
     "rooms axes": Claim(
         "rooms: MCC on axes found without labels",
         "above the raw axes",
-        _methods("rooms", FIVE, *METHODS),
+        _compared("rooms"),
         found_axes("rooms", "mcc_axes", "mcc"),
     ),
     "avatars axes": Claim(
         "avatars: TAD on axes found without labels",
         "above the raw axes",
-        _methods("avatars", THREE, *METHODS),
+        _compared("avatars"),
         found_axes("avatars", "tad_axes", "tad_nashae"),
     ),
 }
