@@ -52,7 +52,7 @@ recovery: install
 methods: install
 	$(BIN)/python -m benchmarks.methods $(ARGS)
 
-# Encoders on a pretrained diffusers UNet against the joint run, three seeds: writes docs/results.md. About fifteen minutes.
+# Encoders on a pretrained diffusers UNet against the joint run, five seeds: writes docs/results.md. About fifteen minutes.
 pretrained: install
 	$(BIN)/python -m benchmarks.pretrained $(ARGS)
 

@@ -116,7 +116,7 @@ def passes(scores: dict, config: str = "") -> bool:
 
 
 def generated(what: str) -> str:
-    """A table of docs/results.md, by what follows `recovery` in its name: `train`, a config, or a config and `variants`."""
+    """A table of the pages, by what follows `recovery` in its name: `train`, a config, or a config and `variants`."""
     if what == "train":
         return train_table(committed("train.jsonl"))
     config, _, variants = what.partition(" ")

@@ -32,6 +32,7 @@ def rows(monkeypatch):
         ([0.9, 0.8], [0.8, 0.82], False),  # by 0.04; ours spread by 0.07
         ([0.9, 0.9], [0.3, 0.9], False),  # theirs spread by 0.42
         ([0.9], [0.1], False),  # one seed says nothing of the spread
+        ([0.9, 0.9], [0.1], False),
     ],
 )
 def test_ahead_by_more_than_the_spread_over_seeds(ours, theirs, holds):
@@ -44,15 +45,15 @@ def test_a_lead_needs_every_rival(rows):
     for method, scores in found.items():
         for seed, score in enumerate(scores):
             rows.append(where | {"method": method, "seed": seed, "mcc": score, "baselines": {"pca": {"mcc": 0.3 + 0.1 * seed}}})
-    judged = claims.leads("rooms", "mcc", ["beta_vae", "diffae", "pca"])
+    judged = claims.leads("rooms", "mcc", [*claims.RIVALS, "pca"])
     told = "sami 0.810 ± 0.014, pca 0.350 ± 0.071, beta-VAE 0.510 ± 0.014, "  # of components two seeds, not eight
-    told += "beta-VAE, falling beta 0.410 ± 0.014, DiffAE 0.310 ± 0.014"
+    told += "beta-VAE with falling beta 0.410 ± 0.014, DiffAE 0.310 ± 0.014"
     assert judged() == (True, told)
     assert not claims.leads("rooms", "mcc", ["beta_vae", "pixels"])()[0]
     rows[:] = [row for row in rows if row["method"] != "beta_vae_falling" and (row["method"], row["seed"]) != ("diffae", 1)]
     holds, told = judged()
     assert not holds
-    assert told.endswith("DiffAE 0.300; of 2 seeds each there are: beta-VAE, falling beta 0, DiffAE 1")
+    assert told.endswith("DiffAE 0.300; seeds missing: beta-VAE with falling beta has 0 of 2, DiffAE has 1 of 2")
 
 
 def clip_row(method: str, curvature: float, more: dict | None = None) -> dict:
@@ -75,8 +76,19 @@ def clip_row(method: str, curvature: float, more: dict | None = None) -> dict:
     ],
 )
 def test_straightest_needs_intervals_apart(rows, curvatures, pixels, holds):
-    rows += [clip_row(name, value, {"pixels": pixels} if name == "sami" else None) for name, value in curvatures.items()]
+    beside = {"pixels": pixels, "pca": 50, "untrained": 60, "imagenet": 90}
+    rows += [clip_row(name, value, beside if name == "sami" else None) for name, value in curvatures.items()]
+    rows += [clip_row(name, 1.0) | {"seed": 1} for name in ("sami", "beta_vae")]  # beyond those that are compared
     assert claims.straightest("stills", "carphone")()[0] is holds
+
+
+def test_axes_are_judged_on_runs_that_have_some(rows):
+    where = {"file": "methods.jsonl", "data": "rooms", "settings": "", "method": "sami"}
+    rows += [where | {"seed": seed, "mcc": 0.4, "mcc_axes": {"ica": 0.5, "pca": 0.3}} for seed in range(2)]
+    judged = claims.found_axes("rooms", "mcc_axes", "mcc")
+    assert judged() == (True, "as they are 0.400 ± 0.000, ica 0.500 ± 0.000, pca 0.300 ± 0.000")
+    rows[1]["mcc_axes"] = {}  # a single latent lives
+    assert judged() == (False, "as they are 0.400, ica 0.500, pca 0.300; seeds missing: sami has 1 of 2")
 
 
 def test_health_is_asked_of_five_seeds(rows):
