@@ -31,6 +31,7 @@ from sami_fast.config import load_config, to_yaml
 from sami_fast.engine.monitors import show_report
 from sami_fast.errors import UserError
 from sami_fast.evaluation import Latents, encode, known_factors, open_run, profile
+from sami_fast.evaluation.health import mended
 from sami_fast.evaluation.latents import untrained
 from sami_fast.latents.axes import Axes
 from sami_fast.latents.discovery import discover
@@ -40,7 +41,7 @@ from sami_fast.methods.registry import load_model
 from sami_fast.metrics.identifiability import correlation_matrix, mcc
 from sami_fast.metrics.straightness import clip_straightness
 from sami_fast.report import _kept_scores, write_report
-from sami_fast.report.advice import mended, next_commands, run_argument
+from sami_fast.report.advice import next_commands, run_argument
 from sami_fast.report.cards import Gallery, captions, latent_names
 from sami_fast.report.charts import (
     COLOURS,
@@ -947,6 +948,8 @@ CONTROLLED = ["method=beta_vae", "kl_weight.kind=controller", "kl_weight.target=
         ("repairing the denoiser", 3, ["train.mode=staged", "denoiser.skip_logsnr=-4"], ["train.denoiser_steps=3000"]),
         ("overlooking", 3, [], ["encoder.style=silu", "encoder.smooth=0.5", "sami.logsnr_max=auto"]),
         ("overlooking", 3, ["encoder.style=silu", "sami.logsnr_max=0"], ["encoder.smooth=0.5"]),
+        ("overlooking", 3, ["encoder.style=silu", "encoder.smooth=0.5", "sami.logsnr_max=0"], ["train.steps=60"]),
+        ("overlooking", 3, ["method=beta_vae", "encoder.style=silu"], ["encoder.smooth=0.5"]),
     ],
 )
 def test_what_mends_a_run_is_a_setting(tmp_path, word, live, settings, expected):

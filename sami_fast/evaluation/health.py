@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import NO_SKIP, Config, SamiConfig
 from ..metrics.latents import live_dims
 
 MODEST = 0.3  # mean squared standardised error below which latents say less than their variance admits
@@ -22,7 +23,7 @@ class Health:
 
     word: str  # healthy, collapsed, undertrained, repairing the denoiser, overlooking, redundant or tilted
     reason: str  # one sentence with its figures
-    remedy: str  # what to change, as settings; empty where all is well
+    remedy: str  # what to change; empty where all is well
 
     def __str__(self) -> str:
         return f"{self.word}: {self.reason}{f' Next: {self.remedy}.' if self.remedy else ''}"
@@ -121,3 +122,45 @@ def diagnose(
             "train.turn=[0.6], a slower fall of beta (kl_weight.fall), or `sami-fast axes` for directions",
         )
     return Health("healthy", f"{len(live)} of {len(information)} latents hold {told:.1f} nats of information.", "")
+
+
+def mended(config: Config, word: str, live: int) -> list[str]:
+    """Settings that are worth a try next, as `key=value`; none where no setting is known to help.
+
+    Args:
+        config: Of the run.
+        word: Its health.
+        live: Number of its live latents.
+    """
+    train, price = config.train, config.kl_weight
+    can_turn = config.method == "sami" and not config.encoder.class_ and not train.turn
+    longer = [f"train.minutes={2 * train.minutes:g}" if train.minutes else f"train.steps={2 * train.steps}"]
+    if word == "undertrained":
+        return longer
+    if word == "repairing the denoiser":
+        knows = ["denoiser.skip_logsnr=-5"] if config.denoiser.skip_logsnr == NO_SKIP and not config.denoiser.class_ else []
+        if config.mode == "staged":
+            return [*knows, f"train.denoiser_steps={2 * (train.denoiser_steps or train.steps)}"]
+        return [*knows, f"train.denoiser_warmup={min(0.5, 2 * train.denoiser_warmup or 0.2):g}"] if config.mode == "joint" else []
+    if word == "collapsed" and config.method == "sami" and price.kind != "auto":
+        return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
+    if word == "collapsed":
+        return [
+            f"kl_weight.start={price.start / 4:g}",
+            *([f"kl_weight.low={price.low / 4:g}"] if price.kind in ("controller", "auto") else []),
+        ]
+    if word == "overlooking" and config.own_encoder:
+        wanted = {"encoder.style": (config.encoder.style, "silu"), "encoder.smooth": (config.encoder.smooth, 0.5)}
+        changed = [f"{key}={value}" for key, (found, value) in wanted.items() if found != value]
+        if config.method == "sami" and config.sami.logsnr_max == SamiConfig().logsnr_max:
+            changed.append("sami.logsnr_max=auto")
+        return changed or longer
+    if word in ("redundant", "tilted") and can_turn:
+        return ["train.turn=[0.6]"]
+    if word == "redundant" and 0 < live < config.encoder.latent_size:
+        return [f"encoder.latent_size={live}"]
+    if word == "redundant":
+        return [f"kl_weight.low={min(price.start, 2 * price.low):g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
+    if word == "tilted" and price.kind == "auto":
+        return [f"kl_weight.fall={min(1.0, 2 * price.fall):g}"]
+    return []

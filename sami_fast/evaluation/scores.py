@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..metrics.latents import live_dims
 from ..metrics.pixels import pixel_r2
 from ..metrics.scale_profile import ScaleProfile, half_point
 from . import factors as of_factors
-from .health import diagnose, rise
+from .health import diagnose, mended, rise
 from .latents import Baselines, Latents
 from .run import Run
 from .table import mean_of
@@ -245,23 +245,25 @@ def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores
         return {}
     # Few images have many chance correlations, so few held-out ones are joined by some of training.
     codes = latents.z if run.count >= CORRELATED_IMAGES else np.concatenate((latents.z, _training_codes(run)))
-    return {
-        "health": asdict(
-            diagnose(
-                latents.information,
-                scores["kl_nats"],
-                gain=guided.total if guided else None,
-                other=guided.other_total if guided else None,
-                zscore_square=guided.zscore_square if guided else None,
-                rising=rise(run.log),
-                correlation=correlation_matrix(codes, codes),
-                linear_r2=mean_of(scores.get("linear_r2")),
-                mcc=scores.get("mcc"),
-                pixel_r2=scores.get("pixel_r2"),
-                pixel_r2_of_components=scores.get("pixel_r2_of_components"),
-            )
-        )
-    }
+    found = diagnose(
+        latents.information,
+        scores["kl_nats"],
+        gain=guided.total if guided else None,
+        other=guided.other_total if guided else None,
+        zscore_square=guided.zscore_square if guided else None,
+        rising=rise(run.log),
+        correlation=correlation_matrix(codes, codes),
+        linear_r2=mean_of(scores.get("linear_r2")),
+        mcc=scores.get("mcc"),
+        pixel_r2=scores.get("pixel_r2"),
+        pixel_r2_of_components=scores.get("pixel_r2_of_components"),
+    )
+    # What is advised in general may be set already.
+    settings = " and ".join(mended(run.config, found.word, len(live_dims(latents.information))))
+    if settings:
+        beside = ", or `sami-fast axes` for directions" if found.word == "tilted" else ""
+        found = replace(found, remedy=f"{settings}{beside}")
+    return {"health": asdict(found)}
 
 
 def training_scores(run: Run) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import shlex
 from collections.abc import Sequence
 
-from ..config import NO_SKIP, Config, SamiConfig, load_config
+from ..config import Config, load_config
 from ..errors import UserError
 from ..evaluation import Run
+from ..evaluation.health import mended
 from ..evaluation.table import Scores
 
 SENTENCES = {
@@ -18,45 +19,6 @@ SENTENCES = {
     "repairing the denoiser": "It did not work as meant: the latents mend the denoiser's faults instead of describing the images.",
 }
 TRAIN = "sami-fast train"
-
-
-def mended(config: Config, word: str, live: int) -> list[str]:
-    """Settings that are worth a try next, as `key=value`; none where no setting is known to help.
-
-    Args:
-        config: Of the run.
-        word: Its health.
-        live: Number of its live latents.
-    """
-    train, price = config.train, config.kl_weight
-    can_turn = config.method == "sami" and not config.encoder.class_ and not train.turn
-    if word == "undertrained":
-        return [f"train.minutes={2 * train.minutes:g}" if train.minutes else f"train.steps={2 * train.steps}"]
-    if word == "repairing the denoiser":
-        knows = ["denoiser.skip_logsnr=-5"] if config.denoiser.skip_logsnr == NO_SKIP and not config.denoiser.class_ else []
-        if config.mode == "staged":
-            return [*knows, f"train.denoiser_steps={2 * (train.denoiser_steps or train.steps)}"]
-        return [*knows, f"train.denoiser_warmup={min(0.5, 2 * train.denoiser_warmup or 0.2):g}"] if config.mode == "joint" else []
-    if word == "collapsed" and config.method == "sami" and price.kind != "auto":
-        return ["kl_weight.kind=auto", *(["train.mode=staged"] if config.mode == "joint" else [])]
-    if word == "collapsed":
-        return [
-            f"kl_weight.start={price.start / 4:g}",
-            *([f"kl_weight.low={price.low / 4:g}"] if price.kind in ("controller", "auto") else []),
-        ]
-    if word == "overlooking" and config.own_encoder:
-        wanted = {"encoder.style": (config.encoder.style, "silu"), "encoder.smooth": (config.encoder.smooth, 0.5)}
-        changed = [f"{key}={value}" for key, (found, value) in wanted.items() if found != value]
-        return [*changed, *(["sami.logsnr_max=auto"] if config.sami.logsnr_max == SamiConfig().logsnr_max else [])]
-    if word in ("redundant", "tilted") and can_turn:
-        return ["train.turn=[0.6]"]
-    if word == "redundant" and 0 < live < config.encoder.latent_size:
-        return [f"encoder.latent_size={live}"]
-    if word == "redundant":
-        return [f"kl_weight.low={min(price.start, 2 * price.low):g}" if price.kind == "auto" else f"kl_weight.end={2 * price.end:g}"]
-    if word == "tilted" and price.kind == "auto":
-        return [f"kl_weight.fall={min(1.0, 2 * price.fall):g}"]
-    return []
 
 
 def _trained_again(run: Run, settings: Sequence[str]) -> str | None:
