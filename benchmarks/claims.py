@@ -69,6 +69,8 @@ def missing_seeds(data: str, found: dict[str, int]) -> str:
     """Which have fewer seeds than they are compared on, in words, given how many they have; empty where none has."""
     needed = COMPARED[data]
     few = [f"{RIVALS.get(name, name)} has {count} of {needed}" for name, count in found.items() if count < needed]
+    if len(few) == len(found) > 1 and len({*found.values()}) == 1:
+        few = [f"there are {min(found.values())} of {needed}"]
     return f"; seeds missing: {', '.join(few)}" if few else ""
 
 

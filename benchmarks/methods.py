@@ -201,7 +201,7 @@ def generated(what: str) -> str:
     """A table of docs/results.md, by what follows `methods` in its name: one of DATA, one of DATA and `variants`, or `axes`."""
     data, _, variants = what.partition(" ")
     if what == "axes":
-        return axes_table([row for row in committed("methods.jsonl", method="sami", settings="") if "mcc_axes" in row])
+        return axes_table([row for row in committed("methods.jsonl", method="sami", settings="") if "pixel_energy" in row])
     return variants_table(committed("methods.jsonl", data=data)) if variants else table(committed("methods.jsonl", data=data, settings=""))
 
 

@@ -54,6 +54,8 @@ def test_a_lead_needs_every_rival(rows):
     holds, told = judged()
     assert not holds
     assert told.endswith("DiffAE 0.300; seeds missing: beta-VAE with falling beta has 0 of 2, DiffAE has 1 of 2")
+    rows[:] = [rows[0] | {"method": method} for method in found]
+    assert judged()[1].endswith("; seeds missing: there are 1 of 2")
 
 
 def clip_row(method: str, curvature: float, more: dict | None = None) -> dict:

@@ -114,7 +114,8 @@ def _grouped(runs: Sequence[Evaluated]) -> dict[str, list[Evaluated]]:
     names = [group[0].config.name for group in groups.values()]
     labels = {}
     for method, name, group in zip(methods, names, groups.values(), strict=True):
-        label = method if methods.count(method) == 1 else f"{method} {name}"
+        own = name if name.startswith(method) else f"{method} {name}"
+        label = method if methods.count(method) == 1 else own
         labels[label if names.count(name) == 1 or label == method else f"{method} {group[0].folder}"] = group
     return labels
 
