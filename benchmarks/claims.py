@@ -49,13 +49,14 @@ def seeds_passing(config: str, least: int, minutes: float = math.inf) -> Callabl
         used = [row["cpu_seconds"] / 60 for row in rows if "cpu_seconds" in row]
         passing = sum(row["passes"] and row.get("cpu_seconds", 0.0) <= 60 * minutes for row in rows)
         worst = min(min(row["linear_r2"].values()) for row in rows), min(row["mcc"] for row in rows)
+        enough = passing >= least and len(rows) == 10
         told = f"{passing} of {len(rows)} seeds; least R2 {worst[0]:.3f}, least MCC {worst[1]:.3f}"
         if minutes == math.inf:
-            return passing >= least and len(rows) == 10, told
+            return enough, told
         told += f"; {max(used):.1f} CPU minutes at most" if used else ""
         unknown = len(rows) - len(used)
         told += f"; CPU minutes of {unknown} seeds not measured" if unknown else ""
-        return passing >= least and len(rows) == 10 and not unknown, told
+        return enough and not unknown, told
 
     return judged
 

@@ -259,7 +259,7 @@ def health_of(run: Run, latents: Latents, guided: GuidanceProfile | None, scores
         pixel_r2_of_components=scores.get("pixel_r2_of_components"),
     )
     # What is advised in general may be set already.
-    settings = " and ".join(mended(run.config, found.word, len(live_dims(latents.information))))
+    settings = " and ".join(mended(run.config, found.word, len(latents.live)))
     if settings:
         beside = ", or `sami-fast axes` for directions" if found.word == "tilted" else ""
         found = replace(found, remedy=f"{settings}{beside}")
