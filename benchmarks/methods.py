@@ -24,8 +24,8 @@ import numpy as np
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.environment import cores, describe
-from sami_fast.evaluation import Evaluated, Latents, Run, encode, evaluate, known_factors, open_run, tables
-from sami_fast.evaluation.clips import straightness_scores
+from sami_fast.evaluation import Evaluated, Run, encode, evaluate, known_factors, open_run, tables
+from sami_fast.evaluation.clips import Represent, representations, straightness_scores
 from sami_fast.evaluation.factors import matched_scores
 from sami_fast.evaluation.latents import make_baselines
 from sami_fast.evaluation.scores import plain
@@ -125,14 +125,14 @@ def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
     return runs / name
 
 
-def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row:
+def further_scores(evaluated: Evaluated, data: str, images: int, baselines: bool) -> Row:
     """What `sami-fast evaluate` does not say.
 
     Args:
-        folder: The run's.
+        evaluated: What it says.
         data: Name of its data.
         images: Evaluation images.
-        baselines: Also the straightness of what a run's latents are compared with.
+        baselines: Also the straightness of what a run's latents are compared with, an ImageNet classifier among them.
     Returns:
         mcc_mu: MCC of the means of the live latents, where factors are known.
         mcc_axes, tad_axes: Of sampled latents on the axes that each method of `sami-fast axes` finds without labels.
@@ -140,11 +140,16 @@ def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row
         straightness_by_source: Of clips of sources that are judged one by one.
         cpu_seconds: Of the training, where that was measured.
     """
+    folder = Path(evaluated.folder)
     run = open_run(folder, images)
     latents = encode(run, run.model)
     scores: Row = json.loads((folder / "used.json").read_text()) if (folder / "used.json").is_file() else {}
-    if clips := judged_clips(run, data):
-        scores["straightness_by_source"] = straightness_by_source(run, latents, clips, baselines)
+    others = {"imagenet": imagenet_codes(run)} if baselines and data in ("rooms", "stills") else {}
+    if data == "rooms":
+        scores["straightness_by_source"] = {"moving rooms": evaluated.straightness | plain(straightness_scores(run, others))}
+    elif data == "stills":
+        rows = representations(run, latents, make_baselines(run) if baselines else None) | others
+        scores["straightness_by_source"] = {name: plain(straightness_scores(clips, rows)) for name, clips in unseen(run).items()}
     factors, names, periods = known_factors(run, attributes=False)
     attributes, *_ = known_factors(run, attributes=True)
     if not (names or attributes.size) or run.model.deterministic:
@@ -164,13 +169,9 @@ def further_scores(folder: Path, data: str, images: int, baselines: bool) -> Row
     return scores
 
 
-def judged_clips(run: Run, data: str) -> dict[str, Run]:
-    """By source, the run with evaluation clips of that source, none of which training saw."""
+def unseen(run: Run) -> dict[str, Run]:
+    """By source of videos, the run with evaluation clips of that source, none of which training saw."""
     config = run.config.data
-    if data == "rooms":
-        return {"moving rooms": run}
-    if data != "stills":
-        return {}
     folders = sorted((Path(config.path).parent / "unseen").iterdir())
     return {
         folder.name: replace(run, evaluation=open_dataset(replace(config, path=str(folder), holdout=0.0), run.config.seed, 0))
@@ -178,13 +179,10 @@ def judged_clips(run: Run, data: str) -> dict[str, Run]:
     }
 
 
-def straightness_by_source(run: Run, latents: Latents, clips: dict[str, Run], baselines: bool) -> dict[str, dict]:
-    """As `straightness_scores`, by source; with baselines also through an ImageNet classifier."""
-    others, more = make_baselines(run) if baselines else None, {}
-    if baselines:
-        every = [imagenet()(run.images(index).cpu()) for index in run.index()[: -(-AXES_IMAGES // run.batch_size)]]
-        more["imagenet"] = imagenet(), np.concatenate(every).std(0)
-    return {source: plain(straightness_scores(judged, latents, others, more)) for source, judged in clips.items()}
+def imagenet_codes(run: Run) -> tuple[Represent, np.ndarray]:
+    """How a frame is taken through an ImageNet classifier, and the standard deviation of its features over images."""
+    index = run.index()[: -(-AXES_IMAGES // run.batch_size)]
+    return imagenet(), np.concatenate([imagenet()(run.images(batch).cpu()) for batch in index]).std(0)
 
 
 def row_of(evaluated: Evaluated, data: str, method: str, settings: str, further: Row) -> Row:
@@ -299,7 +297,7 @@ def main() -> None:
     for (data, method, seed, _), folder in zip(jobs, folders, strict=True):
         first = method == arguments.methods[0]  # what depends on data and seed alone is scored once
         evaluated = evaluate(folder, images=arguments.images, jobs=arguments.jobs, baselines=first)
-        rows.append(row_of(evaluated, data, method, settings, further_scores(folder, data, arguments.images, first)))
+        rows.append(row_of(evaluated, data, method, settings, further_scores(evaluated, data, arguments.images, first)))
         print(f"{run_name(data, method, seed, settings)}: scored", flush=True)
     found = {f"methods {data}": table([row for row in rows if row["data"] == data]) for data in arguments.data}
     publish(rows, KEY, "methods", arguments.output, found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..methods.sami import Sami
 from ..metrics.guidance import GuidanceProfile, guidance_profile
 from ..metrics.scale_profile import ScaleProfile, scale_profile
-from .clips import straightness_scores
+from .clips import representations, straightness_scores
 from .factors import ceiling
 from .health import Health
 from .latents import Latents, encode, make_baselines
@@ -128,6 +128,6 @@ def evaluate_run(run: Run, *, jobs: int = 1, baselines: bool = True, say: Say = 
     scores = score(run, latents, measured, jobs=jobs, say=say)
     say("clips")
     others = make_baselines(run) if baselines else None
-    straightness = plain(straightness_scores(run, latents, others))
+    straightness = plain(straightness_scores(run, representations(run, latents, others)))
     beside = plain(baseline_scores(run, others, jobs=jobs, say=say)) if others else {}
     return Evaluated(str(run.folder), run.config, scores, beside, straightness)

@@ -67,26 +67,29 @@ def _std(latents: Latents) -> np.ndarray:
     return np.where(used, latents.mu.std(0), 0.0)
 
 
-def straightness_scores(
-    run: Run, latents: Latents, baselines: Baselines | None = None, others: Mapping[str, tuple[Represent, np.ndarray]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Straightness by representation, each raw and standardised (keys `standardized_...`); {} without clips.
+def representations(run: Run, latents: Latents, baselines: Baselines | None = None) -> dict[str, tuple[Represent, np.ndarray]]:
+    """What the clips of a run are taken through.
 
     Args:
         run: The run.
         latents: Of its evaluation images, whose spread standardises.
-        baselines: Also of these.
-        others: Also of these representations: by name, how a frame is taken to its codes, and their standard deviation over images, [D].
+        baselines: Also these.
+    Returns:
+        By name, how a frame is taken to its codes, and their standard deviation over images, [D].
     """
-    if not num_clips(run):
-        return {}
     rows = {"latents": (means(run.model), _std(latents))}
     if baselines is not None:
         pca = baselines.components
         rows["untrained"] = means(baselines.untrained), baselines.untrained_latents.mu.std(0)
         rows["pca"] = (lambda part: pca.transform(flat(part))), np.sqrt(pca.explained_variance_)
         rows["pixels"] = flat, baselines.pixels.std(0)
-    rows |= others or {}
+    return rows
+
+
+def straightness_scores(run: Run, rows: Mapping[str, tuple[Represent, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """Straightness by representation, each raw and standardised (keys `standardized_...`); {} without clips."""
+    if not rows or not num_clips(run):
+        return {}
     frames, *paths = through(run, flat, *(represent for represent, _ in rows.values()))
     scores = {}
     for (name, (_, std)), clips in zip(rows.items(), paths, strict=True):
