@@ -111,17 +111,17 @@ def overrides(data: str, method: str, settings: str) -> list[str]:
 
 
 def train(runs: Path, data: str, method: str, seed: int, settings: str) -> Path:
-    """Train one run with one thread, or go on with it where it was interrupted; a finished one is left as it is."""
+    """Train one run with one thread, or go on with it where it was interrupted; a finished one is left as it is, and one with other
+    settings ends this command."""
     name, what = run_name(data, method, seed, settings), DATA[data]
     command = [sys.executable, str(ROOT / "sami_fast/train.py"), "--config", what.config, "--resume", "--no-report"]
     command += [f"seed={seed}", f"name={name}", f"runs_dir={runs}", "engine.threads=1"]
     command += [f"data.path={runs / what.source / what.folder}"] if what.source else []
     command += overrides(data, method, settings)
-    if not (runs / name / "model/config.json").is_file():
-        seconds = trained(command, runs / f"{name}.log")
-        if seconds is not None:
-            (runs / name / "used.json").write_text(json.dumps({"cpu_seconds": seconds}))
-            print(f"{name}: trained in {seconds / 60:.1f} CPU minutes", flush=True)
+    seconds = trained(command, runs / f"{name}.log")
+    if seconds is not None:
+        (runs / name / "used.json").write_text(json.dumps({"cpu_seconds": seconds}))
+        print(f"{name}: trained in {seconds / 60:.1f} CPU minutes", flush=True)
     return runs / name
 
 

@@ -49,9 +49,9 @@ def trained(command: list[str], log: Path) -> float | None:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
     said = log.read_text()
+    if process.returncode:
+        sys.exit(f"{log}: exit status {process.returncode}: {said.splitlines()[-1] if said else 'nothing was said'}")
     before = "done before" in said or {*re.findall(r"steps (\d+) to \d+$", said, re.MULTILINE)} != {"0"}
     return None if before else used.ru_utime + used.ru_stime
 
