@@ -9,6 +9,7 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}  # CSS pixels
+PATIENCE = 120_000  # milliseconds until a page counts as hung: beside other programs one took 30 seconds to load
 
 
 @dataclass
@@ -33,10 +34,11 @@ def open_page(size: str = "desktop", scheme: str = "light", scripts: bool = True
         pytest.skip("no Chromium is installed")
     width, height = SIZES[size]
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=scripts, has_touch=size == "phone"
         )
+        context.set_default_timeout(PATIENCE)
         page, seen = context.new_page(), Seen()
         page.on("console", lambda message: seen.console.append(message.text))
         page.on("pageerror", lambda error: seen.console.append(str(error)))
