@@ -6,6 +6,9 @@ Without a GPU the Triton kernels run through Triton's interpreter, which has to 
 import os
 import threading
 
+# Read when numpy is imported. Beside another worker, threads of matrix products took four times as long as one alone.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -16,6 +16,7 @@ import torch
 from pages import ROOT, TRAINING, shorter_training
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_info
 from torch import nn
 
 from sami_fast import __version__, progress
@@ -387,14 +388,15 @@ def test_every_command_that_runs_a_model_takes_threads_and_a_device(command):
     assert {"--threads", "--device"} <= subcommands()[command]._option_string_actions.keys()
 
 
-def test_threads_are_torchs(home, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr("sami_fast.cli.tables.write_bytes", lambda path, content: seen.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
-    assert (
-        main(["encode", str(home / "runs/disks"), "--count", "2", "--threads", str(before + 1), "--output", str(tmp_path / "z.csv")]) == 0
-    )
-    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+def test_threads_are_torchs_and_those_of_matrix_products(home, tmp_path, monkeypatch):
+    def threads() -> set[int]:
+        return {torch.get_num_threads(), *(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")}
+
+    seen, before = [], threads()
+    monkeypatch.setattr("sami_fast.cli.tables.write_bytes", lambda path, content: seen.append(threads()))
+    asked = max(before) + 1
+    assert main(["encode", str(home / "runs/disks"), "--count", "2", "--threads", str(asked), "--output", str(tmp_path / "z.csv")]) == 0
+    assert (seen, threads()) == ([{asked}], before)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report"])

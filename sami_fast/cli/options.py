@@ -63,16 +63,20 @@ def threads_option() -> argparse.ArgumentParser:
 
 @contextmanager
 def threads(arguments: argparse.Namespace) -> Iterator[None]:
-    """Inside, torch has the threads of --threads, where a command has that option and it was given."""
+    """Inside, torch and the matrix products of numpy and scipy have the threads of --threads, where a command has that option and it was
+    given."""
     if not getattr(arguments, "threads", None):
         yield
         return
+    import scipy.linalg  # noqa: F401  # limits hold for libraries that are loaded: numpy's and scipy's
     import torch
+    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     try:
-        yield
+        with threadpool_limits(arguments.threads, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
