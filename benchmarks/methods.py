@@ -24,12 +24,12 @@ import numpy as np
 from sami_fast.config import Config, load_config
 from sami_fast.data import open_dataset
 from sami_fast.environment import cores, describe
-from sami_fast.evaluation import Evaluated, Run, encode, evaluate, known_factors, open_run, tables
+from sami_fast.evaluation import Evaluated, Latents, Run, encode, evaluate, known_factors, open_run, tables
 from sami_fast.evaluation.clips import Represent, representations, straightness_scores
 from sami_fast.evaluation.factors import matched_scores
 from sami_fast.evaluation.latents import make_baselines
 from sami_fast.evaluation.scores import plain
-from sami_fast.latents.discovery import discover
+from sami_fast.latents.discovery import discover, independent_axes, principal_axes
 from sami_fast.metrics.attributes import tad
 
 from .recovery import pixel_energy, trained
@@ -135,7 +135,7 @@ def further_scores(evaluated: Evaluated, data: str, images: int, baselines: bool
         baselines: Also the straightness of what a run's latents are compared with, an ImageNet classifier among them.
     Returns:
         mcc_mu: MCC of the means of the live latents, where factors are known.
-        mcc_axes, tad_axes: Of sampled latents on the axes that each method of `sami-fast axes` finds without labels.
+        mcc_axes, tad_axes: Of sampled latents on axes found without labels, see `on_found_axes`.
         pixel_energy: Of disks, see recovery.py.
         straightness_by_source: Of clips of sources that are judged one by one.
         cpu_seconds: Of the training, where that was measured.
@@ -152,21 +152,31 @@ def further_scores(evaluated: Evaluated, data: str, images: int, baselines: bool
         scores["straightness_by_source"] = {name: plain(straightness_scores(clips, rows)) for name, clips in unseen(run).items()}
     factors, names, periods = known_factors(run, attributes=False)
     attributes, *_ = known_factors(run, attributes=True)
-    if not (names or attributes.size) or run.model.deterministic:
+    if not (names or attributes.size):
         return scores
     if run.config.data.kind == "disks":
         scores["pixel_energy"] = pixel_energy(run.config)
-    found = {}
-    if run.model.guides and len(latents.live) > 1:
-        settings = {"encoded": run.count, "seed": run.config.seed, "batch_size": run.batch_size}
-        axes = discover(run.model, run.images, AXES_IMAGES, **settings)
-        found = {each.method: each.axes.coordinates(latents.z) for each in axes}
+    found = on_found_axes(run, latents)
     if names:
         scores["mcc_mu"] = matched_scores(latents.mu[:, latents.live], factors, names, periods)["mcc"]
         scores["mcc_axes"] = {method: matched_scores(codes, factors, names, periods)["mcc"] for method, codes in found.items()}
     else:
         scores["tad_axes"] = {method: tad(codes, attributes).score for method, codes in found.items()}
     return scores
+
+
+def on_found_axes(run: Run, latents: Latents) -> dict[str, np.ndarray]:
+    """Sampled latents on axes found without labels, by method: of SAMI all methods of `sami-fast axes`, of others, whose denoisers draw no
+    images by themselves, principal axes and independent components. Empty of a single live latent."""
+    live, seed = np.sort(latents.live), run.config.seed
+    if len(live) < 2:
+        return {}
+    if run.model.guides:
+        axes = discover(run.model, run.images, AXES_IMAGES, encoded=run.count, seed=seed, batch_size=run.batch_size)
+        return {each.method: each.axes.coordinates(latents.z) for each in axes}
+    mu = latents.mu[:, live].astype(np.float64)
+    readouts = {"pca": principal_axes(mu)[1], "ica": independent_axes(mu, seed)[1]}
+    return {method: (latents.z[:, live] - mu.mean(0)) @ rows.T for method, rows in readouts.items()}
 
 
 def unseen(run: Run) -> dict[str, Run]:

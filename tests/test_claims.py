@@ -91,6 +91,8 @@ def test_axes_are_judged_on_runs_that_have_some(rows):
     assert judged() == (True, "as they are 0.400 ± 0.000, ica 0.500 ± 0.000, pca 0.300 ± 0.000")
     rows[1]["mcc_axes"] = {}  # a single latent lives
     assert judged() == (False, "as they are 0.400, ica 0.500, pca 0.300; seeds missing: sami has 1 of 2")
+    rows.append(rows[0] | {"method": "diffae", "mcc_axes": {"ica": 0.7, "pca": 0.2}})
+    assert judged()[1] == "as they are 0.400, ica 0.500, pca 0.300; DiffAE at its best, ica, 0.700; seeds missing: sami has 1 of 2"
 
 
 def test_health_is_asked_of_five_seeds(rows):
