@@ -44,6 +44,8 @@ def trained(command: list[str], log: Path) -> float | None:
         log: What it prints.
     Returns:
         CPU seconds of all of it: start, every stage, validation, checkpoints. None if a part was trained before.
+    Raises:
+        SystemExit: the command failed; with the last line it printed.
     """
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})

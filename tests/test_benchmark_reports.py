@@ -238,6 +238,10 @@ def test_cpu_time_is_known_only_of_what_was_trained_whole(tmp_path, said, whole)
     assert 0.01 < seconds < 60 if whole else seconds is None
 
 
-def test_a_training_that_fails_gives_no_time(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError):
-        trained([sys.executable, "-c", "exit(2)"], tmp_path / "log")
+def test_a_training_that_fails_gives_no_time_but_its_reason(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(SystemExit) as ended:
+        trained([sys.executable, "-c", "print('step 1', flush=True); exit('sami-fast: data.path: nothing there')"], log)
+    assert str(ended.value) == f"{log}: exit status 1: sami-fast: data.path: nothing there"
+    with pytest.raises(SystemExit, match="nothing was said"):
+        trained([sys.executable, "-c", "exit(2)"], log)
