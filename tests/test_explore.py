@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import open_page
+from browser import PATIENCE, open_page
 from PIL import Image
 
 from sami_fast.cli import main
@@ -37,7 +37,6 @@ MODEL = Path(__file__).with_name("disks_model")
 STEPS = 14  # a preview has 12
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 FIRST = 6  # the latent that the run's report says most of
-TIMEOUT = 180_000  # ms; a busy machine takes long to draw
 
 
 def png_of(pixels) -> bytes:
@@ -62,7 +61,7 @@ def expect(locator):
     """What playwright waits for. It does not by `page.wait_for_function`, which evaluates strings in the page, as the page forbids."""
     from playwright.sync_api import expect
 
-    expect.set_options(timeout=TIMEOUT)
+    expect.set_options(timeout=PATIENCE)
     return expect(locator)
 
 
@@ -158,7 +157,6 @@ def no_sideways_scrolling(page) -> bool:
 @pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
 def test_an_image_is_uploaded_and_edited(explorer, size, scheme):
     with served(explorer) as address, open_page(size, scheme) as (page, seen):
-        page.set_default_timeout(TIMEOUT)
         page.goto(address)
         settled(page)
         assert page.inner_text("h1") == "disks"
@@ -213,7 +211,6 @@ def test_hostile_files_are_refused_in_a_sentence(explorer):
         ("document.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "document.eps: not an image that can be read"),
     ]
     with served(explorer) as address, open_page() as (page, seen):
-        page.set_default_timeout(TIMEOUT)
         page.goto(address)
         settled(page)
         for name, content, sentence in cases:
@@ -234,7 +231,6 @@ def test_hostile_files_are_refused_in_a_sentence(explorer):
 
 def test_axes_are_named_and_two_images_joined(explorer):
     with served(explorer) as address, open_page("phone", "light") as (page, seen):
-        page.set_default_timeout(TIMEOUT)
         page.goto(address)
         settled(page)
         page.locator("#sliders .axis-name").first.fill("left <b>or</b> right")

@@ -63,7 +63,8 @@ def nonlinear_r2(codes: np.ndarray, factors: np.ndarray, seed: int = 0) -> np.nd
     half = _half(codes, factors, 40)
     codes, factors = (StandardScaler().fit(values[:half]).transform(values) for values in (codes, factors))
     settings = {"hidden_layer_sizes": (64, 64), "early_stopping": True, "max_iter": 1000, "random_state": seed}
-    with threadpool_limits(1, user_api="blas"):  # matrices are small: a second thread gains a sixth, and loses threefold beside others
+    # The matrices are small: alone, a second thread gains a sixth of the time; beside another program, it takes four times as long.
+    with threadpool_limits(1, user_api="blas"):
         guesses = [MLPRegressor(**settings).fit(codes[:half], factor[:half]).predict(codes[half:]) for factor in factors.T]
     return r2_score(factors[half:], np.column_stack(guesses), multioutput="raw_values")
 
